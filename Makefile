@@ -1,0 +1,54 @@
+# make train                                    the default VAE on MNIST
+# make train ARGS="model.latent_dim=2"          any override of train.py
+# make test                                     lint, types and tests, offline
+# make train TORCH_INDEX=URL                    torch and torchvision from another wheel index: CPU-only builds, say
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types reproduce benchmark tensorboard clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## build .venv, once
+
+# The stamp is touched last, so a set-up that was interrupted starts again, and a finished one costs nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "Python 3.11 to 3.13 is needed, and $(PYTHON) is %d.%d: name another with make PYTHON=python3.12" % v)'
+	@echo "Setting up $(VENV): a few minutes the first time, mostly for PyTorch."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" --constraint constraints.txt torch torchvision)
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2 …" are passed to train.py
+	@$(BIN)/python train.py $(ARGS)
+
+test: lint types  ## lint, types and tests, offline
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff: style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	@$(BIN)/mypy
+
+reproduce: $(STAMP)  ## train every published system and write docs/results.md (about 25 minutes on two cores)
+	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
+
+benchmark: $(STAMP)  ## seconds an epoch beside a plain PyTorch loop, in turn
+	@$(BIN)/python benchmarks/speed.py $(ARGS)
+
+tensorboard: $(STAMP)  ## look at all runs
+	@$(BIN)/tensorboard --logdir outputs
+
+clean:  ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache src/*.egg-info

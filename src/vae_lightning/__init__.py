@@ -1,0 +1,1 @@
+"""vae-lightning: a PyTorch Lightning research template for variational autoencoders."""

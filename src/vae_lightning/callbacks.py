@@ -1,0 +1,131 @@
+"""What happens during training, beside the optimization: pictures, and the guard against NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vae_lightning import figures
+from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
+from vae_lightning.model import ImageModel
+from vae_lightning.vae import VAE
+
+
+class TrainingError(UserError):
+    """Training that cannot go on."""
+
+
+class NonFiniteGuard(Callback):
+    """Stops a run whose loss becomes NaN or infinite, before a checkpoint could be written from it.
+
+    On the CPU every step is checked. On an accelerator a check makes it wait, so there it is one in 50 steps and the
+    end of each epoch; the step that is named is the right one all the same. Raises TrainingError.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if trainer.strategy.root_device.type == "cpu" or i % 50 == 49:
+            self._check(trainer, module, "train")
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "train")
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "val")
+
+    def _check(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        assert isinstance(module, ImageModel)
+        found = module.means[split].first_not_finite()
+        if found is None:
+            return
+        term, update = found
+        step = trainer.current_epoch * int(trainer.num_training_batches) + update + 1
+        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
+        raise TrainingError(
+            f"{split}/{term} became NaN or infinite {where} (epoch {trainer.current_epoch + 1}); {kept}. "
+            "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
+        )
+
+
+class Figures(Callback):
+    """Pictures into TensorBoard every `every` epochs (0: never), and of the test set into `figures/` at the end.
+
+    `pairs` originals above their reconstructions; `samples` = [rows, columns] of prior samples, from one fixed z so
+    that epochs compare; `points` to decode; with two latent dimensions also the posterior means and the manifold.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        every: NonNegativeInt = 5,
+        pairs: PositiveInt = 8,
+        samples: Sequence[PositiveInt] = (8, 8),
+        points: Sequence[Sequence[float]] = (),
+    ) -> None:
+        self.directory = directory
+        self.every = every
+        self.pairs = pairs
+        self.samples = samples
+        self.points = points
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if not self.every or epoch % self.every or not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # The test set waits for the end: pictures on the way are of held-out images, or else of training images.
+        split = "val" if data.val_size else "train"
+        pictures = self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"))
+        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
+            for name, picture in pictures.items():
+                if isinstance(picture, Figure):
+                    board.experiment.add_figure(name, picture, trainer.global_step)
+                else:
+                    board.experiment.add_image(name, picture, trainer.global_step)
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.directory.mkdir(exist_ok=True)
+        for name, picture in self.draw(module, data.test_images, data.test_labels).items():
+            figures.save(picture, self.directory / f"{name}.png")
+
+    @torch.inference_mode()
+    def draw(self, module: LightningModule, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
+        """The pictures of a model, by name; `images` are bytes `[n, channels, height, width]`."""
+        assert isinstance(module, ImageModel)
+        was_training = module.training
+        module.eval()
+        x = images[: self.pairs].to(module.device).float() / 255
+        pictures: dict[str, Tensor | Figure] = {
+            "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x))
+        }
+        if isinstance(module, VAE):
+            pictures |= self._draw_latents(module, images, labels)
+        module.train(was_training)
+        return pictures
+
+    def _draw_latents(self, vae: VAE, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
+        def decode(z: Tensor) -> Tensor:
+            return vae.decode(z.to(vae.device)).mean
+
+        rows, columns = self.samples
+        z = torch.randn(rows * columns, vae.latent_dim, generator=torch.Generator().manual_seed(0))
+        pictures: dict[str, Tensor | Figure] = {"samples": figures.image_grid(decode(z), columns)}
+        if self.points:
+            pictures["points"] = figures.image_grid(decode(torch.tensor(self.points)), len(self.points))
+        if vae.latent_dim == 2:
+            some = (batch.to(vae.device).float() / 255 for batch in images[:10_000].split(1_000))
+            means = torch.cat([vae.encode(x).mean for x in some])
+            pictures["manifold"] = figures.manifold_grid(decode)
+            pictures["scatter"] = figures.latent_scatter(means, labels[:10_000].to(means.device))
+        return pictures

@@ -1,0 +1,131 @@
+"""What the command line shows when something is wrong: one clear line, no traceback, a non-zero exit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vae_lightning.config import ConfigError, UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+MENDABLE = (UserError, HydraException, OmegaConfBaseException, OSError)  # what gets one line; the rest are bugs
+
+
+@contextlib.contextmanager
+def one_line_errors(config_name: str) -> Iterator[None]:
+    """Around a `@hydra.main` function: turn what the user can mend into one line on stderr and exit status 2.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them over many lines
+    try:
+        yield
+    except MENDABLE as error:
+        print(one_line(error, config_name), file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextlib.contextmanager
+def job(config_name: str) -> Iterator[Path]:
+    """Inside a `@hydra.main` function: the run directory of this job, removed again if nothing came to stand in it.
+
+    In a sweep an error is logged at once and the sweep goes on; Hydra raises it again at the end.
+    """
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    directory = Path(hydra.runtime.output_dir)
+    before = set(directory.iterdir())
+    try:
+        if not os.access(directory, os.W_OK):
+            raise ConfigError(f"hydra.{'sweep' if sweep else 'run'}.dir={directory}: cannot be written to")
+        yield directory
+    except MENDABLE as error:
+        line = one_line(error, config_name)
+        if sweep:
+            log.error("job %s: %s", hydra.job.num, line)
+        if {path.name for path in set(directory.iterdir()) - before} <= {"train.log"}:
+            (directory / "train.log").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        if sweep:
+            raise
+        print(line, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration, interpolations resolved, as dictionaries, lists, numbers and strings."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def one_line(error: Exception, config_name: str) -> str:
+    """The error in one line: the key, what was given, what is allowed, the nearest match."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return (
+            f"{group}={choice}: no such choice{did_you_mean(choice, error.options)} Allowed: {', '.join(error.options)}"
+        )
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    if isinstance(error, ConfigCompositionException) and unknown:
+        return unknown_key(unknown[1], config_name)
+    if isinstance(error, OSError) and error.filename:
+        where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+        return f"{where[-1] if where else 'run directory'}: cannot write {error.filename} ({error.strerror})"
+    return " ".join(str(error).split())
+
+
+def unknown_key(key: str, config_name: str) -> str:
+    """The line for an override whose key (`model.latent_dmi`) or group (`model/bakbone`) does not exist."""
+    given = next((word for word in sys.argv[1:] if word.lstrip("+~").partition("=")[0] == key), key)
+    groups = sorted(str(p.relative_to(CONF)) for p in CONF.rglob("*") if p.is_dir())
+    if "/" in key:
+        return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
+    config = composed(config_name, [word for word in sys.argv[1:] if word.partition("=")[0] in groups])
+    parent = key
+    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+        parent = parent.rpartition(".")[0]
+    siblings = [str(name) for name in (OmegaConf.select(config, parent) if parent else config)]
+    near = did_you_mean(key, all_keys(config)) if parent else did_you_mean(key, [*siblings, *all_keys(config)])
+    return f"{given}: no such key{near} Allowed{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
+
+
+def composed(config_name: str, overrides: list[str]) -> DictConfig:
+    """The configuration that `overrides` lead to, or the default one where they do not compose."""
+    for words in (overrides, []):
+        GlobalHydra.instance().clear()
+        with contextlib.suppress(HydraException), initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(config_name, words)
+    raise AssertionError("the default configuration composes")
+
+
+def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration."""
+    keys: list[str] = []
+    for key in map(str, config):
+        keys.append(f"{prefix}{key}")
+        if isinstance(child := config._get_node(key), DictConfig) and not child._is_none():
+            keys += all_keys(child, f"{prefix}{key}.")
+    return keys

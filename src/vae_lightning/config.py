@@ -1,0 +1,124 @@
+"""From plain configuration to objects, and one clear line for whatever is wrong in it.
+
+A configuration is nested dictionaries of numbers, strings and lists. A dictionary with a `_target_` names a class; its
+other keys are that class's constructor arguments, and the constructor's type hints say what is allowed:
+
+    build({"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}, nn.Module, "model.backbone", latent_dim=20, ...)
+
+Nothing here needs Hydra, so that a trained model loads without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+# Numbers as configuration means them: finite, and never a bool or a string that happens to convert.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. The text is one line, shown without a traceback."""
+
+
+class ConfigError(UserError):
+    """A wrong key, choice, type or value in the configuration."""
+
+
+def did_you_mean(given: object, allowed: Iterable[object]) -> str:
+    """The end of a sentence: `"; did you mean X?"` with the nearest of `allowed`, or a full stop when none is near."""
+    close = difflib.get_close_matches(str(given), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
+    """Hold `arguments` against the signature and type hints of `function`.
+
+    `path` is where they stand in the configuration (`"model.backbone"`), and starts the message.
+    Raises ConfigError at the first unknown key, missing key, wrong type or value out of range.
+    """
+    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    hints = _type_hints(function)
+    takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in arguments.items():
+        key = f"{path}.{name}".lstrip(".")
+        if name not in parameters:
+            if takes_any_key:
+                continue
+            raise ConfigError(
+                f"{key}={value}: no such key{did_you_mean(name, parameters)} Allowed: {', '.join(parameters)}"
+            )
+        default = parameters[name].default
+        if name in hints and not (value is default or (type(value) is type(default) and value == default)):
+            _check_value(hints[name], value, key)
+    for name, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if needed and name not in arguments:
+            raise ConfigError(f"{f'{path}.{name}'.lstrip('.')}: missing, and it has no default")
+
+
+def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
+    """Make the object that `spec` describes: `spec["_target_"]` called with the other keys and with `given`.
+
+    `kind` is the class it must be or inherit from, so that a configuration can name models and never, say, `os.system`.
+    Raises ConfigError, naming the key under `path`, for whatever does not fit.
+    """
+    if "_target_" not in spec:
+        raise ConfigError(f"{path}._target_: missing; it names the class to build, a {kind.__name__}")
+    target = _locate(spec["_target_"], kind, f"{path}._target_")
+    arguments = {**{key: value for key, value in spec.items() if key != "_target_"}, **given}
+    check_arguments(target, arguments, path)
+    return target(**arguments)
+
+
+def _locate(name: object, kind: type[T], key: str) -> type[T]:
+    module_name, _, class_name = str(name).rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+        target = getattr(module, class_name)
+    except ImportError as error:
+        raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
+    except (ValueError, AttributeError) as error:
+        names = [n for n, value in vars(module).items() if isinstance(value, type)] if module_name else []
+        raise ConfigError(f"{key}={name}: no such class{did_you_mean(class_name, names)}") from error
+    if not (isinstance(target, type) and issubclass(target, kind)):
+        raise ConfigError(f"{key}={name}: must be a subclass of {kind.__module__}.{kind.__name__}")
+    return target
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        target = function.__init__ if inspect.isclass(function) else function
+        return get_type_hints(target, include_extras=True)
+    except NameError:  # a hint that names something imported for type checkers only: nothing to check against
+        return {}
+
+
+def _check_value(hint: Any, value: Any, key: str) -> None:
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+        # A union is wrong in as many ways as it has members: say each once. A list names the wrong element.
+        wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
+        wanted = wanted if wanted.startswith(("Value", "List", "String")) else f"should be {wanted}"
+        given = "null" if value is None else value
+        raise ConfigError(f"{key}={given}: {wanted}{did_you_mean(value, _choices(hint))}") from None
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Every value that a (possibly nested) Literal in `hint` allows."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for member in get_args(hint) for choice in _choices(member)]

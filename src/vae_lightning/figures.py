@@ -1,0 +1,90 @@
+"""Pictures from images and latents: pure functions that return an image grid or a matplotlib figure.
+
+Grids are tensors `[channels, height, width]` in [0, 1], ready for TensorBoard's `add_image` and for `save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.utils import make_grid, save_image
+
+# Ten colours told apart by colour-blind readers (Petroff 2021, arXiv:2107.02270).
+COLOURS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadb".split()
+SCALE = 3  # screen pixels for each image pixel in a saved grid
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """Images `[n, channels, height, width]` in rows of `columns`."""
+    return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=0.5)
+
+
+def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Tensor:
+    """Rows of originals, each above the row of its reconstructions; both `[n, channels, height, width]`."""
+    columns = min(columns, len(images))
+    rows: list[Tensor] = []
+    for originals, copies in zip(images.split(columns), reconstructions.split(columns), strict=True):
+        blank = originals.new_ones(columns - len(originals), *originals.shape[1:])
+        rows += [originals, blank, copies, blank]
+    return image_grid(torch.cat(rows), columns)
+
+
+def manifold_latents(steps: int = 20) -> Tensor:
+    """A steps × steps grid over two latent dimensions, at equally probable quantiles of N(0, 1): `[steps², 2]`.
+
+    The first dimension grows to the right and the second upwards, as on the scatter of posterior means
+    (Kingma & Welling 2014, figure 4).
+    """
+    quantiles = torch.special.ndtri(torch.linspace(0.5 / steps, 1 - 0.5 / steps, steps, dtype=torch.float64)).float()
+    up, right = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    return torch.stack([right, up], dim=-1).reshape(-1, 2)
+
+
+def manifold_grid(decode: Callable[[Tensor], Tensor], steps: int = 20) -> Tensor:
+    """The decoded 2-D manifold; `decode` takes latents `[n, 2]` to images."""
+    return make_grid(decode(manifold_latents(steps)).clamp(0, 1).cpu(), nrow=steps, padding=0)
+
+
+def latent_scatter(means: Tensor, labels: Tensor) -> Figure:
+    """Posterior means `[n, 2]` coloured by digit, each digit named where its median lies."""
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    axes = figure.subplots()
+    for digit in labels.unique().tolist():
+        points = means[labels == digit].cpu()
+        axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, linewidths=0, color=COLOURS[digit % 10], label=digit)
+        x, y = points.median(dim=0).values.tolist()
+        axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title="posterior means", aspect="equal")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
+    """Every term on every split against the epoch, one panel a term; `history` has a dictionary an epoch."""
+    keys = [key for key in history[0] if "/" in key]
+    terms = list(dict.fromkeys(key.split("/")[1] for key in keys))
+    figure = Figure(figsize=(3.6 * len(terms), 3.2), layout="constrained")
+    for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
+        for split, colour in (("train", COLOURS[0]), ("val", COLOURS[2])):
+            points = [
+                (row["epoch"], row[f"{split}/{term}"]) for row in history if row.get(f"{split}/{term}") is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=split, marker="." if len(points) < 2 else "")
+        axes.set(title=term, xlabel="epoch", ylabel="" if term == "mse" else "nats per image")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
+
+
+def save(picture: Tensor | Figure, path: Path) -> None:
+    """Write a grid or a figure to `path` as PNG."""
+    if isinstance(picture, Figure):
+        picture.savefig(path, dpi=120)
+    else:
+        save_image(interpolate(picture.unsqueeze(0), scale_factor=SCALE, mode="nearest")[0], path)

@@ -1,0 +1,119 @@
+"""A run directory: what a training run leaves behind, and how a trained model is read back from it.
+
+config.yaml        the whole resolved configuration: enough to rebuild the run
+environment.json   versions, commit, device, command line, parameter counts
+metrics.json       the test metrics and what they were measured on
+history.csv, train.log, checkpoints/, figures/, tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from vae_lightning.config import UserError, build
+from vae_lightning.model import ImageModel
+
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
+
+
+class RunError(UserError):
+    """A run directory that cannot be written, or is not whole."""
+
+
+def start_run(directory: Path, config: dict[str, Any]) -> None:
+    """Create `directory` with its config.yaml. Raises RunError if it already holds a run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with (directory / "config.yaml").open("x") as file:  # "x": of two jobs that choose one directory, one wins
+            yaml.safe_dump(config, file, sort_keys=False)
+    except FileExistsError:
+        raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, so that `path` holds the old text or the new one and never a part of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def describe_environment(model: ImageModel, device: torch.device, seed: int) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: code, versions, machine, command and model size."""
+    return {
+        "command": " ".join(sys.argv),
+        "seed": seed,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
+        "parameters": count_parameters(model),
+        "encoder_parameters": count_parameters(model.encoder),
+        "decoder_parameters": count_parameters(model.decoder),
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of trained values in `module`."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as "NVIDIA H100" or "AMD EPYC (2 cores)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{'' if device.type == 'cpu' else f'{device.type}, '}{model} ({os.cpu_count()} cores)"
+
+
+def load_run(path: str | Path) -> ImageModel:
+    """The trained model of a run directory (its best checkpoint) or of one checkpoint in it, in evaluation mode.
+
+    Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only.
+    Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
+    """
+    path = Path(path)
+    checkpoint = path if path.suffix == ".ckpt" else path / "checkpoints" / "best.ckpt"
+    config_file = checkpoint.parent.parent / "config.yaml"
+    try:
+        config = yaml.safe_load(config_file.read_text())
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: no whole run is there ({' '.join(str(error).split())})") from error
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise RunError(f"{checkpoint}: damaged, or holds more than weights; it was not loaded") from error
+    model = build(config["model"], ImageModel, "model")
+    model.load_state_dict(state["state_dict"])
+    return model.eval()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the code that runs; None where it is no checkout, or git is not there."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,189 @@
+"""`train(config)`: compose data, model and trainer, fit, test, and leave a whole run directory."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pydantic import Field
+
+from vae_lightning import figures
+from vae_lightning.callbacks import Figures, NonFiniteGuard
+from vae_lightning.config import ConfigError, Spec, build, check_arguments, did_you_mean
+from vae_lightning.data import MNISTDataModule
+from vae_lightning.history import History, format_terms
+from vae_lightning.model import ImageModel
+from vae_lightning.runs import count_parameters, describe_environment, start_run, write_json
+
+log = logging.getLogger(__name__)
+
+OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` fills in itself
+# Every other argument of Lightning's Trainer, with Lightning's default: conf/trainer/default.yaml builds on these, so
+# that `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` does not.
+TRAINER_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items() if name not in OURS
+}
+ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+@dataclass
+class Config:
+    """What conf/train.yaml composes: plain dictionaries, lists, numbers and strings."""
+
+    name: str
+    seed: Seed
+    model: Spec
+    data: Spec
+    trainer: dict[str, Any]
+    figures: dict[str, Any]
+
+
+def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Train what `config` describes into `directory`, and return the content of its metrics.json.
+
+    The test set is read once, at the end, with the checkpoint of lowest val/loss, or with the last weights where no
+    images were held out. Raises UserError, before anything is written, for what cannot be trained.
+    """
+    check_arguments(Config, config, "")
+    c = Config(**config)
+    seed_everything(c.seed, verbose=False)
+    # Denormal numbers slow the CPU's arithmetic many times over, and small models drift into them after a few epochs.
+    torch.set_flush_denormal(True)
+    share_log()
+
+    data = build(c.data, MNISTDataModule, "data", seed=c.seed)
+    data.setup()  # now, so that a wrong file or split is found before anything is written
+    model = build(c.model, ImageModel, "model")
+    validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
+    pictures = make_figures(c.figures, directory, model)
+    history = History(directory / "history.csv", c.trainer["max_epochs"])
+    board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
+    checkpoint = ModelCheckpoint(
+        directory / "checkpoints",
+        filename="best",
+        monitor="val/loss" if validates else None,  # without validation, the last is the best there is
+        save_last=True,
+        enable_version_counter=False,
+    )
+    options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
+    trainer = make_trainer(options, directory, [pictures, checkpoint, *schedule_monitor(c.model)], [board, history])
+
+    if trainer.is_global_zero:
+        start_run(directory, config)
+        device = trainer.strategy.root_device
+        write_json(directory / "environment.json", describe_environment(model, device, c.seed))
+    started = time.monotonic()
+    trainer.fit(model, data)
+    seconds = time.monotonic() - started
+    best = checkpoint.best_model_path if validates else ""
+    trainer.test(model, data, ckpt_path=best or None, weights_only=True, verbose=False)
+
+    metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
+    if trainer.is_global_zero and history.rows:
+        board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
+        board.finalize("success")
+        figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")
+    log.info("test: %s", format_terms({key.partition("/")[2]: value for key, value in metrics.items()}))
+    results = metrics | {
+        "name": c.name,
+        "data": data.name,
+        "pixels": data.pixels,
+        "checkpoint": "best" if best else "last",
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 3),
+        "seed": c.seed,
+        "latent_dim": model.latent_dim,
+        "parameters": count_parameters(model),
+    }
+    if trainer.is_global_zero:
+        write_json(directory / "metrics.json", results)
+    return results
+
+
+def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+    """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
+    options = dict(options)
+    own = options.pop("callbacks", [])
+    check_arguments(Trainer, options, "trainer")
+    check_accelerator(options["accelerator"])
+    if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
+        options["enable_progress_bar"] = sys.stderr.isatty()
+    if options["enable_progress_bar"]:
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=20)]  # each refresh costs a tenth of a step
+    if options["enable_model_summary"] is not False:
+        callbacks = [*callbacks, ModelSummary(max_depth=-1)]
+    if options["enable_checkpointing"] is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
+    try:
+        # The guard comes first, so that nothing else acts on a loss that is not finite.
+        return Trainer(**options, callbacks=[NonFiniteGuard(), *callbacks], logger=loggers, default_root_dir=directory)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) -> Figures:
+    """The pictures callback; `figures.points` must be latents of the model. Raises ConfigError."""
+    options = options | {"directory": directory / "figures"}
+    check_arguments(Figures, options, "figures")
+    wrong = [point for point in options["points"] if len(point) != model.latent_dim]
+    if wrong:
+        raise ConfigError(f"figures.points={wrong[0]}: each point has model.latent_dim={model.latent_dim} coordinates")
+    return Figures(**options)
+
+
+def schedule_monitor(model: Spec) -> list[Callback]:
+    """Lightning's learning-rate curve, where the learning rate has one."""
+    return [LearningRateMonitor("epoch")] if model.get("schedule") else []
+
+
+def check_accelerator(name: str) -> None:
+    """Raise ConfigError for an accelerator that Lightning does not know or this machine does not have."""
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if name not in known:
+        raise ConfigError(
+            f"trainer.accelerator={name}: no such accelerator{did_you_mean(name, known)} Allowed: {', '.join(known)}"
+        )
+
+    def there(kind: str) -> bool:
+        return bool(AcceleratorRegistry[kind]["accelerator"].is_available())
+
+    if name != "auto" and not (there("cuda") or there("mps") if name == "gpu" else there(name)):
+        here = ["auto", *(kind for kind in AcceleratorRegistry.available_accelerators() if there(kind))]
+        raise ConfigError(f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(here)}")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys, as TensorBoard's hparams table wants them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def share_log() -> None:
+    """Let Lightning's messages go where ours go, to the console and train.log, less what helps nobody here."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.filters.clear()
+        logger.addFilter(lambda record: "Tip:" not in record.msg and "already configured" not in record.msg)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on the newest torch

@@ -1,0 +1,28 @@
+"""Train a model and leave a run directory; the last line printed is its path.
+
+python train.py                                                     # a 20-dimensional VAE on MNIST, 30 epochs
+python train.py model.latent_dim=2 model/backbone=conv              # any key of the configuration
+python train.py model.latent_dim=20 trainer.accelerator=gpu
+python train.py experiment=leaky_mlp_200                            # a published system: see conf/experiment/
+python train.py -m model.latent_dim=2,5,20,200 model/backbone=mlp,conv   # a sweep, one run directory a job
+python train.py --cfg job                                           # show the configuration and stop
+"""
+
+import hydra
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from vae_lightning.cli import job, one_line_errors, plain
+from vae_lightning.training import train
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> None:
+    with job("train") as directory:
+        train(plain(config), directory)
+        rank_zero_only(print)(directory)
+
+
+if __name__ == "__main__":
+    with one_line_errors("train"):
+        main()
