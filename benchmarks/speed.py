@@ -20,10 +20,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback
-from omegaconf import OmegaConf
+from omegaconf import open_dict
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from vae_lightning.cli import plain
 from vae_lightning.data import load_images
 from vae_lightning.training import train
 
@@ -76,8 +77,9 @@ def template_epoch() -> float:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(composed)
-        config = OmegaConf.to_container(composed, resolve=False)
-        del config["hydra"]
+        with open_dict(composed):
+            del composed["hydra"]
+        config = plain(composed)
         config["data"]["root"] = str(ROOT / "data")
         config["trainer"]["callbacks"] = [{"_target_": "__main__.Stopwatch"}]
         config["trainer"]["enable_progress_bar"] = False

@@ -46,7 +46,7 @@ class NonFiniteGuard(Callback):
             return
         term, update = found
         step = trainer.current_epoch * int(trainer.num_training_batches) + update + 1
-        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")  # of the first one, last.ckpt
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
         raise TrainingError(

@@ -199,7 +199,7 @@ def load_images(name: Name, root: Path) -> tuple[tuple[Tensor, Tensor], tuple[Te
     dataset_class = getattr(datasets, family)
     options = {"split": subset} if subset else {}
     raw = root / family / "raw"
-    checksums = dict(getattr(dataset_class, "resources", []))  # EMNIST has none: one archive, unpacked once for all
+    checksums = dict(vars(dataset_class).get("resources", []))  # EMNIST has none of its own: it is unpacked once
     for file, checksum in checksums.items():
         if (raw / file).exists():
             _compare(raw / file, checksum)

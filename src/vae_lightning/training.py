@@ -73,15 +73,16 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     pictures = make_figures(c.figures, directory, model)
     history = History(directory / "history.csv", c.trainer["max_epochs"])
     board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
-    checkpoint = ModelCheckpoint(
+    last = ModelCheckpoint(directory / "checkpoints", filename="last", enable_version_counter=False)
+    best = ModelCheckpoint(
         directory / "checkpoints",
         filename="best",
-        monitor="val/loss" if validates else None,  # without validation, the last is the best there is
-        save_last=True,
+        monitor="val/loss" if validates else "epoch",  # without validation, the last is the best there is
+        mode="min" if validates else "max",
         enable_version_counter=False,
     )
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
-    trainer = make_trainer(options, directory, [pictures, checkpoint, *schedule_monitor(c.model)], [board, history])
+    trainer = make_trainer(options, directory, [pictures, last, best, *schedule_monitor(c.model)], [board, history])
 
     if trainer.is_global_zero:
         start_run(directory, config)
@@ -90,8 +91,8 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     started = time.monotonic()
     trainer.fit(model, data)
     seconds = time.monotonic() - started
-    best = checkpoint.best_model_path if validates else ""
-    trainer.test(model, data, ckpt_path=best or None, weights_only=True, verbose=False)
+    chosen = best.best_model_path if validates else ""
+    trainer.test(model, data, ckpt_path=chosen or None, weights_only=True, verbose=False)
 
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
     if trainer.is_global_zero and history.rows:
@@ -103,7 +104,7 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         "name": c.name,
         "data": data.name,
         "pixels": data.pixels,
-        "checkpoint": "best" if best else "last",
+        "checkpoint": "best" if chosen else "last",
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": round(seconds, 3),

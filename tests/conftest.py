@@ -1,0 +1,88 @@
+"""What the tests share: composed configurations, and `train.py` run in this process."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from vae_lightning.cli import plain
+from vae_lightning.data import load_images
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+# A run of seconds: two training batches, one validation batch, one test batch.
+BRIEF = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+]
+
+
+@dataclass
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def config() -> Callable[..., dict[str, Any]]:
+    """`config("model.latent_dim=2", ...)`: what train.py would hand to `train`."""
+
+    def composed(*overrides: str) -> dict[str, Any]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            whole = compose("train", [f"data.root={DATA}", "trainer.accelerator=cpu", *overrides], True)
+        HydraConfig.instance().set_config(whole)
+        with open_dict(whole):
+            del whole["hydra"]
+        return plain(whole)
+
+    return composed
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """`command("model.latent_dim=2", ...)`: `python train.py …` in an empty directory, in this process."""
+
+    def run(*words: str) -> Finished:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"data.root={DATA}"])
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mnist() -> torch.Tensor:
+    """The first 500 test images, [500, 1, 28, 28] in [0, 1]."""
+    _, (images, _) = load_images("MNIST", DATA)
+    return images[:500].float() / 255

@@ -1,0 +1,122 @@
+"""`python train.py …`, as a user types it: what it prints, what it leaves, and how it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BRIEF, DATA, ROOT
+
+REFUSED = [
+    ("model.latent_dmi=2", ["model.latent_dmi=2", "no such key", "did you mean model.latent_dim?", "latent_dim"]),
+    ("modle=vae", ["modle=vae", "did you mean model?"]),
+    ("+modle=vae", ["modle=vae", "did you mean model?", "Allowed"]),
+    ("+model.latent_dmi=2", ["model.latent_dmi=2", "did you mean latent_dim?"]),
+    ("model/bakbone=conv", ["model/bakbone=conv", "did you mean model/backbone?"]),
+    ("model/backbone=covn", ["model/backbone=covn", "did you mean conv?", "Allowed: conv, mlp"]),
+    ("experiment=deep_bays", ["experiment=deep_bays", "did you mean deep_bayes_32?"]),
+    ("data.pixels=gray", ["data.pixels=gray", "'grey', 'dynamic', 'fixed' or 'threshold'", "did you mean grey?"]),
+    ("data.name=FashonMNIST", ["data.name=FashonMNIST", "did you mean FashionMNIST?"]),
+    ("trainer.accelerator=cuda9", ["trainer.accelerator=cuda9", "did you mean cuda?", "Allowed: auto, gpu"]),
+    ("trainer.limit_trian_batches=2", ["trainer.limit_trian_batches=2", "did you mean trainer.limit_train_batches?"]),
+    ("trainer.precision=bf17", ["trainer.precision=bf17", "'bf16-mixed'", "did you mean"]),
+    ("trainer.max_epochs=-7", ["max_epochs", "-7"]),
+    ("trainer.strategy=dpp", ["strategy='dpp'"]),
+    ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
+    ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
+    ("model.beta=-1", ["model.beta=-1", "greater than or equal to 0"]),
+    ("model.backbone.hidden=[400,0]", ["model.backbone.hidden=[400, 0]", "greater than or equal to 1"]),
+    ("model.backbone.activation=rleu", ["model.backbone.activation=rleu", "did you mean relu?"]),
+    ("model.backbone._target_=os.system", ["model.backbone._target_=os.system", "subclass"]),
+    ("model.latent_dim=${nothing}", ["nothing", "not found"]),
+    ("model.latent_dim=[1", ["[1"]),
+    ("data.batch_size=-1", ["data.batch_size=-1", "greater than or equal to 1"]),
+    ("data.val_size=60000", ["data.val_size=60000", "0 to 59999"]),
+    ("figures.points=[[1,2]]", ["figures.points=[1, 2]", "model.latent_dim=20"]),
+    ("figures.pairs=0", ["figures.pairs=0"]),
+    ("seed=-1", ["seed=-1"]),
+    ("hydra.run.dir=/proc/nowhere/run", ["hydra.run.dir=/proc/nowhere/run", "cannot write"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_wrong_input_gets_one_clear_line(override: str, words: list[str], command, tmp_path: Path) -> None:
+    result = command(override)
+    assert result.code == 2
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    for word in words:
+        assert word in lines[0]
+    assert not list(tmp_path.rglob("*.*")), "nothing is left behind"
+
+
+def test_gpu_on_a_machine_with_none(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("CUDAAccelerator", "MPSAccelerator"):
+        monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}.is_available", staticmethod(lambda: False))
+    result = command("trainer.accelerator=gpu")
+    assert result.code == 2
+    assert result.err == "trainer.accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu\n"
+
+
+def test_an_output_path_through_a_file(command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = command("hydra.run.dir=file/run")
+    assert result.code == 2
+    assert result.err.startswith("hydra.run.dir=file/run: cannot write")
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(command, tmp_path: Path) -> None:
+    assert command("hydra.run.dir=run", *BRIEF).code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "train.log"}
+    result = command("hydra.run.dir=run", *BRIEF)
+    assert result.code == 2
+    assert "already holds a run" in result.err
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "train.log"}
+    assert before == after
+
+
+def test_the_last_line_is_the_run_directory(command, tmp_path: Path) -> None:
+    result = command("model.latent_dim=3", *BRIEF)
+    assert result.code == 0
+    directory = Path(result.out.splitlines()[-1])
+    assert directory.parent == tmp_path / "outputs" / "vae"
+    assert (directory / "metrics.json").exists()
+    assert "epoch 1/1" in (directory / "train.log").read_text()
+    assert command("model=autoencoder", *BRIEF).out.splitlines()[-1].startswith(str(tmp_path / "outputs/autoencoder/"))
+
+
+def test_a_file_gets_one_line_an_epoch_and_the_summary(command) -> None:
+    result = command("model/backbone=conv", *BRIEF, "trainer.max_epochs=3")
+    assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert "[1, 64, 7, 7]" in result.out  # a layer's output shape
+    assert "Total params" in result.out
+    assert "\r" not in result.out + result.err
+    assert "test: loss" in result.out
+
+
+def test_multirun_leaves_a_whole_run_directory_a_job(command, tmp_path: Path) -> None:
+    result = command("-m", "model.latent_dim=2,5", "model/backbone=mlp,conv", *BRIEF)
+    assert result.code == 0
+    runs = sorted((tmp_path / "outputs" / "sweeps").glob("*/*/metrics.json"))
+    assert [run.parent.name for run in runs] == ["0", "1", "2", "3"]
+
+
+def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None:
+    result = command("-m", "model.latent_dim=0,2", *BRIEF)
+    assert result.code == 2
+    assert "job 0: model.latent_dim=0" in result.out
+    assert result.err.splitlines()[-1].startswith("model.latent_dim=0: should be")
+    assert [run.parent.name for run in (tmp_path / "outputs" / "sweeps").glob("*/*/metrics.json")] == ["1"]
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    """Two at the same moment, from another directory: exit status, streams, and run directories that stay apart."""
+    words = [sys.executable, str(ROOT / "train.py"), f"data.root={DATA}", *BRIEF]
+    jobs = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    directories = {job.communicate(timeout=300)[0].splitlines()[-1] for job in jobs}
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert len(directories) == 2
+    refused = subprocess.run([*words, "model.latent_dmi=2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert len(refused.stderr.splitlines()) == 1

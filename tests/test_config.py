@@ -1,0 +1,70 @@
+from typing import Literal
+
+import pytest
+from torch import nn
+
+from vae_lightning.backbones import MLP, Backbone
+from vae_lightning.config import ConfigError, NonNegative, PositiveInt, UserError, build, check_arguments, did_you_mean
+
+
+def sample(size: PositiveInt, weight: NonNegative = 1.0, mode: Literal["fast", "slow"] = "fast") -> None: ...
+
+
+def test_good_arguments_pass() -> None:
+    check_arguments(sample, {"size": 3, "weight": 2, "mode": "slow"}, "a.b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"size": 0}, ["a.b.size=0", "greater than or equal to 1"]),
+        ({"size": "two"}, ["a.b.size=two", "valid integer"]),
+        ({"size": True}, ["a.b.size=True", "valid integer"]),
+        ({"size": 1.5}, ["a.b.size=1.5", "valid integer"]),
+        ({"size": 1, "weight": float("inf")}, ["a.b.weight=inf", "finite"]),
+        ({"size": 1, "weight": None}, ["a.b.weight=null"]),
+        ({"size": 1, "mode": "fsat"}, ["a.b.mode=fsat", "'fast' or 'slow'", "did you mean fast?"]),
+        ({"sise": 1}, ["a.b.sise=1", "did you mean size?", "Allowed: size, weight, mode"]),
+        ({}, ["a.b.size: missing"]),
+    ],
+)
+def test_wrong_arguments_get_one_line_that_names_them(arguments: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_arguments(sample, arguments, "a.b")
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_build_makes_what_the_spec_says() -> None:
+    spec = {"_target_": "vae_lightning.backbones.MLP", "hidden": [7]}
+    network = build(spec, Backbone, "model.backbone", latent_dim=2, encoder_outputs=4)
+    assert isinstance(network, MLP)
+    assert network.encoder[1].out_features == 7
+    assert spec == {"_target_": "vae_lightning.backbones.MLP", "hidden": [7]}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("os.system", "must be a subclass of torch.nn.modules.module.Module"),
+        ("builtins.eval", "must be a subclass"),
+        ("vae_lightning.backbones.MPL", "did you mean MLP?"),
+        ("no_such_package.Thing", "cannot be imported"),
+        ("MLP", "no such class"),
+    ],
+)
+def test_build_refuses_what_is_not_of_its_kind(target: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        build({"_target_": target}, nn.Module, "model.backbone")
+    assert f"model.backbone._target_={target}" in str(error.value)
+
+
+def test_build_needs_a_target() -> None:
+    with pytest.raises(UserError, match=r"model\._target_: missing"):
+        build({"latent_dim": 2}, nn.Module, "model")
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("covn", ["mlp", "conv"]) == "; did you mean conv?"
+    assert did_you_mean("xyz", ["mlp", "conv"]) == "."

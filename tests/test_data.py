@@ -1,0 +1,257 @@
+import functools
+import gzip
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+from torchvision import datasets
+
+from vae_lightning.config import ConfigError
+from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, bernoulli_draw, load_images
+
+
+@pytest.fixture(autouse=True)
+def _forget_loaded_sets() -> None:
+    load_images.cache_clear()
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A data directory of the test's own."""
+    shutil.copytree(DATA / "MNIST", tmp_path / "data" / "MNIST")
+    return tmp_path / "data"
+
+
+def module(**options: object) -> MNISTDataModule:
+    data = MNISTDataModule(root=str(DATA), **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_the_bundled_files_are_mnist() -> None:
+    (train, train_labels), (test, test_labels) = load_images("MNIST", DATA)
+    assert (train.shape, test.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert train.dtype == torch.uint8
+    assert test_labels[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9]
+    assert train_labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+def test_splits() -> None:
+    data = module(val_size=10_000)
+    assert [len(images) for images in (data.train_images, data.val_images, data.test_images)] == [
+        50_000,
+        10_000,
+        10_000,
+    ]
+    (train, _), _ = load_images("MNIST", DATA)
+    assert torch.equal(data.val_images, train[50_000:])
+    everything = module(val_size=0)
+    assert len(everything.train_images) == 60_000
+    assert everything.val_dataloader() == []
+    with pytest.raises(ConfigError, match=r"data.val_size=60000: leaves no image.* 0 to 59999"):
+        module(val_size=60_000)
+
+
+def test_setup_twice_does_not_split_again() -> None:
+    data = module(val_size=10_000)
+    before = data.train_images
+    data.setup("test")
+    assert data.train_images is before
+
+
+def test_an_epoch_has_every_image_once_and_a_short_last_batch() -> None:
+    images = torch.arange(250, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    batches = DeviceBatches(images, images.flatten(), batch_size=100, shuffle_seed=0)
+    epoch = list(batches)
+    assert len(batches) == len(epoch) == 3
+    assert [len(x) for x, _ in epoch] == [100, 100, 50]
+    assert torch.cat([y for _, y in epoch]).sort().values.tolist() == list(range(250))
+    for x, y in epoch:
+        torch.testing.assert_close(x.flatten() * 255, y.float())
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.manual_seed(torch.seed())  # whatever the global generator is at
+        labels = torch.arange(1_000)
+        batches = DeviceBatches(torch.zeros(1_000, 1, 1, 1, dtype=torch.uint8), labels, 100, shuffle_seed=seed)
+        batches.set_epoch(epoch)
+        return torch.cat([y for _, y in batches]).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(3, 7) == order(3, 7)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_processes_share_each_batch_without_overlap_or_omission() -> None:
+    images, labels = torch.zeros(1_003, 1, 1, 1, dtype=torch.uint8), torch.arange(1_003)
+    single = [y for _, y in DeviceBatches(images, labels, 200, shuffle_seed=1)]
+    shares = [[y for _, y in DeviceBatches(images, labels, 100, 1, rank=rank, world_size=2)] for rank in (0, 1)]
+    for whole, first, second in zip(single, *shares, strict=True):
+        assert set(whole.tolist()) == set(first.tolist()) | set(second.tolist())
+        assert len(whole) == len(first) + len(second)
+
+
+def test_grey_is_byte_over_255_and_threshold_is_above_one_half() -> None:
+    (train, _), (test, _) = load_images("MNIST", DATA)
+    x, _ = next(iter(module(pixels="grey", batch_size=50).test_dataloader()))
+    torch.testing.assert_close(x, test[:50].float() / 255)
+    data = module(pixels="threshold", batch_size=50)
+    x, _ = next(iter(data.test_dataloader()))
+    assert torch.equal(x, (test[:50].float() / 255 > 0.5).float())
+    assert torch.equal(data.train_images, (train[:50_000].float() / 255 > 0.5).to(torch.uint8) * 255)
+
+
+def test_dynamic_draws_anew_for_training_and_once_for_evaluation() -> None:
+    data = module(pixels="dynamic", batch_size=50_000)
+    loader = data.train_dataloader()
+    (first, _), (again, _) = next(iter(loader)), next(iter(loader))
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(first, again)  # the same epoch, the same draw
+    order = torch.argsort(loader._order())
+    loader.set_epoch(1)
+    second, _ = next(iter(loader))
+    assert not torch.equal(first[order], second[torch.argsort(loader._order())])
+    for images, loader in ((data.test_images, data.test_dataloader()), (data.val_images, data.val_dataloader())):
+        assert set(images.unique().tolist()) == {0, 255}
+        one, two = (torch.cat([x for x, _ in loader]) for _ in range(2))
+        assert torch.equal(one, two)
+
+
+def test_the_fixed_draw_is_the_same_for_everyone() -> None:
+    dynamic, fixed = module(pixels="dynamic"), module(pixels="fixed")
+    assert torch.equal(dynamic.test_images, fixed.test_images)
+    digest = hashlib.sha256(fixed.test_images.numpy().tobytes()).hexdigest()
+    assert digest == "2260c1689f9fc411c377996b3ad828507c35ff15dff4f4e98da1942fb91eb39d"
+
+
+def test_bernoulli_draw_has_the_right_mean() -> None:
+    for byte in (0, 1, 100, 254, 255):
+        images = torch.full((400_000,), byte, dtype=torch.uint8)
+        drawn = bernoulli_draw(images, torch.Generator().manual_seed(0)).float().mean().item()
+        assert drawn == pytest.approx(byte / 255, abs=4 * (0.25 / 400_000) ** 0.5)
+        assert byte not in (0, 255) or drawn == byte / 255
+
+
+def test_nothing_is_written_beside_the_archives(copied: Path) -> None:
+    raw = copied / "MNIST" / "raw"
+    before = sorted(raw.iterdir())
+    raw.chmod(0o555)
+    try:
+        load_images("MNIST", copied)
+        assert sorted(raw.iterdir()) == before
+    finally:
+        raw.chmod(0o755)
+
+
+def test_a_half_extracted_file_left_by_someone_else_does_no_harm(copied: Path) -> None:
+    (copied / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0")
+    (train, _), _ = load_images("MNIST", copied)
+    assert len(train) == 60_000
+
+
+def test_processes_that_start_together_do_not_meet(copied: Path) -> None:
+    code = (
+        "from vae_lightning.data import load_images; from pathlib import Path;"
+        f"print(sum(images.sum().item() for images, _ in load_images('MNIST', Path({str(copied)!r}))))"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    sums = [job.communicate(timeout=120)[0].strip() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert len(set(sums)) == 1
+    assert int(sums[0]) > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+def test_a_damaged_file_is_named(copied: Path, damage: str) -> None:
+    file = copied / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[:1000], "altered": content[:-9] + b"123456789", "empty": b""}[damage])
+    with pytest.raises(DataError) as error:
+        load_images("MNIST", copied)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in (str(file), "expected MD5 9fb629c4189551a2d022fa330f9573f3", "git checkout -- data"):
+        assert word in line
+
+
+def test_a_missing_file_that_cannot_be_downloaded_is_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz").unlink()
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [(copied / "nowhere").as_uri() + "/"])
+    with pytest.raises(DataError, match=r"MNIST is not there whole and cannot be downloaded \(.*train-labels") as error:
+        load_images("MNIST", copied)
+    assert "\n" not in str(error.value)
+
+
+def idx(array: torch.Tensor) -> bytes:
+    """`array` in the format of MNIST's files."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.to(torch.uint8).numpy().tobytes()
+
+
+def tiny_set() -> dict[str, bytes]:
+    parts = {}
+    for split, n in (("train", 30), ("t10k", 10)):
+        parts[f"{split}-images-idx3-ubyte"] = idx(torch.full((n, 28, 28), n))
+        parts[f"{split}-labels-idx1-ubyte"] = idx(torch.arange(n))
+    return parts
+
+
+Server = tuple[Path, str]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A directory and the address, on this machine, that serves it: torchvision downloads over HTTP only."""
+    directory = tmp_path / "server"
+    directory.mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(directory))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield directory, f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
+
+
+def test_other_sets_of_the_same_shape_are_downloaded_once(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, address = server
+    resources = []
+    for name, content in tiny_set().items():
+        (served / f"{name}.gz").write_bytes(gzip.compress(content))
+        resources.append((f"{name}.gz", hashlib.md5((served / f"{name}.gz").read_bytes()).hexdigest()))
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [address])
+    monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
+    root = tmp_path / "data"
+    (train, _), (test, labels) = load_images("FashionMNIST", root)
+    assert (train.shape, test.shape, labels.tolist()) == ((30, 1, 28, 28), (10, 1, 28, 28), list(range(10)))
+    assert sorted(os.listdir(root / "FashionMNIST" / "raw")) == sorted(name for name, _ in resources)
+    shutil.rmtree(served)
+    load_images.cache_clear()
+    assert load_images("FashionMNIST", root)[0][0].float().mean() == 30
+
+
+def test_emnist_is_unpacked_once(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = server[0] / "gzip.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in tiny_set().items():
+            split, rest = name.replace("t10k", "test").split("-", 1)
+            file.writestr(f"gzip/emnist-letters-{split}-{rest}.gz", gzip.compress(content))
+    monkeypatch.setattr(datasets.EMNIST, "url", f"{server[1]}gzip.zip")
+    monkeypatch.setattr(datasets.EMNIST, "md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    root = tmp_path / "data"
+    assert load_images("EMNIST-letters", root)[0][0].shape == (30, 1, 28, 28)
+    archive.unlink()
+    load_images.cache_clear()
+    assert load_images("EMNIST-letters", root)[1][0].shape == (10, 1, 28, 28)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from vae_lightning import figures
+
+
+def test_reconstructions_stand_below_their_originals() -> None:
+    originals, copies = torch.full((5, 1, 28, 28), 0.25), torch.full((5, 1, 28, 28), 0.75)
+    grid = figures.reconstruction_grid(originals, copies, columns=3)
+    assert grid.shape == (3, 4 * 30 + 2, 3 * 30 + 2)
+    centres = grid[0, 16::30, 16::30]
+    assert centres.tolist() == [[0.25] * 3, [0.75] * 3, [0.25, 0.25, 1.0], [0.75, 0.75, 1.0]]
+
+
+def test_fewer_pairs_than_columns_leave_no_gap() -> None:
+    x = torch.rand(2, 1, 28, 28)
+    assert figures.reconstruction_grid(x, x, columns=8).shape == (3, 62, 62)
+
+
+def test_image_grid_has_the_columns_asked_for() -> None:
+    assert figures.image_grid(torch.rand(50, 1, 28, 28), columns=10).shape == (3, 5 * 30 + 2, 10 * 30 + 2)
+    assert figures.image_grid(torch.full((1, 3, 8, 8), 7.0), columns=1).max() == 1
+
+
+def test_manifold_runs_over_equally_probable_latents() -> None:
+    z = figures.manifold_latents(steps=3)
+    quantile = 0.9674216  # Φ⁻¹(5/6)
+    assert z[0].tolist() == pytest.approx([-quantile, quantile], abs=1e-5)  # top left: z₁ low, z₂ high
+    assert z[4].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert z[8].tolist() == pytest.approx([quantile, -quantile], abs=1e-5)
+
+    def first_coordinate(z: torch.Tensor) -> torch.Tensor:
+        return ((z[:, 0] + 3) / 6).reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    grid = figures.manifold_grid(first_coordinate, steps=4)
+    assert grid.shape == (3, 4 * 28, 4 * 28)
+    assert (grid[0, 0].diff() >= 0).all()
+
+
+def test_scatter_names_every_digit() -> None:
+    figure = figures.latent_scatter(torch.randn(300, 2), torch.arange(300) % 10)
+    (axes,) = figure.axes
+    assert sorted(text.get_text() for text in axes.texts) == list("0123456789")
+    assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 10
+
+
+def test_loss_curves_have_a_panel_a_term_and_a_line_a_split() -> None:
+    rows = [{"epoch": 1, "train/loss": 3.0, "train/kl": 1.0}, {"epoch": 2, "train/loss": 2.0, "train/kl": 1.5}]
+    rows[1] |= {"val/loss": 2.5}
+    figure = figures.loss_curves(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "kl"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [2.5]]
+
+
+def test_save_writes_png(tmp_path) -> None:
+    figures.save(figures.image_grid(torch.rand(4, 1, 28, 28), 2), tmp_path / "grid.png")
+    figures.save(figures.loss_curves([{"epoch": 1, "train/loss": 1.0}]), tmp_path / "figure.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("grid.png", "figure.png"))

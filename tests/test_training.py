@@ -1,0 +1,157 @@
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import BRIEF
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vae_lightning.callbacks import TrainingError
+from vae_lightning.training import train
+from vae_lightning.vae import VAE
+
+QUICK = ["trainer.limit_train_batches=5", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2"]
+
+
+def events(directory: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(directory / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
+    metrics = train(config("experiment=relu_mlp_20", "trainer.max_epochs=1", "figures.every=0"), tmp_path / "run")
+    assert metrics["test/loss"] < 132  # about 127 after one epoch; an untrained model has about 550
+    assert metrics["test/elbo"] == pytest.approx(-metrics["test/loss"], abs=1e-3)
+    assert metrics["test/reconstruction"] + metrics["test/kl"] == pytest.approx(metrics["test/loss"], abs=1e-3)
+    assert 10 < metrics["test/kl"] < 40
+    assert metrics["epochs"] == 1
+    assert metrics["steps"] == math.ceil(60_000 / 128)
+
+
+def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    overrides = ["model.latent_dim=2", "trainer.max_epochs=2", "figures.every=1", "figures.points=[[0.5, 0]]", *QUICK]
+    composed = config(*overrides)
+    returned = train(composed, directory)
+
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "checkpoints", "config.yaml", "environment.json", "figures", "history.csv", "metrics.json", "tensorboard",
+    ]  # fmt: skip
+    assert yaml.safe_load((directory / "config.yaml").read_text()) == composed
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics == returned
+    assert {"test/loss", "test/elbo", "test/reconstruction", "test/kl", "seconds", "parameters"} <= set(metrics)
+    assert {key: metrics[key] for key in ("pixels", "data", "epochs", "latent_dim", "seed", "checkpoint")} == {
+        "pixels": "grey", "data": "MNIST", "epochs": 2, "latent_dim": 2, "seed": 0, "checkpoint": "best",
+    }  # fmt: skip
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["parameters"] == environment["encoder_parameters"] + environment["decoder_parameters"]
+    assert torch.__version__.startswith(environment["versions"]["torch"])
+    with (directory / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for split in ("train", "val"):
+        for row in rows:
+            loss, reconstruction, kl = (float(row[f"{split}/{term}"]) for term in ("loss", "reconstruction", "kl"))
+            assert loss == pytest.approx(reconstruction + kl, rel=1e-5)
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    pictures = {path.stem for path in (directory / "figures").glob("*.png")}
+    assert pictures == {"reconstructions", "samples", "points", "manifold", "scatter", "loss_curves"}
+
+    board = events(directory)
+    wanted = {f"{split}/{term}" for split in ("train", "val", "test") for term in ("loss", "reconstruction", "kl")}
+    assert wanted <= set(board.Tags()["scalars"])
+    assert {"reconstructions", "samples", "points", "manifold", "scatter"} <= set(board.Tags()["images"])
+    assert len(board.Images("samples")) == 2
+    hparams = [tag for tag in board.summary_metadata if tag.startswith("_hparams_")]
+    assert "_hparams_/session_start_info" in hparams
+
+
+def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path) -> None:
+    # A learning rate that explodes after the first epoch: the best checkpoint is that epoch's, and the test uses it.
+    schedule = "+model.schedule={_target_: torch.optim.lr_scheduler.MultiStepLR, milestones: [1], gamma: 1e6}"
+    directory = tmp_path / "run"
+    metrics = train(
+        config("trainer.max_epochs=2", "trainer.limit_train_batches=20", "model.backbone.hidden=[32]", schedule),
+        directory,
+    )
+    with (directory / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["lr-Adam"]) for row in rows] == [1e-3, 1e3]
+    assert float(rows[0]["val/loss"]) * 2 < float(rows[1]["val/loss"])
+    assert metrics["test/loss"] == pytest.approx(float(rows[0]["val/loss"]), rel=0.05)
+    assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 0
+    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("pixels", ["grey", "dynamic"])
+def test_the_same_seed_gives_the_same_bits(pixels: str, config, tmp_path: Path) -> None:
+    overrides = ["trainer.max_epochs=2", f"data.pixels={pixels}", *QUICK]
+    first = train(config(*overrides), tmp_path / "first")
+    second = train(config(*overrides, "figures.every=1"), tmp_path / "second")  # pictures draw no random numbers
+    other = train(config(*overrides, "seed=1"), tmp_path / "other")
+    for key in ("test/loss", "test/kl", "test/elbo"):
+        assert first[key] == second[key]
+    assert first["test/loss"] != other["test/loss"]
+    same, again = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(same[key], again[key]) for key in same)
+
+
+def test_lightning_s_trainer_takes_its_options(config, tmp_path: Path) -> None:
+    early_stopping = "_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, stopping_threshold: 1e9"
+    stop = f"trainer.callbacks=[{{{early_stopping}}}]"
+    metrics = train(config("trainer.max_epochs=9", "trainer.precision=bf16-mixed", stop, *QUICK), tmp_path / "stopped")
+    assert metrics["epochs"] == 1
+    metrics = train(config("trainer.max_steps=7", "trainer.enable_checkpointing=false", *QUICK), tmp_path / "steps")
+    assert (metrics["steps"], metrics["checkpoint"]) == (7, "last")
+    assert not (tmp_path / "steps" / "checkpoints").exists()
+    train(config("trainer.fast_dev_run=true"), tmp_path / "dev")
+
+
+@pytest.mark.parametrize("broken", ["kl", "reconstruction"])
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    broken: str, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elbo, calls = VAE.elbo, 0
+
+    def fails(self: VAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += self.training
+        terms = elbo(self, x)
+        return terms | {name: terms[name] * math.nan for name in (broken, "loss")} if calls == 8 else terms
+
+    monkeypatch.setattr(VAE, "elbo", fails)
+    directory = tmp_path / "run"
+    with pytest.raises(TrainingError, match=rf"train/{broken} became NaN or infinite at step 8 \(epoch 2\)") as error:
+        train(config("trainer.max_epochs=4", *QUICK), directory)
+    assert str(directory / "checkpoints" / "last.ckpt") in str(error.value)
+    assert all(value.isfinite().all() for value in weights(directory).values())
+    assert not (directory / "metrics.json").exists()
+
+
+def test_a_loss_that_overflows_stops_the_run(config, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="became NaN or infinite at step 2"):
+        train(config("model.learning_rate=1e30", *BRIEF), tmp_path / "run")
+
+
+def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elbo = VAE.elbo
+    monkeypatch.setattr(
+        VAE, "elbo", lambda self, x: elbo(self, x) | ({} if self.training else {"loss": x.sum((1, 2, 3)) * math.inf})
+    )
+    with pytest.raises(TrainingError, match="val/loss became NaN or infinite after step 2"):
+        train(config(*BRIEF), tmp_path / "run")
+    assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
+
+
+def test_small_autoencoder_keeps_its_pace(config, tmp_path: Path) -> None:
+    """Denormal numbers are flushed to zero: without that, this model slows fivefold on the CPU as it trains."""
+    train(config("experiment=mlp_autoencoder_3", *BRIEF), tmp_path / "run")
+    assert (torch.tensor([1e-40]) * 1.0).item() == 0.0

@@ -1,0 +1,179 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vae_lightning.autoencoder import Autoencoder
+from vae_lightning.config import ConfigError
+from vae_lightning.objectives import importance_weighted_bound
+from vae_lightning.runs import count_parameters
+from vae_lightning.vae import VAE
+
+SMALL = {"_target_": "vae_lightning.backbones.MLP", "hidden": [16]}
+GAUSSIAN = {"_target_": "vae_lightning.likelihoods.Gaussian"}
+
+
+class Halves(nn.Module):
+    """An encoder whose posterior is N(0.5, 0.8²) in each dimension, whatever the image."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.outputs = torch.tensor([0.5] * latent_dim + [2 * math.log(0.8)] * latent_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outputs.expand(len(x), -1)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 5, 20, 200])
+@pytest.mark.parametrize("backbone", ["MLP", "Conv"])
+def test_shapes(latent_dim: int, backbone: str, mnist: Tensor) -> None:
+    vae = VAE(latent_dim, {"_target_": f"vae_lightning.backbones.{backbone}"})
+    x = mnist[:3]
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == posterior.log_variance.shape == (3, latent_dim)
+    assert vae.reparameterize(posterior).shape == (3, latent_dim)
+    assert vae.reparameterize(posterior, samples=4).shape == (4, 3, latent_dim)
+    assert vae.log_weights(x, k=4).shape == (4, 3)
+    assert {term: tuple(value.shape) for term, value in vae.elbo(x).items()} == dict.fromkeys(
+        ("loss", "elbo", "reconstruction", "kl"), (3,)
+    )
+    assert vae.reconstruct(x).shape == x.shape
+    assert vae.sample(6).shape == (6, 1, 28, 28)
+
+
+def test_parameter_counts_of_the_published_systems() -> None:
+    def mlp(hidden: list[int]) -> dict[str, Any]:
+        return {"_target_": "vae_lightning.backbones.MLP", "hidden": hidden}
+
+    assert count_parameters(VAE(200, mlp([400, 400]))) == 1_189_984
+    assert count_parameters(VAE(32, mlp([100, 100]))) == 187_648
+    assert count_parameters(VAE(20, mlp([400]))) == 652_824
+
+
+def test_reparameterization_has_the_posterior_s_moments_and_gradients() -> None:
+    vae = VAE(2, SMALL)
+    vae.encoder = Halves(2)
+    outputs = vae.encoder.outputs.requires_grad_()
+    z = vae.reparameterize(vae.encode(torch.zeros(1, 1, 28, 28)), samples=200_000)
+    assert z.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert z.std().item() == pytest.approx(0.8, rel=0.01)
+    z.square().mean().backward()  # E[z²] = mean² + exp(log variance), averaged over 2 dimensions
+    assert outputs.grad is not None
+    assert outputs.grad.tolist() == pytest.approx([0.5, 0.5, 0.32, 0.32], abs=0.02)
+
+
+def test_loss_of_an_image_does_not_depend_on_its_batch(mnist: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE(5, SMALL).eval()
+    noise = torch.randn(len(mnist), 5)
+    seen = 0
+
+    def fixed_noise(*shape: int, **_: Any) -> Tensor:
+        nonlocal seen
+        seen += shape[0]
+        return noise[seen - shape[0] : seen]
+
+    monkeypatch.setattr(torch, "randn", fixed_noise)
+    together = vae.elbo(mnist)["loss"]
+    seen = 0
+    apart = torch.cat([vae.elbo(batch)["loss"] for batch in mnist.split(64)])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-3)
+
+
+def test_analytic_and_monte_carlo_kl_agree_in_expectation(mnist: Tensor) -> None:
+    analytic, sampled = VAE(5, SMALL, kl="analytic"), VAE(5, SMALL, kl="monte_carlo")
+    sampled.load_state_dict(analytic.state_dict())
+    analytic.encoder = sampled.encoder = Halves(5)
+    x = mnist[:1].expand(100_000, -1, -1, -1)
+    with torch.no_grad():
+        exact = analytic.elbo(x[:1])["kl"].item()
+        estimates = torch.cat([sampled.elbo(batch)["kl"] for batch in x.split(10_000)])
+    error = estimates.std().item() / math.sqrt(len(estimates))
+    assert exact == pytest.approx(5 * 0.5 * (0.25 + 0.64 - 1 - 2 * math.log(0.8)), rel=1e-3)  # the bound
+    assert abs(estimates.mean().item() - exact) < 4 * error
+
+
+def test_mean_log_weight_is_the_elbo_and_more_samples_raise_the_bound(mnist: Tensor) -> None:
+    vae = VAE(5, SMALL)
+    vae.encoder = Halves(5)
+    with torch.no_grad():
+        weights = vae.log_weights(mnist[:10], k=20_000)
+        elbo = torch.stack([vae.elbo(mnist[:10])["elbo"] for _ in range(500)])
+    error = (weights.var(0) / len(weights) + elbo.var(0) / len(elbo)).sqrt()
+    assert ((weights.mean(0) - elbo.mean(0)).abs() < 5 * error).all()
+    bounds = [importance_weighted_bound(weights[:k]).mean().item() for k in (1, 100, 20_000)]
+    assert bounds[0] < bounds[1] < bounds[2]
+
+
+def test_nll_is_exact_where_x_does_not_depend_on_z(mnist: Tensor) -> None:
+    vae = VAE(1, SMALL)
+    vae.encoder = Halves(1)
+    for parameter in vae.decoder.parameters():
+        nn.init.zeros_(parameter)  # logits 0: p(x|z) = 2⁻⁷⁸⁴ for every z, and so is p(x)
+    x = (mnist[:4] > 0.5).float()
+    nll = -importance_weighted_bound(vae.log_weights(x, k=50_000))
+    assert nll.tolist() == pytest.approx([784 * math.log(2)] * 4, abs=0.02)
+
+
+def test_beta_weights_the_kl_in_the_loss_alone(mnist: Tensor) -> None:
+    terms = VAE(5, SMALL, beta=4.0).elbo(mnist[:8])
+    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 4 * terms["kl"])
+    torch.testing.assert_close(terms["elbo"], -terms["reconstruction"] - terms["kl"])
+
+
+def test_black_white_and_extreme_images_have_finite_losses_and_gradients() -> None:
+    for likelihood in ({"_target_": "vae_lightning.likelihoods.Bernoulli"}, GAUSSIAN):
+        vae = VAE(3, SMALL, likelihood)
+        x = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
+        vae.elbo(x)["loss"].mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+
+
+def test_gaussian_adds_the_squared_error(mnist: Tensor) -> None:
+    terms = VAE(3, SMALL, GAUSSIAN).elbo(mnist[:8])
+    constant = 784 / 2 * math.log(math.pi)
+    torch.testing.assert_close(terms["squared_error"], terms["reconstruction"] - constant, rtol=1e-4, atol=1e-2)
+
+
+def test_numbers_are_float32_under_mixed_precision(mnist: Tensor) -> None:
+    vae = VAE(5, SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = vae.elbo(mnist[:8])
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+
+
+def test_hyperparameters_rebuild_the_model() -> None:
+    vae = VAE(3, SMALL, GAUSSIAN, beta=2.0)
+    again = VAE(**vae.hparams)
+    again.load_state_dict(vae.state_dict())
+    assert (again.latent_dim, again.beta, again.likelihood.scale) == (3, 2.0, 0.5**0.5)
+
+
+def test_a_wrong_backbone_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model.backbone.hiden=\[4\]: no such key; did you mean hidden"):
+        VAE(2, {"_target_": "vae_lightning.backbones.MLP", "hiden": [4]})
+
+
+@pytest.mark.parametrize(("output", "scale"), [("sigmoid", 1.0), ("tanh", 2.0)])
+def test_autoencoder_error_is_per_pixel_on_its_own_scale(output: str, scale: float, mnist: Tensor) -> None:
+    model = Autoencoder(3, SMALL, output=output)
+    terms = model.terms(mnist[:8])
+    error = (scale * (model.reconstruct(mnist[:8]) - mnist[:8])).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms["mse"], error)
+    torch.testing.assert_close(terms["loss"], error)
+    assert model.encode(mnist[:8]).shape == (8, 3)
+    assert 0 <= model.reconstruct(mnist[:8]).min() <= model.reconstruct(mnist[:8]).max() <= 1
+
+
+def test_optimizer_and_schedule() -> None:
+    vae = VAE(2, SMALL, learning_rate=0.01, weight_decay=0.1)
+    optimizer = vae.configure_optimizers()
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.01, 0.1)
+    spec = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": [1], "gamma": 0.1}
+    (optimizer,), (schedule,) = VAE(2, SMALL, schedule=spec).configure_optimizers()
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+    with pytest.raises(ConfigError, match=r"model\.schedule\.milestone=3: no such key"):
+        VAE(2, SMALL, schedule={**spec, "milestone": 3}).configure_optimizers()
