@@ -16,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+START, END = "<!-- results: written by make reproduce -->", "<!-- end of results -->"  # around the table in README.md
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "outputs" / "reproduce"
 
@@ -36,6 +39,19 @@ EXPECTED: list[tuple[str, str, float, float]] = [
     ("pytorch_examples_20", "test/loss", 105.6, 0.5),
 ]
 
+# What the documents show, in docs/results.md: title, experiment, picture, width.
+PICTURES = [
+    ("Test digits above their reconstructions, 200 latent dimensions", "leaky_mlp_200", "reconstructions", 480),
+    ("The same, 20 latent dimensions", "relu_mlp_20", "reconstructions", 480),
+    ("The same, 5 latent dimensions", "relu_mlp_5", "reconstructions", 480),
+    ("The same, an autoencoder with 3", "mlp_autoencoder_3", "reconstructions", 480),
+    ("25 test digits, each row above its reconstructions", "deep_bayes_32", "reconstructions", 300),
+    ("Samples from the prior", "deep_bayes_32", "samples", 480),
+    ("Posterior means of the test digits, two latent dimensions", "relu_mlp_2", "scatter", 480),
+    ("The decoded manifold", "relu_mlp_2", "manifold", 560),
+    ("z = [0.5, 0] and z = [2, 0], decoded", "relu_mlp_2", "points", 120),
+]
+
 
 def trained(experiment: str, overrides: list[str]) -> dict[str, float | str]:
     """metrics.json and environment.json of a finished run, trained now if it is not there."""
@@ -51,6 +67,22 @@ def trained(experiment: str, overrides: list[str]) -> dict[str, float | str]:
 
 def shown(value: float, tolerance: float) -> str:
     return f"{value:,.0f}" if tolerance == 0 else f"{value:.3f}" if tolerance < 0.1 else f"{value:.2f}"
+
+
+def show_pictures() -> str:
+    """Copy the pictures that the documents show to docs/images, and return the Markdown that shows them."""
+    lines = []
+    for title, experiment, picture, width in PICTURES:
+        source = RUNS / experiment / "figures" / f"{picture}.png"
+        if source.exists():
+            copy = Path("images") / f"{experiment}_{picture}.png"
+            (ROOT / "docs" / copy).parent.mkdir(exist_ok=True)
+            with Image.open(source) as image:
+                image.convert("RGB").quantize(32).resize((width, image.height * width // image.width)).save(
+                    ROOT / "docs" / copy, optimize=True
+                )
+            lines.append(f"\n{title} (`experiment={experiment}`):\n\n![{title}]({copy})\n")
+    return "".join(lines)
 
 
 def main() -> int:
@@ -86,7 +118,11 @@ compares with the tutorials' numbers, and not with log likelihoods in papers.
 Seconds are of training, on a shared machine: {"; ".join(sorted(devices))}.
 
 """
-    (ROOT / "docs" / "results.md").write_text(text + "\n".join(lines) + "\n")
+    (ROOT / "docs" / "results.md").write_text(text + "\n".join(lines) + "\n" + show_pictures())
+    readme = (ROOT / "README.md").read_text()
+    head, _, rest = readme.partition(START)
+    _, _, tail = rest.partition(END)
+    (ROOT / "README.md").write_text("\n".join([head + START, *lines, END]) + tail)
     print("\n".join(lines))
     return 1 if missed else 0
 

@@ -26,7 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vae_lightning.cli import plain
 from vae_lightning.data import load_images
-from vae_lightning.training import train
+from vae_lightning.training import steady_cpu, train
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 100
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
 
-    torch.set_flush_denormal(True)
+    steady_cpu()  # for both
     (images, _), _ = load_images("MNIST", (ROOT / "data").resolve())
     model = PlainVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)

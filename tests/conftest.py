@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -42,8 +43,10 @@ class Finished:
 @pytest.fixture(autouse=True)
 def _clean_slate() -> Iterator[None]:
     torch.manual_seed(0)
+    handlers = logging.root.handlers.copy()
     yield
     GlobalHydra.instance().clear()
+    logging.root.handlers[:] = handlers  # Hydra's write to this test's streams and run directory
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*words: str) -> Finished:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"data.root={DATA}"])
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"++data.root={DATA}"])
         GlobalHydra.instance().clear()
         capsys.readouterr()
         try:

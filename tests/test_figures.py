@@ -5,16 +5,23 @@ from vae_lightning import figures
 
 
 def test_reconstructions_stand_below_their_originals() -> None:
-    originals, copies = torch.full((5, 1, 28, 28), 0.25), torch.full((5, 1, 28, 28), 0.75)
-    grid = figures.reconstruction_grid(originals, copies, columns=3)
-    assert grid.shape == (3, 4 * 30 + 2, 3 * 30 + 2)
+    originals, copies = torch.full((11, 1, 28, 28), 0.25), torch.full((11, 1, 28, 28), 0.75)
+    grid = figures.reconstruction_grid(originals, copies)
+    assert grid.shape == (3, 4 * 30 + 2, 6 * 30 + 2)
     centres = grid[0, 16::30, 16::30]
-    assert centres.tolist() == [[0.25] * 3, [0.75] * 3, [0.25, 0.25, 1.0], [0.75, 0.75, 1.0]]
+    blank = 0.5
+    assert centres.tolist() == [[0.25] * 6, [0.75] * 6, [0.25] * 5 + [blank], [0.75] * 5 + [blank]]
+
+
+def test_rows_are_full_where_they_can_be() -> None:
+    for pairs, rows, columns in ((8, 1, 8), (25, 5, 5), (10, 1, 10), (16, 2, 8)):
+        x = torch.rand(pairs, 1, 28, 28)
+        assert figures.reconstruction_grid(x, x).shape == (3, 2 * rows * 30 + 2, columns * 30 + 2)
 
 
 def test_fewer_pairs_than_columns_leave_no_gap() -> None:
     x = torch.rand(2, 1, 28, 28)
-    assert figures.reconstruction_grid(x, x, columns=8).shape == (3, 62, 62)
+    assert figures.reconstruction_grid(x, x).shape == (3, 62, 62)
 
 
 def test_image_grid_has_the_columns_asked_for() -> None:
@@ -50,6 +57,12 @@ def test_loss_curves_have_a_panel_a_term_and_a_line_a_split() -> None:
     figure = figures.loss_curves(rows)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "kl"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [2.5]]
+
+
+def test_elbo_has_a_panel_where_it_says_more_than_the_loss() -> None:
+    row = {"epoch": 1, "train/loss": 3.0, "train/elbo": -3.0}
+    assert [axes.get_title() for axes in figures.loss_curves([row]).axes] == ["loss"]
+    assert [axes.get_title() for axes in figures.loss_curves([row | {"train/elbo": -2.0}]).axes] == ["loss", "elbo"]
 
 
 def test_save_writes_png(tmp_path) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError
 
 Name = Literal["MNIST", "FashionMNIST", "KMNIST", "EMNIST-letters", "EMNIST-balanced", "EMNIST-digits"]
+Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n]
 Pixels = Literal["grey", "dynamic", "fixed", "threshold"]
 FIXED_DRAW_SEED = 777
 
@@ -66,18 +67,22 @@ class MNISTDataModule(LightningDataModule):
         self.seed = seed
         self.ready = False
 
+    def load(self) -> tuple[Labelled, Labelled]:
+        """Training and test images with their labels. Your own data set overrides this, and nothing else."""
+        return load_images(self.name, self.root.resolve())
+
     def prepare_data(self) -> None:
         """Fetch what is not there yet, once a machine. The bundled MNIST needs no network."""
-        load_images(self.name, self.root.resolve())
+        self.load()
 
     def setup(self, stage: str | None = None) -> None:
         if self.ready:  # Lightning calls this for fit and again for test
             return
-        (train, train_labels), (test, test_labels) = load_images(self.name, self.root.resolve())
+        (train, train_labels), (test, test_labels) = self.load()
         if self.val_size >= len(train):
             raise ConfigError(
                 f"data.val_size={self.val_size}: leaves no image to train on; "
-                f"{self.name} has {len(train)}, so 0 to {len(train) - 1} are allowed"
+                f"there are {len(train)}, so 0 to {len(train) - 1} are allowed"
             )
         split = len(train) - self.val_size
         evaluated = evaluation_pixels(train, self.pixels)
@@ -185,8 +190,8 @@ def evaluation_pixels(images: Tensor, pixels: Pixels) -> Tensor:
 
 
 @lru_cache(maxsize=1)  # a sweep's jobs share one copy; nothing here writes to it
-def load_images(name: Name, root: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images `[n, 1, 28, 28]` uint8, labels `[n]`) for training and for test, read by torchvision.
+def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
+    """Training and test images with their labels, read by torchvision.
 
     torchvision unpacks its archives before reading them, and takes any unpacked file for a good one. So it works in a
     scratch directory of its own, on links to archives whose checksums were compared first: processes that start

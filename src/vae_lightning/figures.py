@@ -24,12 +24,13 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=0.5)
 
 
-def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Tensor:
+def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Rows of originals, each above the row of its reconstructions; both `[n, channels, height, width]`."""
-    columns = min(columns, len(images))
+    # The widest of 5 to 10 columns that leaves the fewest places empty: 8 pairs make one row, 25 make five.
+    columns = min(len(images), min(range(10, 4, -1), key=lambda c: -len(images) % c))
     rows: list[Tensor] = []
     for originals, copies in zip(images.split(columns), reconstructions.split(columns), strict=True):
-        blank = originals.new_ones(columns - len(originals), *originals.shape[1:])
+        blank = originals.new_full((columns - len(originals), *originals.shape[1:]), 0.5)
         rows += [originals, blank, copies, blank]
     return image_grid(torch.cat(rows), columns)
 
@@ -65,9 +66,13 @@ def latent_scatter(means: Tensor, labels: Tensor) -> Figure:
 
 
 def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
-    """Every term on every split against the epoch, one panel a term; `history` has a dictionary an epoch."""
-    keys = [key for key in history[0] if "/" in key]
-    terms = list(dict.fromkeys(key.split("/")[1] for key in keys))
+    """Every term on every split against the epoch, one panel a term; `history` has a dictionary an epoch.
+
+    `elbo` gets one only where it is more than the loss with its sign turned.
+    """
+    terms = list(dict.fromkeys(key.split("/")[1] for key in history[0] if "/" in key))
+    if "elbo" in terms and all(row["train/elbo"] == -row["train/loss"] for row in history):  # type: ignore[operator]
+        terms.remove("elbo")
     figure = Figure(figsize=(3.6 * len(terms), 3.2), layout="constrained")
     for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
         for split, colour in (("train", COLOURS[0]), ("val", COLOURS[2])):

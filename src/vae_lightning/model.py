@@ -65,7 +65,8 @@ class ImageModel(LightningModule):
 
     def _log_means(self, split: str) -> None:
         means = self.means[split]
-        self.log_dict({f"{split}/{term}": value.float() for term, value in means.compute().items()})
+        # The means are over all processes already; sync_dist tells Lightning so, which would warn without it.
+        self.log_dict({f"{split}/{term}": value.float() for term, value in means.compute().items()}, sync_dist=True)
         means.reset()
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,98 @@
+"""The README's commands and examples run as they stand there."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BRIEF, ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+TRAIN = [line.removeprefix("python train.py ") for _, code in BLOCKS for line in code.splitlines()
+         if line.startswith("python train.py ")]  # fmt: skip
+
+
+def example(name: str) -> str:
+    """The block of code that begins with a comment naming its file."""
+    (code,) = [code for _, code in BLOCKS if code.startswith(f"# {name}\n")]
+    return code
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(TRAIN) >= 8
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_train_commands(line: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)
+    if "trainer.accelerator=gpu" in words:  # there may be none here: the command is then refused, and names the key
+        words[words.index("trainer.accelerator=gpu")] = "trainer.accelerator=auto"
+    if "data.name=FashionMNIST" in words:  # would be downloaded: read MNIST's files in its place
+        from vae_lightning import data
+
+        load = data.load_images
+        monkeypatch.setattr(data, "load_images", lambda name, root: load("MNIST", root))
+    result = command(*words, *BRIEF)
+    assert result.code == 0, result.err
+    if "--cfg" in words:
+        assert "latent_dim: 20" in result.out
+    else:
+        assert list((tmp_path / "outputs").rglob("metrics.json"))
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`make (\w+)", README)) | {
+        line.split()[1] for _, code in BLOCKS for line in code.splitlines() if line.startswith("make ")
+    }
+    assert {"train", "test", "help", "reproduce"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", makefile, flags=re.M), target
+
+
+def test_linked_files_and_pictures_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
+        path = link[0] or link[1]
+        assert path.startswith("https://") or (ROOT / path).exists(), path
+
+
+def test_the_layout_names_every_module() -> None:
+    modules = {path.name for path in (ROOT / "src" / "vae_lightning").glob("*.py")} - {"__init__.py"}
+    assert modules == set(re.findall(r"^    (\w+\.py) ", README, flags=re.M))
+
+
+@pytest.mark.parametrize(
+    ("module", "yaml", "group", "words"),
+    [
+        ("wide.py", "conf/model/backbone/wide.yaml", "model/backbone", ["model.backbone.width=30"]),
+        ("squares.py", "conf/data/squares.yaml", "data", []),
+    ],
+)
+def test_examples_of_ones_own(
+    module: str, yaml: str, group: str, words: list[str], command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / module).write_text(example(module))
+    (tmp_path / yaml).parent.mkdir(parents=True)
+    (tmp_path / yaml).write_text(example(yaml))
+    monkeypatch.syspath_prepend(tmp_path)
+    name = Path(module).stem
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    where = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    result = command(f"{group}={name}", *words, where, *BRIEF)
+    assert result.code == 0, result.err
+    if words:
+        refused = command(f"{group}={name}", "model.backbone.width=wide", where, *BRIEF)
+        assert (refused.code, refused.err) == (2, "model.backbone.width=wide: should be a valid integer.\n")
+
+
+def test_loading_example(command, tmp_path: Path, mnist) -> None:
+    (code,) = [code for _, code in BLOCKS if "load_run(" in code]
+    directory = command(*BRIEF).out.splitlines()[-1]
+    code = re.sub(r'load_run\(".*?"\)', f"load_run({directory!r})", code)
+    lines = [line.partition("#")[0].rstrip() for line in code.splitlines()]
+    names = {"x": mnist[:3]}
+    exec("\n".join(lines[:3]), names)
+    shapes = [tuple(eval(line, names).shape) for line in lines[3:] if line]
+    assert shapes == [(64, 1, 28, 28), (3, 1, 28, 28), (3, 20), (100, 3)]
