@@ -24,7 +24,7 @@ from pydantic import Field
 from vae_lightning import figures
 from vae_lightning.callbacks import Figures, NonFiniteGuard
 from vae_lightning.config import ConfigError, Spec, build, check_arguments, did_you_mean
-from vae_lightning.data import MNISTDataModule
+from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.history import History, format_terms
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import count_parameters, describe_environment, start_run, write_json
@@ -84,6 +84,8 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
     trainer = make_trainer(options, directory, [pictures, last, best, *schedule_monitor(c.model)], [board, history])
 
+    if trainer.global_rank:  # processes start from the same weights, and draw different noise
+        torch.manual_seed(stream_seed(c.seed, trainer.global_rank))
     if trainer.is_global_zero:
         start_run(directory, config)
         device = trainer.strategy.root_device
