@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.model import ImageModel
+from vae_lightning.objectives import active_units, kl_divergence
 from vae_lightning.vae import VAE
+
+log = logging.getLogger(__name__)
 
 
 class TrainingError(UserError):
@@ -53,6 +57,41 @@ class NonFiniteGuard(Callback):
             f"{split}/{term} became NaN or infinite {where} (epoch {trainer.current_epoch + 1}); {kept}. "
             "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
         )
+
+
+class Health(Callback):
+    """Active units and the largest and smallest KL of a dimension, each epoch; one warning if the posterior collapsed.
+
+    Measured on up to 2,000 held-out (else training) images, so that it costs about a hundredth of an epoch; evaluate.py
+    counts active units over the whole test set. Active: Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
+    """
+
+    IMAGES = 2_000
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, VAE):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images = (data.val_images if data.val_size else data.train_images)[: self.IMAGES]
+        module.eval()
+        posterior = module.encode(images.to(module.device).float() / 255)
+        module.train()
+        active = active_units(posterior.mean)
+        kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
+        figures = {"active_units": active.float(), "kl_max": kl.max(), "kl_min": kl.min()}
+        module.log_dict({f"health/{name}": value for name, value in figures.items()}, sync_dist=True)
+        if not self.warned and active == 0:
+            self.warned = True
+            log.warning(
+                "The posterior has collapsed: no latent dimension depends on the image after epoch %d. What may help: "
+                "model.objective.warmup_epochs=10, model.objective.free_bits=0.1, a smaller model.beta or "
+                "model.learning_rate",
+                trainer.current_epoch + 1,
+            )
 
 
 class Figures(Callback):

@@ -6,18 +6,27 @@ show. To add one, write a class with a `forward`, and a YAML file in conf/model/
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 import torch.distributions as td
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from vae_lightning.config import Positive
 
 IMAGE_DIMS = 3  # channels, height, width: the dimensions that one log_prob sums over
+LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which would else shrink without end on images that fit exactly
 
 
 class Likelihood(nn.Module):
-    """From decoder outputs `[..., channels, height, width]` to p(x|z), with `log_prob(x)` of shape `[...]`."""
+    """From decoder outputs `[..., channels, height, width]` to p(x|z), with `log_prob(x)` of shape `[...]`.
+
+    `binary` says that it is a probability of binary images, which grey ones are not.
+    """
+
+    binary = False
 
     def forward(self, outputs: Tensor) -> td.Distribution:
         raise NotImplementedError
@@ -33,21 +42,80 @@ class Bernoulli(Likelihood):
     On grey pixels (x between 0 and 1) its negative log_prob is a cross-entropy and no likelihood, as in every tutorial.
     """
 
+    binary = True
+
     def forward(self, outputs: Tensor) -> td.Distribution:
         return td.Independent(td.Bernoulli(logits=outputs, validate_args=False), IMAGE_DIMS, validate_args=False)
 
 
-class Gaussian(Likelihood):
-    """Independent Gaussian pixels with one fixed standard deviation `scale`.
+class ContinuousBernoulli(Likelihood):
+    """Independent continuous Bernoulli pixels in [0, 1], on logits (Loaiza-Ganem & Cunningham 2019).
 
-    `mean` says how decoder outputs become the mean: `sigmoid` keeps it a pixel value, `identity` leaves it free.
-    scale² = 1/2 makes −log p(x|z) the summed squared error plus a constant, (pixels / 2) · log π.
+    The density that makes the cross-entropy of grey pixels a likelihood: p(x) = C(λ) λˣ (1 − λ)¹⁻ˣ.
     """
 
-    def __init__(self, scale: Positive = 0.5**0.5, mean: Literal["sigmoid", "identity"] = "sigmoid") -> None:
+    def forward(self, outputs: Tensor) -> td.Distribution:
+        return td.Independent(ContinuousBernoulliLogits(outputs), IMAGE_DIMS, validate_args=False)
+
+
+class ContinuousBernoulliLogits(td.Distribution):
+    """The continuous Bernoulli with λ = σ(l), written in the logit l, where it is finite and smooth everywhere.
+
+    With x = l/2, log C = log(l / tanh(l/2)) = log 2 + log(x / tanh x), and E[x] = 1/(1 − e⁻ˡ) − 1/l. Near l = 0, where
+    both are 0/0, the first terms of their series stand in. torch's own works on probabilities, and loses both.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 (torch.distributions' own form)
+    NEAR_ZERO = 0.2
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        logits, value = torch.broadcast_tensors(self.logits, value)
+        return self.log_normalizer() - binary_cross_entropy_with_logits(logits, value, reduction="none")
+
+    def log_normalizer(self) -> Tensor:
+        """log C, the shape of the logits. It is even in them."""
+        near = self.logits.abs() < self.NEAR_ZERO
+        square = self.logits.square()
+        series = math.log(2) + square / 12 - 7 * square.square() / 1440
+        size = torch.where(near, 1.0, self.logits.abs())  # where() must not meet an infinite gradient on either side
+        return torch.where(near, series, size.log() - torch.tanh(size / 2).log())
+
+    @property
+    def mean(self) -> Tensor:
+        near = self.logits.abs() < self.NEAR_ZERO
+        series = 0.5 + self.logits / 12 - self.logits**3 / 720
+        logits = torch.where(near, 1.0, self.logits)
+        return torch.where(near, series, -1 / torch.expm1(-logits) - 1 / logits)
+
+
+class Gaussian(Likelihood):
+    """Independent Gaussian pixels with one standard deviation `scale` for all, fixed or learnt from there.
+
+    `mean` says how decoder outputs become the mean: `sigmoid` keeps it a pixel value, `identity` leaves it free.
+    scale² = 1/2 makes −log p(x|z) the summed squared error plus a constant, (pixels / 2) · log π; a learnt scale finds
+    the balance of reconstruction and KL by itself (σ-VAE, Rybkin et al. 2021).
+    """
+
+    def __init__(
+        self,
+        scale: Positive = 0.5**0.5,
+        learn_scale: bool = False,
+        mean: Literal["sigmoid", "identity"] = "sigmoid",
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         self.mean: nn.Module = nn.Sigmoid() if mean == "sigmoid" else nn.Identity()
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation, no smaller than e⁻⁶, with a gradient everywhere."""
+        if not self.log_scale.requires_grad:
+            return self.log_scale.exp()
+        return (LOG_SCALE_FLOOR + softplus(self.log_scale - LOG_SCALE_FLOOR)).exp()
 
     def forward(self, outputs: Tensor) -> td.Distribution:
         return td.Independent(td.Normal(self.mean(outputs), self.scale, validate_args=False), IMAGE_DIMS, False)

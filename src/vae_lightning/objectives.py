@@ -1,10 +1,22 @@
-"""What is minimised, as pure per-example functions on tensors. Everything is in nats per image."""
+"""What is minimised: pure functions on tensors, and the objectives that are made of them.
+
+An objective is called with the model and a batch of images, and returns per-image terms `[batch]` in nats: `loss`, which
+is minimised, and `elbo`, always the lower bound on log p(x) with β = 1. To add one, write a class with a `__call__`, and
+a YAML file in conf/model/objective/ that names it.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
+
+from vae_lightning.config import ConfigError, NonNegative, PositiveInt
+
+if TYPE_CHECKING:
+    from vae_lightning.vae import VAE
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -15,24 +27,106 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-def elbo(reconstruction: Tensor, kl: Tensor, beta: float = 1.0) -> dict[str, Tensor]:
-    """The evidence lower bound and its two terms, each `[batch]`, in nats per image.
-
-    `reconstruction` = −log p(x|z) with z ~ q(z|x), the distortion; `kl` = KL(q(z|x) ‖ p(z)), the rate.
-    `elbo` is always log p(x)'s lower bound, β = 1 (Kingma & Welling 2014, eq. 3); `loss`, which is minimised, weights
-    the KL by `beta` (Higgins et al. 2017).
-    """
-    return {
-        "loss": reconstruction + beta * kl,
-        "elbo": -(reconstruction + kl),
-        "reconstruction": reconstruction,
-        "kl": kl,
-    }
-
-
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     """log (1/k) Σᵢ wᵢ from log weights `[k, batch]`: the IWAE bound on log p(x), `[batch]`, in nats.
 
     k = 1 is the Monte-Carlo ELBO, and it rises towards log p(x) with k (Burda et al. 2016, eq. 8).
     """
     return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
+
+
+def free_bits(kl: Tensor, floor: float) -> Tensor:
+    """The KL of which `floor` nats a dimension are free: `[batch]` from `[batch, latent_dim]`.
+
+    A dimension whose mean over the batch lies below the floor counts as the floor, and gets no gradient (Kingma et al.
+    2016, eq. 15).
+    """
+    return torch.where(kl.mean(dim=0) > floor, kl, floor).sum(dim=-1)
+
+
+def active_units(means: Tensor) -> Tensor:
+    """How many latent dimensions have Var_x(E_q[z]) > 0.01, from posterior means `[images, latent_dim]`: a count.
+
+    Burda et al. 2016, section 5.2.
+    """
+    return (means.var(dim=0) > 0.01).sum()
+
+
+class Objective:
+    """What training minimises. `epoch` is how far training is, in epochs and fractions of one."""
+
+    def check(self, vae: VAE) -> None:
+        """Raise ConfigError for a model that this objective is not defined for."""
+
+    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class ELBO(Objective):
+    """−ELBO, with the KL weighted by β: reconstruction + β · KL (Kingma & Welling 2014, eq. 3; Higgins et al. 2017).
+
+    `kl="analytic"` takes the closed form of KL(q ‖ p) where the prior has one, `"monte_carlo"` the sampled
+    log q(z|x) − log p(z). The KL's weight rises linearly from 0 over the first `warmup_epochs` (Bowman et al. 2016;
+    Sønderby et al. 2016), and `free_bits` nats of each latent dimension's KL cost nothing.
+    """
+
+    def __init__(
+        self,
+        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        warmup_epochs: NonNegative = 0.0,
+        free_bits: NonNegative = 0.0,
+    ) -> None:
+        self.kl = kl
+        self.warmup_epochs = warmup_epochs
+        self.free_bits = free_bits
+
+    def check(self, vae: VAE) -> None:
+        if self.free_bits and not (self.kl == "analytic" and vae.prior.has_analytic_kl):
+            raise ConfigError(
+                f"model.objective.free_bits={self.free_bits}: needs the KL of each dimension, which only "
+                "model.objective.kl=analytic with model/prior=normal has"
+            )
+
+    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
+        warmup = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return vae.elbo(
+            x,
+            analytic_kl=self.kl == "analytic",
+            penalty=lambda kl: vae.beta * warmup * (free_bits(kl, self.free_bits) if self.free_bits else kl.sum(-1)),
+        )
+
+
+class IWAE(Objective):
+    """−log (1/k) Σᵢ wᵢ with k samples z ~ q(z|x) (Burda et al. 2016). k = 1 is the Monte-Carlo ELBO."""
+
+    def __init__(self, samples: PositiveInt = 5) -> None:
+        self.samples = samples
+
+    def check(self, vae: VAE) -> None:
+        if vae.beta != 1:
+            raise ConfigError(f"model.beta={vae.beta}: an importance-weighted bound has no KL to weight; allowed: 1")
+
+    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
+        log_weights = vae.log_weights(x, self.samples)
+        terms = {"loss": -importance_weighted_bound(log_weights), "elbo": log_weights.mean(dim=0)}
+        return terms if vae.training else vae.elbo(x) | terms
+
+
+class DReG(IWAE):
+    """The IWAE bound, with doubly reparameterized gradients for the encoder (Tucker et al. 2019, eq. 8).
+
+    With w̃ᵢ = wᵢ / Σⱼ wⱼ, the decoder's gradient is Σ w̃ᵢ ∇ log wᵢ as in IWAE, and the encoder's Σ w̃ᵢ² (∂ log wᵢ/∂zᵢ)
+    ∂zᵢ/∂φ: the same in expectation, without the score term whose noise grows with k.
+    """
+
+    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
+        posterior = vae.encode(x)
+        z = vae.reparameterize(posterior, self.samples)
+        log_weights = vae.log_joint(x, z) - posterior.detach().log_prob(z)  # φ acts through z alone
+        normalized = log_weights.detach().softmax(dim=0)  # w̃, [k, batch]
+        if z.requires_grad:
+            z.register_hook(lambda gradient: normalized.unsqueeze(-1) * gradient)  # the second factor w̃, for φ only
+        bound = importance_weighted_bound(log_weights.detach())
+        surrogate = (normalized * log_weights).sum(dim=0)  # has the gradient; the bound has the value
+        terms = {"loss": -(bound + surrogate - surrogate.detach()), "elbo": log_weights.detach().mean(dim=0)}
+        return terms if vae.training else vae.elbo(x) | terms

@@ -17,6 +17,10 @@ class DiagonalGaussian(td.Independent[td.Normal]):
         normal = td.Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
         super().__init__(normal, reinterpreted_batch_ndims=1, validate_args=False)
 
+    def detach(self) -> DiagonalGaussian:
+        """The same distribution, with no gradient to its parameters."""
+        return DiagonalGaussian(self.mean.detach(), self.log_variance.detach())
+
 
 def diagonal_gaussian(encoder_outputs: Tensor) -> DiagonalGaussian:
     """The posterior from encoder outputs `[batch, 2 · latent_dim]`, in float32 whatever the training precision.

@@ -1,24 +1,82 @@
-"""p(z): the prior over latents. A module, so that its tensors follow the model to its device."""
+"""p(z): priors over latents. A module each, so that their tensors follow the model to its device.
+
+A prior is called with the model's `encode`, which VampPrior is made of, and returns a `torch.distributions` object whose
+`log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a class with a `forward`, and a YAML file in
+conf/model/prior/ that names it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
+from vae_lightning.config import PositiveInt
+from vae_lightning.posterior import DiagonalGaussian
 
-class StandardNormal(nn.Module):
+Encode = Callable[[Tensor], DiagonalGaussian]
+
+
+class Prior(nn.Module):
+    """p(z). `has_analytic_kl` says that it is N(0, I), whose KL from a diagonal Gaussian has a closed form."""
+
+    has_analytic_kl = False
+
+    def forward(self, encode: Encode) -> td.Distribution:
+        raise NotImplementedError
+
+    def initialize(self, images: Tensor) -> None:
+        """Look at the training images `[n, channels, height, width]`, uint8, once before training."""
+
+
+class StandardNormal(Prior):
     """N(0, I) over `latent_dim` dimensions (Kingma & Welling 2014)."""
 
+    has_analytic_kl = True
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: PositiveInt, image_shape: Sequence[int] = ()) -> None:
         super().__init__()
         # Buffers that no checkpoint needs: they say nothing that latent_dim does not.
         self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
-    def forward(self) -> td.Distribution:
-        """The distribution itself; `log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats."""
+    def forward(self, encode: Encode) -> td.Distribution:
         return td.Independent(td.Normal(self.mean, self.scale, validate_args=False), 1, validate_args=False)
+
+
+class VampPrior(Prior):
+    """The mixture of posteriors (1/K) Σₖ q(z|uₖ) at K learnt pseudo-inputs uₖ (Tomczak & Welling 2018, eq. 9).
+
+    `start` says where the pseudo-inputs begin: at K training images drawn at random, or at their mean with a little noise.
+    They are kept in [0, 1] by clamping, as pixels are.
+    """
+
+    def __init__(
+        self,
+        latent_dim: PositiveInt,
+        image_shape: Sequence[int] = (1, 28, 28),
+        pseudo_inputs: PositiveInt = 500,
+        start: Literal["images", "mean"] = "images",
+    ) -> None:
+        super().__init__()
+        self.start = start
+        self.pseudo_inputs = nn.Parameter(torch.rand(pseudo_inputs, *image_shape))
+
+    def initialize(self, images: Tensor) -> None:
+        k = len(self.pseudo_inputs)
+        if self.start == "images":
+            chosen = images[torch.randint(len(images), (k,), device=images.device)].float() / 255
+        else:
+            mean = images.float().mean(dim=0, keepdim=True) / 255
+            chosen = mean + 0.01 * torch.randn(k, *mean.shape[1:], device=mean.device)
+        self.pseudo_inputs.data.copy_(chosen)
+
+    def forward(self, encode: Encode) -> td.Distribution:
+        components = encode(self.pseudo_inputs.clamp(0, 1))
+        even = td.Categorical(logits=torch.zeros(len(self.pseudo_inputs), device=components.mean.device))
+        return td.MixtureSameFamily(even, components, validate_args=False)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning import figures
-from vae_lightning.callbacks import Figures, NonFiniteGuard
+from vae_lightning.callbacks import Figures, Health, NonFiniteGuard
 from vae_lightning.config import ConfigError, Spec, build, check_arguments, did_you_mean
 from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.history import History, format_terms
@@ -136,7 +136,7 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
     try:
         # The guard comes first, so that nothing else acts on a loss that is not finite.
-        return Trainer(**options, callbacks=[NonFiniteGuard(), *callbacks], logger=loggers, default_root_dir=directory)
+        return Trainer(**options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 

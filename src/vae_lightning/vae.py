@@ -1,37 +1,37 @@
 """The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014).
 
-    p(x, z) = p(z) p(x|z)      prior and likelihood: `decode`
+    p(x, z) = p(z) p(x|z)      prior and likelihood: `prior`, `decode`
     q(z|x)                     posterior: `encode`
     log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the ELBO: `elbo`, which training maximises
 
-`log_weights` is log p(x,z) − log q(z|x), with the sample axis first: ELBO, IWAE bound and NLL all follow from it.
-All numbers are in nats per image.
+`log_weights` is log p(x,z) − log q(z|x), with the sample axis first: Monte-Carlo ELBO, IWAE bound and NLL are one line
+each on top of it (objectives.py, evaluation.py). All numbers are in nats per image, and float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-from vae_lightning import objectives
-from vae_lightning.backbones import Backbone
+from vae_lightning.backbones import Backbone, set_output_bias
 from vae_lightning.config import NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.likelihoods import Likelihood
 from vae_lightning.model import ImageModel
+from vae_lightning.objectives import Objective, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian, diagonal_gaussian
-from vae_lightning.priors import StandardNormal
+from vae_lightning.priors import Prior
 
 
 class VAE(ImageModel):
     """Encoder, decoder, reparameterization and ELBO.
 
-    `backbone` and `likelihood` are specs, `{"_target_": class, argument: value}`: plain values, so that a checkpoint
-    holds all that is needed to rebuild the model. `kl="analytic"` uses the closed form of KL(q ‖ p), `"monte_carlo"`
-    the sampled log q(z|x) − log p(z). Raises ConfigError for a spec that does not fit.
+    `backbone`, `likelihood`, `prior` and `objective` are specs, `{"_target_": class, argument: value}`: plain values, so
+    that a checkpoint holds all that is needed to rebuild the model. `beta` weights the KL in the loss.
+    `data_bias` starts the decoder's output bias at the log odds of the mean training image.
+    Raises ConfigError for a spec that does not fit.
     """
 
     def __init__(
@@ -39,8 +39,10 @@ class VAE(ImageModel):
         latent_dim: PositiveInt = 20,
         backbone: Spec = {"_target_": "vae_lightning.backbones.MLP"},  # noqa: B006 (read, never written)
         likelihood: Spec = {"_target_": "vae_lightning.likelihoods.Bernoulli"},  # noqa: B006
-        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        prior: Spec = {"_target_": "vae_lightning.priors.StandardNormal"},  # noqa: B006
+        objective: Spec = {"_target_": "vae_lightning.objectives.ELBO"},  # noqa: B006
         beta: NonNegative = 1.0,
+        data_bias: bool = False,
         image_shape: Sequence[PositiveInt] = (1, 28, 28),
         learning_rate: Positive = 1e-3,
         weight_decay: NonNegative = 0.0,
@@ -49,8 +51,8 @@ class VAE(ImageModel):
         super().__init__(learning_rate, weight_decay, schedule)
         self.save_hyperparameters(logger=False)
         self.latent_dim = latent_dim
-        self.kl = kl
         self.beta = beta
+        self.data_bias = data_bias
         networks = build(
             backbone,
             Backbone,
@@ -62,7 +64,9 @@ class VAE(ImageModel):
         self.encoder: nn.Module = networks.encoder
         self.decoder: nn.Module = networks.decoder
         self.likelihood = build(likelihood, Likelihood, "model.likelihood")
-        self.prior = StandardNormal(latent_dim)
+        self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
+        self.objective = build(objective, Objective, "model.objective")
+        self.objective.check(self)
         self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -80,27 +84,55 @@ class VAE(ImageModel):
         outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
         return self.likelihood(outputs.unflatten(0, z.shape[:-1]))
 
-    def elbo(self, x: Tensor) -> dict[str, Tensor]:
-        """loss, elbo, reconstruction and kl of each image, `[batch]`, with one sample of z an image."""
+    def elbo(
+        self, x: Tensor, analytic_kl: bool = True, penalty: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """elbo, reconstruction and kl of each image, `[batch]`, with one sample of z an image; and the loss.
+
+        The KL is in closed form where `analytic_kl` and the prior allow it, else log q(z|x) − log p(z) at the sample.
+        `penalty` says what the loss makes of it, `[batch, latent_dim]` or, sampled, `[batch, 1]`; by default the sum.
+        """
         posterior = self.encode(x)
         z = self.reparameterize(posterior)
         likelihood = self.decode(z)
-        if self.kl == "analytic":
-            kl = objectives.kl_divergence(posterior.mean, posterior.log_variance).sum(dim=-1)
+        reconstruction = -likelihood.log_prob(x)
+        if analytic_kl and self.prior.has_analytic_kl:
+            kl = kl_divergence(posterior.mean, posterior.log_variance)
         else:
-            kl = posterior.log_prob(z) - self.prior().log_prob(z)
-        terms = objectives.elbo(reconstruction=-likelihood.log_prob(x), kl=kl, beta=self.beta)
-        return terms | self.likelihood.metrics(likelihood, x)
+            kl = (posterior.log_prob(z) - self.prior(self.encode).log_prob(z)).unsqueeze(-1)
+        rate = kl.sum(dim=-1)
+        return {
+            "loss": reconstruction + (rate if penalty is None else penalty(kl)),
+            "elbo": -(reconstruction + rate),
+            "reconstruction": reconstruction,
+            "kl": rate,
+        } | self.likelihood.metrics(likelihood, x)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) of images `[batch, *image_shape]` and latents `[..., batch, latent_dim]`: `[..., batch]`, in nats."""
+        return self.prior(self.encode).log_prob(z) + self.decode(z).log_prob(x)
 
     def log_weights(self, x: Tensor, k: int) -> Tensor:
         """log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
         posterior = self.encode(x)
         z = self.reparameterize(posterior, samples=k)
-        log_joint = self.prior().log_prob(z) + self.decode(z).log_prob(x)
-        return log_joint - posterior.log_prob(z)
+        return self.log_joint(x, z) - posterior.log_prob(z)
 
     def terms(self, x: Tensor) -> dict[str, Tensor]:
-        return self.elbo(x)
+        """What the objective makes of a batch; in training it is told how far training is, for warm-up."""
+        if not self.training:
+            return self.objective(self, x)
+        return self.objective(self, x, epoch=self.trainer.global_step / self.trainer.num_training_batches)
+
+    def on_fit_start(self) -> None:
+        """Let prior and decoder look at the training images, before the first step of a fresh run."""
+        if self.trainer.global_step:
+            return
+        images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
+        self.prior.initialize(images.to(self.device))
+        if self.data_bias:
+            mean = images.float().mean(dim=0).div(255).clamp(1e-3, 1 - 1e-3)
+            set_output_bias(self.decoder, mean.logit())
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of images `[batch, *image_shape]`, decoded from the posterior mean: the same shape."""
@@ -109,4 +141,4 @@ class VAE(ImageModel):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """n images decoded from the prior, `[n, *image_shape]`: the mean of p(x|z), as pictures usually show."""
-        return self.decode(self.prior().sample((n,))).mean
+        return self.decode(self.prior(self.encode).sample((n,))).mean

@@ -1,0 +1,180 @@
+"""What a trained VAE is worth, measured after training: likelihood, rate and distortion, use of the latents, probes.
+
+Every estimator here is a function of the model and images; `evaluate` puts them into one flat dictionary. All in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_lightning.data import stream_seed
+from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
+from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.vae import VAE
+
+
+@dataclass
+class ImportanceSampling:
+    """Per-image figures `[images]`, in nats, from k samples of the posterior each, and the bound's curve in k."""
+
+    log_likelihood: Tensor  # log (1/k) Σ w, the importance-weighted bound on log p(x)
+    elbo: Tensor  # mean log w
+    reconstruction: Tensor  # −mean log p(x|z)
+    effective_samples: Tensor  # (Σ w)² / Σ w²: between 1 and k
+    curve: dict[int, float]  # for each k: the mean over images of the bound with the first k samples
+
+
+@torch.inference_mode()
+def posteriors(vae: VAE, images: Tensor, batch_size: int = 1_000) -> DiagonalGaussian:
+    """q(z|x) of all `images` `[n, …]`, bytes: its mean and log variance are `[n, latent_dim]`."""
+    parts = [vae.encode(as_pixels(batch, vae)) for batch in images.split(batch_size)]
+    return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.log_variance for q in parts]))
+
+
+@torch.inference_mode()
+def importance_sampling(
+    vae: VAE,
+    images: Tensor,
+    posterior: DiagonalGaussian,
+    samples: int,
+    seed: int = 0,
+    batch_size: int = 100,
+    chunk: int = 20,
+    progress: bool = False,
+) -> ImportanceSampling:
+    """Importance sampling of log p(x) with the posterior as the proposal (Burda et al. 2016, eq. 8).
+
+    Each image is encoded once, before; its noise depends on (seed, image) alone. So neither `batch_size`, the images
+    that are decoded together, nor `chunk`, the samples of each, changes anything but memory and speed.
+    """
+    prior = vae.prior(vae.encode)
+    points = curve_points(samples)
+    parts: list[tuple[Tensor, ...]] = []
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=not progress):
+        index = range(start, min(start + batch_size, len(images)))
+        x = as_pixels(images[start : start + batch_size], vae)
+        mean, stddev = posterior.mean[index.start : index.stop], posterior.stddev[index.start : index.stop]
+        q = DiagonalGaussian(mean, posterior.log_variance[index.start : index.stop])
+        noise = torch.stack(list(image_noise(index, (samples, vae.latent_dim), seed, vae.device)), dim=1)
+        log_weights, log_likelihoods = [], []
+        for epsilon in noise.split(chunk):
+            z = mean + stddev * epsilon  # [chunk, batch, latent_dim]
+            log_likelihood = vae.decode(z).log_prob(x)
+            log_likelihoods.append(log_likelihood)
+            log_weights.append(log_likelihood + prior.log_prob(z) - q.log_prob(z))
+        log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]
+        bounds = torch.logcumsumexp(log_weight.double(), dim=0)
+        parts.append(
+            (
+                importance_weighted_bound(log_weight),
+                log_weight.mean(dim=0),
+                -log_likelihood.mean(dim=0),
+                (2 * log_weight.logsumexp(dim=0) - (2 * log_weight).logsumexp(dim=0)).exp(),
+                torch.stack([bounds[k - 1] - math.log(k) for k in points], dim=-1),
+            )
+        )
+    bound, elbo, reconstruction, effective, curves = (torch.cat(column) for column in zip(*parts, strict=True))
+    curve = dict(zip(points, curves.mean(dim=0).tolist(), strict=True))
+    return ImportanceSampling(bound, elbo, reconstruction, effective, curve)
+
+
+@torch.inference_mode()
+def aggregate_posterior(vae: VAE, posterior: DiagonalGaussian, seed: int = 0) -> tuple[float, float]:
+    """Mutual information I_q(x; z) and KL(q(z) ‖ p(z)), in nats, with q(z) = (1/N) Σ q(z|x) over the N images given.
+
+    Hoffman & Johnson 2016: their sum is the mean KL(q(z|x) ‖ p(z)). One sample z of each image; I_q cannot exceed log N.
+    """
+    generator = torch.Generator(posterior.mean.device).manual_seed(stream_seed(seed, 1))
+    noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
+    z = posterior.mean + posterior.stddev * noise
+    log_conditional = posterior.log_prob(z)
+    log_aggregate = torch.cat([log_mixture(part, posterior) for part in z.split(max(1, 20_000_000 // z.numel()))])
+    log_prior = vae.prior(vae.encode).log_prob(z)
+    return (log_conditional - log_aggregate).mean().item(), (log_aggregate - log_prior).mean().item()
+
+
+def log_mixture(z: Tensor, posterior: DiagonalGaussian) -> Tensor:
+    """log (1/N) Σₙ q(z|xₙ) at z `[m, latent_dim]`: `[m]`."""
+    return posterior.log_prob(z.unsqueeze(1)).logsumexp(dim=1) - math.log(len(posterior.mean))
+
+
+def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """How well digits are read off posterior means: by 5 nearest neighbours, and by a linear classifier."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, y, x_test, y_test = (t.cpu().numpy() for t in (train, train_labels, test, test_labels))
+    neighbours = KNeighborsClassifier(5).fit(x, y).score(x_test, y_test)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)).fit(x, y).score(x_test, y_test)
+    return {"knn_accuracy": float(neighbours), "linear_accuracy": float(linear)}
+
+
+def evaluate(
+    vae: VAE,
+    images: Tensor,
+    samples: int = 5_000,
+    seed: int = 0,
+    batch_size: int = 100,
+    chunk: int = 20,
+    progress: bool = False,
+) -> tuple[dict[str, Any], ImportanceSampling, DiagonalGaussian]:
+    """Everything about `images` that needs no labels: a flat dictionary, and what it was computed from.
+
+    nll and its standard error over images, the smallest and median effective sample size, elbo, reconstruction, kl and
+    kl of each dimension, active units, mutual information and marginal KL.
+    """
+    vae.eval()
+    posterior = posteriors(vae, images)
+    sampled = importance_sampling(vae, images, posterior, samples, seed, batch_size, chunk, progress)
+    information, marginal = aggregate_posterior(vae, posterior, seed)
+    dimension_kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
+    analytic = vae.prior.has_analytic_kl
+    kl = dimension_kl.sum().item() if analytic else (-sampled.elbo - sampled.reconstruction).mean().item()
+    figures = {
+        "nll": -mean(sampled.log_likelihood),
+        "nll_stderr": sampled.log_likelihood.double().std().item() / math.sqrt(len(images)),
+        "elbo": -mean(sampled.reconstruction) - kl,
+        "reconstruction": mean(sampled.reconstruction),
+        "kl": kl,
+        "kl_per_dimension": sorted(dimension_kl.tolist(), reverse=True) if analytic else None,
+        "active_units": int(active_units(posterior.mean)),
+        "mutual_information": information,
+        "marginal_kl": marginal,
+        "effective_samples_median": sampled.effective_samples.median().item(),
+        "effective_samples_min": sampled.effective_samples.min().item(),
+    }
+    return figures, sampled, posterior
+
+
+def mean(values: Tensor) -> float:
+    """The mean over images, summed in float64."""
+    return values.double().mean().item()
+
+
+def as_pixels(images: Tensor, vae: VAE) -> Tensor:
+    """Bytes `[n, …]` as the pixels in [0, 1] that the model takes, on its device."""
+    return images.to(vae.device).float() / 255
+
+
+def image_noise(images: Iterable[int], shape: tuple[int, ...], seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Standard normal noise of `shape` for each image, from a stream of its own."""
+    generator = torch.Generator(device)
+    for image in images:
+        generator.manual_seed(stream_seed(seed, 0, image))
+        yield torch.randn(shape, generator=generator, device=device)
+
+
+def curve_points(samples: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, … up to and with `samples`."""
+    points = [m * 10**e for e in range(9) for m in (1, 2, 5)]
+    return [*(k for k in points if k < samples), samples]
