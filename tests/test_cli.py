@@ -76,6 +76,13 @@ def test_a_directory_that_holds_a_run_is_left_alone(command, tmp_path: Path) -> 
     assert before == after
 
 
+def test_a_refused_command_removes_nothing_of_the_user_s(command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").write_text("mine")
+    assert command("hydra.run.dir=run", "model.latent_dim=0").code == 2
+    assert (tmp_path / "run" / "train.log").read_text() == "mine"
+
+
 def test_the_last_line_is_the_run_directory(command, tmp_path: Path) -> None:
     result = command("model.latent_dim=3", *BRIEF)
     assert result.code == 0

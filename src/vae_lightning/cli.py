@@ -57,7 +57,7 @@ def job(config_name: str) -> Iterator[Path]:
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
     directory = Path(hydra.runtime.output_dir)
-    before = set(directory.iterdir())
+    ours = not any(directory.iterdir())  # made for this job, or as good as
     try:
         if not os.access(directory, os.W_OK):
             raise ConfigError(f"hydra.{'sweep' if sweep else 'run'}.dir={directory}: cannot be written to")
@@ -66,7 +66,7 @@ def job(config_name: str) -> Iterator[Path]:
         line = one_line(error, config_name)
         if sweep:
             log.error("job %s: %s", hydra.job.num, line)
-        if {path.name for path in set(directory.iterdir()) - before} <= {"train.log"}:
+        if ours and {path.name for path in directory.iterdir()} <= {"train.log"}:
             (directory / "train.log").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 directory.rmdir()
