@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vae_lightning.backbones import MLP, Conv
+from vae_lightning.backbones import MLP, Conv, GatedLinear, ResidualBlock, ResidualConv, set_output_bias
 from vae_lightning.config import ConfigError
 from vae_lightning.runs import count_parameters
 
@@ -70,3 +70,49 @@ def test_the_callers_lists_are_left_alone() -> None:
 def test_impossible_convolutions(arguments: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Conv(2, 4, **arguments)
+
+
+def test_gated_layers() -> None:
+    layer = GatedLinear(3, 2)
+    h = torch.randn(5, 3)
+    value, gate = layer.both(h).chunk(2, dim=1)
+    torch.testing.assert_close(layer(h), value * gate.sigmoid())
+    network = MLP(2, 4, hidden=[30, 20], gated=True)
+    assert [type(layer) for layer in network.encoder] == [nn.Flatten, GatedLinear, GatedLinear, nn.Linear]
+    assert network.decoder(torch.randn(3, 2)).shape == (3, 1, 28, 28)
+
+
+def test_batch_norm_in_evaluation_does_not_depend_on_the_batch() -> None:
+    network = MLP(2, 4, hidden=[30], batch_norm=True)
+    x = torch.rand(64, 1, 28, 28)
+    network.encoder(x)  # in training: moves the running statistics
+    network.eval()
+    torch.testing.assert_close(network.encoder(x)[:1], network.encoder(x[:1]))
+    network.train()
+    assert not torch.allclose(network.encoder(x)[:2], network.encoder(x[:2]))
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("channels", [[8], [8, 16], [8, 16, 12]])
+def test_residual_conv(image_shape: tuple[int, ...], channels: list[int]) -> None:
+    network = ResidualConv(5, 10, image_shape, channels=channels, blocks=2)
+    blocks = [module for module in network.modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) == 2 * 2 * len(channels)
+    assert network.encoder(torch.rand(2, *image_shape)).shape == (2, 10)
+    assert network.decoder(torch.randn(2, 5)).shape == (2, *image_shape)
+    h = torch.randn(2, channels[0], 8, 8)
+    torch.testing.assert_close(blocks[0](h), h + blocks[0].residual[-1].bias.reshape(1, -1, 1, 1))
+
+
+def test_residual_conv_needs_sides_that_halve() -> None:
+    with pytest.raises(ConfigError, match="3 halvings do not fit 28×28 pixels"):
+        ResidualConv(5, 10, channels=[4, 4, 4, 4])
+
+
+def test_output_bias() -> None:
+    outputs = torch.randn(1, 28, 28)
+    for network, expected in ((MLP(2, 4), outputs), (ResidualConv(2, 4, channels=[4]), outputs.mean())):
+        for parameter in network.decoder.parameters():
+            nn.init.zeros_(parameter)
+        set_output_bias(network.decoder, outputs)
+        torch.testing.assert_close(network.decoder(torch.randn(1, 2))[0], expected.expand(1, 28, 28))

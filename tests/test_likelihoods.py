@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vae_lightning.likelihoods import Bernoulli, Gaussian
+from vae_lightning.likelihoods import Bernoulli, ContinuousBernoulli, ContinuousBernoulliLogits, Gaussian
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, 0.0, 17.0, 100.0])
@@ -47,3 +47,56 @@ def test_gaussian_of_variance_one_half_is_the_squared_error_plus_a_constant() ->
 def test_log_prob_keeps_leading_axes() -> None:
     for likelihood in (Bernoulli(), Gaussian()):
         assert likelihood(torch.randn(5, 3, 1, 28, 28)).log_prob(torch.rand(3, 1, 28, 28)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("logit", [-30.0, -3.0, -0.201, -0.199, -1e-3, 0.0, 1e-4, 0.05, 0.199, 0.201, 2.0, 30.0])
+def test_continuous_bernoulli_integrates_to_one_and_has_its_mean(logit: float) -> None:
+    grid = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    p = ContinuousBernoulli()(torch.full((1, 1, 1), logit))
+    density = p.log_prob(grid.reshape(-1, 1, 1, 1)).double().exp()
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-5)
+    assert p.mean.item() == pytest.approx(torch.trapezoid(grid * density, grid).item(), abs=1e-5)
+
+
+def test_continuous_bernoulli_agrees_with_torch_s_where_that_is_good() -> None:
+    logits, x = torch.linspace(-6, 6, 41, dtype=torch.float64), torch.rand(41, dtype=torch.float64)
+    theirs = torch.distributions.ContinuousBernoulli(logits=logits, lims=(0.4999, 0.5001))
+    torch.testing.assert_close(ContinuousBernoulliLogits(logits).log_prob(x), theirs.log_prob(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("logit", [-100.0, -17.0, -1e-6, 0.0, 0.2, 17.0, 100.0])
+def test_continuous_bernoulli_is_finite_and_so_are_its_gradients(logit: float) -> None:
+    logits = torch.full((2, 1, 2, 2), logit, requires_grad=True)
+    log_prob = ContinuousBernoulli()(logits).log_prob(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 2, 2))
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert logits.grad is not None
+    # d/dl log p(x) = x − E[x]
+    mean = ContinuousBernoulliLogits(torch.tensor(logit, dtype=torch.float64)).mean.item()
+    assert logits.grad[:, 0, 0, 0].tolist() == pytest.approx([-mean, 1 - mean], abs=1e-5)
+
+
+def test_learnt_scale_goes_to_the_root_mean_squared_error() -> None:
+    likelihood = Gaussian(scale=1.0, learn_scale=True, mean="identity")
+    outputs, x = torch.zeros(50, 1, 8, 8), 0.3 * torch.randn(50, 1, 8, 8)
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-likelihood(outputs).log_prob(x).mean()).backward()
+        optimizer.step()
+    assert likelihood.scale.item() == pytest.approx(x.square().mean().sqrt().item(), rel=0.01)
+
+
+def test_learnt_scale_stays_above_its_floor_on_images_that_fit_exactly() -> None:
+    likelihood = Gaussian(learn_scale=True, mean="identity")
+    likelihood.log_scale.data.fill_(-50.0)
+    exact = torch.zeros(1, 1, 8, 8)
+    loss = -likelihood(exact).log_prob(exact).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert likelihood.scale.item() == pytest.approx(math.exp(-6))
+
+
+def test_a_fixed_scale_is_not_learnt() -> None:
+    assert not [p for p in Gaussian().parameters() if p.requires_grad]
+    assert Gaussian(scale=0.3).scale.item() == pytest.approx(0.3)

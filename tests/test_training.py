@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BRIEF
+from conftest import BRIEF, DATA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.callbacks import TrainingError
+from vae_lightning.data import load_images
 from vae_lightning.training import train
 from vae_lightning.vae import VAE
 
@@ -85,6 +86,59 @@ def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path
     assert metrics["test/loss"] == pytest.approx(float(rows[0]["val/loss"]), rel=0.05)
     assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 0
     assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_health_is_logged_each_epoch_and_a_collapse_is_said_once(config, tmp_path: Path, caplog) -> None:
+    overrides = ["trainer.max_epochs=2", "model.beta=1e4", "model.latent_dim=3", "trainer.limit_train_batches=200"]
+    train(config(*overrides, "data.val_size=1000", "trainer.limit_test_batches=1"), tmp_path / "collapsed")
+    with (tmp_path / "collapsed" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["health/active_units"]) for row in rows] == [0, 0]
+    assert sum("The posterior has collapsed" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    train(config(*overrides[2:], "trainer.max_epochs=1", "data.val_size=1000"), tmp_path / "alive")
+    with (tmp_path / "alive" / "history.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["health/active_units"]) == 3
+    assert 0 < float(row["health/kl_min"]) <= float(row["health/kl_max"])
+    assert "health/kl_max" in events(tmp_path / "alive").Tags()["scalars"]
+    assert not [record for record in caplog.records if "collapsed" in record.message]
+
+
+def test_warm_up_follows_the_epochs(config, tmp_path: Path) -> None:
+    overrides = ["model.objective.warmup_epochs=4", "trainer.max_epochs=2", *QUICK]
+    train(config(*overrides), tmp_path / "run")
+    with (tmp_path / "run" / "history.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    for row, (least, most) in zip(rows, ((0.0, 0.25), (0.25, 0.5)), strict=True):
+        weight = (row["train/loss"] - row["train/reconstruction"]) / row["train/kl"]
+        assert least <= weight <= most
+        assert row["val/loss"] == pytest.approx(row["val/reconstruction"] + row["val/kl"], rel=1e-5)
+
+
+def test_the_decoder_starts_at_the_data_s_log_odds_where_asked(config, tmp_path: Path) -> None:
+    first = [
+        train(config(f"model.data_bias={asked}", *BRIEF), tmp_path / asked)["test/loss"] for asked in ("false", "true")
+    ]
+    assert first[1] < 0.7 * first[0]
+
+
+def test_vamp_starts_at_training_images(config, tmp_path: Path) -> None:
+    train(config("model/prior=vamp", "model.prior.pseudo_inputs=5", *BRIEF), tmp_path / "run")
+    inputs = weights(tmp_path / "run")["prior.pseudo_inputs"]
+    (images, _), _ = load_images("MNIST", DATA)
+    nearest = [(images.float() / 255 - u).abs().amax(dim=(1, 2, 3)).min().item() for u in inputs]
+    assert max(nearest) < 0.01  # two steps of Adam away
+
+
+def test_averaged_weights(config, tmp_path: Path) -> None:
+    metrics = train(config("trainer=ema", *QUICK, "trainer.max_epochs=1"), tmp_path / "run")
+    assert metrics["steps"] == 5
+    plain, averaged = (
+        torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)[key]
+        for key in ("current_model_state", "state_dict")
+    )
+    assert not torch.equal(plain["decoder.0.weight"], averaged["decoder.0.weight"])
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

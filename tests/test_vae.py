@@ -81,19 +81,6 @@ def test_loss_of_an_image_does_not_depend_on_its_batch(mnist: Tensor, monkeypatc
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-3)
 
 
-def test_analytic_and_monte_carlo_kl_agree_in_expectation(mnist: Tensor) -> None:
-    analytic, sampled = VAE(5, SMALL, kl="analytic"), VAE(5, SMALL, kl="monte_carlo")
-    sampled.load_state_dict(analytic.state_dict())
-    analytic.encoder = sampled.encoder = Halves(5)
-    x = mnist[:1].expand(100_000, -1, -1, -1)
-    with torch.no_grad():
-        exact = analytic.elbo(x[:1])["kl"].item()
-        estimates = torch.cat([sampled.elbo(batch)["kl"] for batch in x.split(10_000)])
-    error = estimates.std().item() / math.sqrt(len(estimates))
-    assert exact == pytest.approx(5 * 0.5 * (0.25 + 0.64 - 1 - 2 * math.log(0.8)), rel=1e-3)  # the bound
-    assert abs(estimates.mean().item() - exact) < 4 * error
-
-
 def test_mean_log_weight_is_the_elbo_and_more_samples_raise_the_bound(mnist: Tensor) -> None:
     vae = VAE(5, SMALL)
     vae.encoder = Halves(5)
@@ -117,17 +104,17 @@ def test_nll_is_exact_where_x_does_not_depend_on_z(mnist: Tensor) -> None:
 
 
 def test_beta_weights_the_kl_in_the_loss_alone(mnist: Tensor) -> None:
-    terms = VAE(5, SMALL, beta=4.0).elbo(mnist[:8])
+    terms = VAE(5, SMALL, beta=4.0).eval().terms(mnist[:8])
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 4 * terms["kl"])
     torch.testing.assert_close(terms["elbo"], -terms["reconstruction"] - terms["kl"])
 
 
 def test_black_white_and_extreme_images_have_finite_losses_and_gradients() -> None:
-    for likelihood in ({"_target_": "vae_lightning.likelihoods.Bernoulli"}, GAUSSIAN):
-        vae = VAE(3, SMALL, likelihood)
+    for name in ("Bernoulli", "ContinuousBernoulli", "Gaussian"):
+        vae = VAE(3, SMALL, {"_target_": f"vae_lightning.likelihoods.{name}"})
         x = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
         vae.elbo(x)["loss"].mean().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters() if p.requires_grad)
 
 
 def test_gaussian_adds_the_squared_error(mnist: Tensor) -> None:
@@ -147,7 +134,7 @@ def test_hyperparameters_rebuild_the_model() -> None:
     vae = VAE(3, SMALL, GAUSSIAN, beta=2.0)
     again = VAE(**vae.hparams)
     again.load_state_dict(vae.state_dict())
-    assert (again.latent_dim, again.beta, again.likelihood.scale) == (3, 2.0, 0.5**0.5)
+    assert (again.latent_dim, again.beta, again.likelihood.scale.item()) == (3, 2.0, pytest.approx(0.5**0.5))
 
 
 def test_a_wrong_backbone_is_named() -> None:

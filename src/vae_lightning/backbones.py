@@ -61,11 +61,10 @@ class MLP(Backbone):
     ) -> None:
         super().__init__()
         pixels = math.prod(image_shape)
-        style = {"activation": activation, "gated": gated, "batch_norm": batch_norm}
-        self.encoder = nn.Sequential(nn.Flatten(), *linear_layers([pixels, *hidden, encoder_outputs], **style))
-        self.decoder = nn.Sequential(
-            *linear_layers([latent_dim, *reversed(hidden), pixels], **style), nn.Unflatten(1, tuple(image_shape))
-        )
+        encoder = linear_layers([pixels, *hidden, encoder_outputs], activation, gated, batch_norm)
+        decoder = linear_layers([latent_dim, *reversed(hidden), pixels], activation, gated, batch_norm)
+        self.encoder = nn.Sequential(nn.Flatten(), *encoder)
+        self.decoder = nn.Sequential(*decoder, nn.Unflatten(1, tuple(image_shape)))
 
 
 class Conv(Backbone):
@@ -168,14 +167,12 @@ class ResidualConv(Backbone):
             up += [ResidualBlock(ins) for _ in range(blocks)]
             if len(up) < 2 + len(channels) * (blocks + 1) - 1:
                 up.append(nn.ConvTranspose2d(ins, outs, 3, stride=2, padding=1, output_padding=1))
-        self.encoder = nn.Sequential(
-            *down, nn.ELU(), nn.Flatten(), nn.Linear(math.prod(small), encoder_outputs)
-        )
+        self.encoder = nn.Sequential(*down, nn.ELU(), nn.Flatten(), nn.Linear(math.prod(small), encoder_outputs))
         self.decoder = nn.Sequential(*up, nn.ELU(), nn.Conv2d(channels[0], image_channels, 3, padding=1))
 
 
 class ResidualBlock(nn.Module):
-    """h + conv(ELU(conv(ELU(h)))), the same shape; the last convolution starts at zero, so the block as the identity."""
+    """h + conv(ELU(conv(ELU(h)))), the same shape. The last convolution starts at zero: the block, as identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -201,7 +198,7 @@ class GatedLinear(nn.Module):
 def linear_layers(
     widths: Sequence[int], activation: Activation, gated: bool = False, batch_norm: bool = False
 ) -> list[nn.Module]:
-    """Linear layers from `widths[0]` to `widths[-1]`: hidden ones normalized or gated where asked, the last one plain."""
+    """Linear layers from `widths[0]` to `widths[-1]`: hidden ones normalized or gated as asked, the last plain."""
     layers: list[nn.Module] = []
     for ins, outs in pairwise(widths[:-1]):
         layers.append(GatedLinear(ins, outs) if gated else nn.Linear(ins, outs))
@@ -209,7 +206,7 @@ def linear_layers(
             layers.append(nn.BatchNorm1d(outs))
         if not gated:
             layers.append(activation_layer(activation))
-    return [*layers, nn.Linear(*widths[-2:])]
+    return [*layers, nn.Linear(widths[-2], widths[-1])]
 
 
 def set_output_bias(decoder: nn.Module, outputs: Tensor) -> None:
@@ -217,6 +214,5 @@ def set_output_bias(decoder: nn.Module, outputs: Tensor) -> None:
 
     A linear layer has a bias a pixel; a convolution one a channel, which takes the mean over its pixels.
     """
-    last = [module for module in decoder.modules() if getattr(module, "bias", None) is not None][-1]
-    bias = outputs.flatten() if last.bias.numel() == outputs.numel() else outputs.mean(dim=(-2, -1))
-    last.bias.data.copy_(bias)
+    bias = [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")][-1]
+    bias.data.copy_(outputs.flatten() if bias.numel() == outputs.numel() else outputs.mean(dim=(-2, -1)))

@@ -76,6 +76,23 @@ def job(config_name: str) -> Iterator[Path]:
         raise SystemExit(2) from None
 
 
+def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
+    """The overrides of this command composed with conf/<config_name>.yaml: no run directory, no logging.
+
+    `--help` prints the documentation and stops. Raises what `one_line_errors` turns into a line.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(documentation)
+        raise SystemExit
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(config_name, sys.argv[1:])
+    missing = [str(key) for key in OmegaConf.missing_keys(config)]
+    if missing:
+        raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
+    return plain(config)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """A composed configuration, interpolations resolved, as dictionaries, lists, numbers and strings."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

@@ -6,17 +6,21 @@ Every estimator here is a function of the model and images; `evaluate` puts them
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vae_lightning.data import stream_seed
+from vae_lightning import figures
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, build, check_arguments
+from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.runs import load_config, load_run, run_directory, write_json
 from vae_lightning.vae import VAE
 
 
@@ -90,7 +94,7 @@ def importance_sampling(
 def aggregate_posterior(vae: VAE, posterior: DiagonalGaussian, seed: int = 0) -> tuple[float, float]:
     """Mutual information I_q(x; z) and KL(q(z) ‖ p(z)), in nats, with q(z) = (1/N) Σ q(z|x) over the N images given.
 
-    Hoffman & Johnson 2016: their sum is the mean KL(q(z|x) ‖ p(z)). One sample z of each image; I_q cannot exceed log N.
+    Hoffman & Johnson 2016: their sum is the mean KL(q(z|x) ‖ p(z)). One sample z of each image; I_q stays below log N.
     """
     generator = torch.Generator(posterior.mean.device).manual_seed(stream_seed(seed, 1))
     noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
@@ -154,6 +158,84 @@ def evaluate(
         "effective_samples_min": sampled.effective_samples.min().item(),
     }
     return figures, sampled, posterior
+
+
+@dataclass
+class Options:
+    """What conf/evaluate.yaml composes."""
+
+    run: str
+    split: Literal["test", "val"]
+    samples: PositiveInt
+    seed: NonNegativeInt
+    batch_size: PositiveInt
+    chunk: PositiveInt
+    probes: bool
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+
+def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate a run directory: print a table, write evaluation.json and figures/nll_curve.png, return the numbers.
+
+    Raises UserError for options, a run or data that do not fit.
+    """
+    check_arguments(Options, options, "")
+    o = Options(**options)
+    config = load_config(o.run)
+    data = build(config["data"], MNISTDataModule, "data", seed=config["seed"])
+    if o.split == "val" and not data.val_size:
+        raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
+    vae = load_run(o.run)
+    if not isinstance(vae, VAE):
+        raise ConfigError(f"run={o.run}: holds a {type(vae).__name__}, which has no likelihood to measure")
+    if o.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
+    vae.to("cuda" if o.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    data.setup()
+    images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
+
+    started = time.monotonic()
+    results, sampled, posterior = evaluate(vae, images, o.samples, o.seed, o.batch_size, o.chunk, progress=True)
+    if o.probes:
+        train = posteriors(vae, data.train_images)
+        results |= probe_accuracy(train.mean, data.train_labels, posterior.mean, labels)
+    cross_entropy = data.pixels == "grey" and vae.likelihood.binary
+    directory = run_directory(o.run)
+    content = {f"{o.split}/{key}": value for key, value in results.items()} | {
+        f"{o.split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
+        "samples": o.samples,
+        "pixels": data.pixels,
+        "data": data.name,
+        "seed": o.seed,
+        "seconds": round(time.monotonic() - started, 3),
+        "remark": CROSS_ENTROPY if cross_entropy else "",
+    }
+    write_json(directory / "evaluation.json", content)
+    (directory / "figures").mkdir(exist_ok=True)
+    unit = "cross-entropy" if cross_entropy else "−log p(x)"
+    figures.save(figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels"), directory / "figures/nll_curve.png")
+    print(table(results, o, data.pixels, cross_entropy))
+    return content
+
+
+CROSS_ENTROPY = (
+    "grey pixels with a Bernoulli likelihood: nll, elbo and reconstruction are cross-entropies, not likelihoods; they "
+    "compare with tutorials, not with log likelihoods"
+)
+
+
+def table(results: dict[str, Any], o: Options, pixels: str, cross_entropy: bool) -> str:
+    """The results as lines of text, with the protocol in the heading."""
+    lines = [f"{o.split} set, {pixels} pixels, {o.samples} samples" + (f"; {CROSS_ENTROPY}" if cross_entropy else "")]
+    for name, value in results.items():
+        if isinstance(value, float):
+            label = f"{name} (cross-entropy)" if cross_entropy and name in ("nll", "elbo", "reconstruction") else name
+            lines.append(f"  {label:28} {value:10.4f}")
+        elif isinstance(value, int):
+            lines.append(f"  {name:28} {value:10d}")
+        elif value is not None:
+            lines.append(f"  {name:28} {' '.join(f'{v:.2f}' for v in value[:12])}{' …' if len(value) > 12 else ''}")
+    return "\n".join(lines)
 
 
 def mean(values: Tensor) -> float:

@@ -87,6 +87,16 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
     return figure
 
 
+def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
+    """The importance-weighted bound against the number of samples k; `curve` has the bound, in nats, for each k."""
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(curve), [-bound for bound in curve.values()], marker="o", color=COLOURS[0])
+    axes.set(xscale="log", xlabel="importance samples k", ylabel="nats per image", title=quantity)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save(picture: Tensor | Figure, path: Path) -> None:
     """Write a grid or a figure to `path` as PNG."""
     if isinstance(picture, Figure):

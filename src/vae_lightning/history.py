@@ -42,7 +42,9 @@ class History(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add to the running epoch's row. The training means come last, and complete it."""
-        self.row |= {key: value for key, value in metrics.items() if key.startswith(("train/", "val/", "health/", "lr-"))}
+        self.row |= {
+            key: value for key, value in metrics.items() if key.startswith(("train/", "val/", "health/", "lr-"))
+        }
         if any(key.startswith("train/") for key in metrics):
             seconds = round(time.monotonic() - self.started, 3)
             terms = dict(sorted(self.row.items(), key=lambda item: not item[0].startswith("train/")))  # train first

@@ -1,8 +1,8 @@
 """What is minimised: pure functions on tensors, and the objectives that are made of them.
 
-An objective is called with the model and a batch of images, and returns per-image terms `[batch]` in nats: `loss`, which
-is minimised, and `elbo`, always the lower bound on log p(x) with β = 1. To add one, write a class with a `__call__`, and
-a YAML file in conf/model/objective/ that names it.
+An objective is called with the model and a batch of images, and returns per-image terms `[batch]` in nats: `loss`,
+which is minimised, and `elbo`, always the lower bound on log p(x) with β = 1. To add one, write a class with a
+`__call__`, and a YAML file in conf/model/objective/ that names it.
 """
 
 from __future__ import annotations

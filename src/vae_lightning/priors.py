@@ -1,8 +1,8 @@
 """p(z): priors over latents. A module each, so that their tensors follow the model to its device.
 
-A prior is called with the model's `encode`, which VampPrior is made of, and returns a `torch.distributions` object whose
-`log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a class with a `forward`, and a YAML file in
-conf/model/prior/ that names it.
+A prior is called with the model's `encode`, which VampPrior is made of, and returns a `torch.distributions` object
+whose `log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a class with a `forward`, and a YAML
+file in conf/model/prior/ that names it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class StandardNormal(Prior):
 class VampPrior(Prior):
     """The mixture of posteriors (1/K) Σₖ q(z|uₖ) at K learnt pseudo-inputs uₖ (Tomczak & Welling 2018, eq. 9).
 
-    `start` says where the pseudo-inputs begin: at K training images drawn at random, or at their mean with a little noise.
-    They are kept in [0, 1] by clamping, as pixels are.
+    `start` says where the pseudo-inputs begin: at K training images drawn at random, or at their mean with a little
+    noise. They are kept in [0, 1] by clamping, as pixels are.
     """
 
     def __init__(

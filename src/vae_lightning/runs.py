@@ -88,19 +88,36 @@ def load_run(path: str | Path) -> ImageModel:
     Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only.
     Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
     """
-    path = Path(path)
-    checkpoint = path if path.suffix == ".ckpt" else path / "checkpoints" / "best.ckpt"
-    config_file = checkpoint.parent.parent / "config.yaml"
+    directory = run_directory(path)
+    checkpoint = Path(path) if Path(path).suffix == ".ckpt" else directory / "checkpoints" / "best.ckpt"
+    config = load_config(path)
     try:
-        config = yaml.safe_load(config_file.read_text())
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: no whole run is there ({' '.join(str(error).split())})") from error
+    except OSError as error:
+        raise RunError(f"{checkpoint}: no whole run is there ({error.strerror})") from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise RunError(f"{checkpoint}: damaged, or holds more than weights; it was not loaded") from error
     model = build(config["model"], ImageModel, "model")
     model.load_state_dict(state["state_dict"])
     return model.eval()
+
+
+def run_directory(path: str | Path) -> Path:
+    """The run directory that `path` is, or that a checkpoint at `path` belongs to."""
+    path = Path(path)
+    return path.parent.parent if path.suffix == ".ckpt" else path
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The configuration of the run at `path`. Raises RunError where there is none."""
+    file = run_directory(path) / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: no whole run is there ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise RunError(f"{file}: is not the configuration of a run")
+    return config
 
 
 def _version(package: str) -> str | None:

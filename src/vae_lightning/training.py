@@ -136,7 +136,9 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
     try:
         # The guard comes first, so that nothing else acts on a loss that is not finite.
-        return Trainer(**options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory)
+        return Trainer(
+            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory
+        )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 

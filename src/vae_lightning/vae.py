@@ -28,8 +28,8 @@ from vae_lightning.priors import Prior
 class VAE(ImageModel):
     """Encoder, decoder, reparameterization and ELBO.
 
-    `backbone`, `likelihood`, `prior` and `objective` are specs, `{"_target_": class, argument: value}`: plain values, so
-    that a checkpoint holds all that is needed to rebuild the model. `beta` weights the KL in the loss.
+    `backbone`, `likelihood`, `prior` and `objective` are specs, `{"_target_": class, argument: value}`: plain values,
+    so that a checkpoint holds all that is needed to rebuild the model. `beta` weights the KL in the loss.
     `data_bias` starts the decoder's output bias at the log odds of the mean training image.
     Raises ConfigError for a spec that does not fit.
     """
@@ -109,7 +109,7 @@ class VAE(ImageModel):
         } | self.likelihood.metrics(likelihood, x)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x, z) of images `[batch, *image_shape]` and latents `[..., batch, latent_dim]`: `[..., batch]`, in nats."""
+        """log p(x, z) of images `[batch, *image_shape]` and latents `[..., batch, latent_dim]`: `[..., batch]`."""
         return self.prior(self.encode).log_prob(z) + self.decode(z).log_prob(x)
 
     def log_weights(self, x: Tensor, k: int) -> Tensor:

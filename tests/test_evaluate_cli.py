@@ -1,0 +1,91 @@
+"""`python evaluate.py …`, as a user types it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BRIEF, ROOT, Finished
+
+from vae_lightning.evaluation import evaluate_run
+from vae_lightning.training import train
+
+QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False, "accelerator": "cpu"}
+
+
+@pytest.fixture
+def evaluate_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*words: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def run_directory(config, tmp_path: Path) -> Path:
+    train(config("model.latent_dim=2", "model.backbone.hidden=[16]", "data.val_size=500", *BRIEF), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_directory: Path) -> None:
+    result = evaluate_py(f"run={run_directory}", "samples=3", "split=val", "batch_size=250", "chunk=2")
+    assert result.code == 0, result.err
+    content = json.loads((run_directory / "evaluation.json").read_text())
+    wanted = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "active_units", "mutual_information", "marginal_kl",
+              "effective_samples_median", "knn_accuracy", "linear_accuracy", "kl_per_dimension", "nll_curve")  # fmt: skip
+    assert {f"val/{name}" for name in wanted} <= set(content)
+    assert (content["samples"], content["pixels"], content["data"]) == (3, "grey", "MNIST")
+    assert len(content["val/kl_per_dimension"]) == 2
+    assert content["val/nll"] <= -content["val/elbo"] + 3 * content["val/nll_stderr"]
+    assert (run_directory / "figures" / "nll_curve.png").exists()
+    assert "val set, grey pixels, 3 samples" in result.out
+    assert "nll (cross-entropy)" in result.out
+    assert "not likelihoods" in content["remark"]
+    assert f"{content['val/nll']:.4f}" in result.out
+
+
+def test_a_likelihood_proper_needs_no_remark(config, tmp_path: Path) -> None:
+    overrides = ["data.pixels=dynamic", "model.backbone.hidden=[16]", "data.val_size=200", *BRIEF]
+    train(config(*overrides), tmp_path / "run")
+    content = evaluate_run({"run": str(tmp_path / "run"), **QUICK, "split": "val"})
+    assert (content["pixels"], content["remark"]) == ("dynamic", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "run: missing; say run=…"),
+        (["run=nowhere"], "nowhere: no whole run is there"),
+        (["run=nowhere", "smaples=3"], "smaples=3: no such key; did you mean samples?"),
+        (["run=nowhere", "samples=0"], "samples=0: should be greater than or equal to 1."),
+        (["run=nowhere", "split=tset"], "split=tset: should be 'test' or 'val'; did you mean test?"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(evaluate_py, words: list[str], line: str) -> None:
+    result = evaluate_py(*words)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1
+    assert line in result.err
+
+
+def test_runs_that_have_no_such_numbers(config, tmp_path: Path) -> None:
+    train(config("model=autoencoder", "data.val_size=0", *BRIEF), tmp_path / "run")
+    with pytest.raises(Exception, match="holds a Autoencoder, which has no likelihood"):
+        evaluate_run({"run": str(tmp_path / "run"), **QUICK})
+    with pytest.raises(Exception, match=r"split=val: this run held no images out"):
+        evaluate_run({"run": str(tmp_path / "run"), **QUICK, "split": "val"})
+
+
+def test_help(evaluate_py) -> None:
+    result = evaluate_py("--help")
+    assert result.code == 0
+    assert "python evaluate.py run=" in result.out

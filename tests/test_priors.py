@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from linear import SHAPE, linear_vae
+
+from vae_lightning.objectives import kl_divergence
+from vae_lightning.priors import StandardNormal, VampPrior
+
+VAMP = {"_target_": "vae_lightning.priors.VampPrior", "pseudo_inputs": 7}
+
+
+def density_over_the_plane(prior) -> float:
+    axis = torch.linspace(-8, 8, 801)
+    plane = torch.cartesian_prod(axis, axis)
+    return prior.log_prob(plane).exp().sum().item() * (16 / 800) ** 2
+
+
+def test_priors_are_normalized() -> None:
+    vae = linear_vae(prior=VAMP)
+    with torch.no_grad():
+        assert density_over_the_plane(StandardNormal(2)(vae.encode)) == pytest.approx(1, abs=1e-3)
+        assert density_over_the_plane(vae.prior(vae.encode)) == pytest.approx(1, abs=1e-3)
+
+
+def test_vamp_is_the_mean_of_its_posteriors() -> None:
+    vae, z = linear_vae(prior=VAMP), torch.randn(5, 3, 2)
+    q = vae.encode(vae.prior.pseudo_inputs)
+    each = torch.stack(
+        [torch.distributions.Normal(m, s).log_prob(z).sum(-1) for m, s in zip(q.mean, q.stddev, strict=True)]
+    )
+    expected = each.logsumexp(0) - math.log(7)
+    found = vae.prior(vae.encode).log_prob(z)
+    assert found.shape == (5, 3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_vamp_starts_at_training_images_or_at_their_mean() -> None:
+    images = torch.randint(256, (50, *SHAPE), dtype=torch.uint8)
+    prior = VampPrior(2, SHAPE, pseudo_inputs=9)
+    prior.initialize(images)
+    rows = {tuple((image.flatten().float() / 255).tolist()) for image in images}
+    assert all(tuple(u.flatten().tolist()) in rows for u in prior.pseudo_inputs)
+    prior = VampPrior(2, SHAPE, pseudo_inputs=9, start="mean")
+    prior.initialize(images)
+    torch.testing.assert_close(prior.pseudo_inputs.mean(0), images.float().mean(0) / 255, atol=0.02, rtol=0)
+    assert prior.pseudo_inputs.requires_grad
+
+
+def test_the_model_samples_from_its_prior() -> None:
+    vae = linear_vae(prior=VAMP)
+    vae.prior.initialize(torch.full((1, *SHAPE), 255, dtype=torch.uint8))  # all components at one place
+    q = vae.encode(torch.ones(1, *SHAPE))
+    z = vae.prior(vae.encode).sample((20_000,))
+    torch.testing.assert_close(z.mean(0), q.mean[0], atol=0.03, rtol=0)
+    assert vae.sample(3).shape == (3, *SHAPE)
+
+
+def test_sampled_kl_agrees_with_the_closed_form_and_is_not_negative() -> None:
+    x = torch.rand(1, *SHAPE).expand(100_000, *SHAPE)
+    for options in ({}, {"prior": VAMP}):
+        vae = linear_vae(**options)
+        with torch.no_grad():
+            sampled = vae.elbo(x, analytic_kl=False)["kl"]
+            closed = vae.elbo(x[:1])["kl"].item()
+            exact = kl_divergence(vae.encode(x[:1]).mean, vae.encode(x[:1]).log_variance).sum().item()
+        error = sampled.std().item() / math.sqrt(len(x))
+        assert sampled.mean().item() > -4 * error
+        if not options:
+            assert closed == pytest.approx(exact)
+            assert abs(sampled.mean().item() - exact) < 4 * error
