@@ -78,9 +78,8 @@ def show_pictures() -> str:
             copy = Path("images") / f"{experiment}_{picture}.png"
             (ROOT / "docs" / copy).parent.mkdir(exist_ok=True)
             with Image.open(source) as image:
-                image.convert("RGB").quantize(32).resize((width, image.height * width // image.width)).save(
-                    ROOT / "docs" / copy, optimize=True
-                )
+                small = image.convert("RGB").resize((width, image.height * width // image.width))
+                small.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs" / copy, optimize=True)
             lines.append(f"\n{title} (`experiment={experiment}`):\n\n![{title}]({copy})\n")
     return "".join(lines)
 
