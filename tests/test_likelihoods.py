@@ -30,7 +30,7 @@ def test_bernoulli_sums_to_one_over_all_binary_images() -> None:
 @pytest.mark.parametrize("scale", [0.5**0.5, 0.1, 2.0])
 def test_gaussian_integrates_to_one(scale: float) -> None:
     grid = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
-    p = Gaussian(scale, "identity")(torch.zeros(1, 1, 1, dtype=torch.float64))
+    p = Gaussian(scale, mean="identity")(torch.zeros(1, 1, 1, dtype=torch.float64))
     density = p.log_prob(grid.reshape(-1, 1, 1, 1)).exp()
     assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-6)
 

@@ -175,10 +175,10 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
 ) -> None:
     elbo, calls = VAE.elbo, 0
 
-    def fails(self: VAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def fails(self: VAE, x: torch.Tensor, **options) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += self.training
-        terms = elbo(self, x)
+        terms = elbo(self, x, **options)
         return terms | {name: terms[name] * math.nan for name in (broken, "loss")} if calls == 8 else terms
 
     monkeypatch.setattr(VAE, "elbo", fails)
@@ -198,7 +198,9 @@ def test_a_loss_that_overflows_stops_the_run(config, tmp_path: Path) -> None:
 def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elbo = VAE.elbo
     monkeypatch.setattr(
-        VAE, "elbo", lambda self, x: elbo(self, x) | ({} if self.training else {"loss": x.sum((1, 2, 3)) * math.inf})
+        VAE,
+        "elbo",
+        lambda self, x, **how: elbo(self, x, **how) | ({} if self.training else {"loss": x.sum((1, 2, 3)) * math.inf}),
     )
     with pytest.raises(TrainingError, match="val/loss became NaN or infinite after step 2"):
         train(config(*BRIEF), tmp_path / "run")

@@ -42,10 +42,13 @@ def did_you_mean(given: object, allowed: Iterable[object]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
+def check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], path: str, given: Iterable[str] = ()
+) -> None:
     """Hold `arguments` against the signature and type hints of `function`.
 
-    `path` is where they stand in the configuration (`"model.backbone"`), and starts the message.
+    `path` is where they stand in the configuration (`"model.backbone"`), and starts the message; `given` are the names
+    that the caller passes beside them.
     Raises ConfigError at the first unknown key, missing key, wrong type or value out of range.
     """
     parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
@@ -64,7 +67,7 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
             _check_value(hints[name], value, key)
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if needed and name not in arguments:
+        if needed and name not in {*arguments, *given}:
             raise ConfigError(f"{f'{path}.{name}'.lstrip('.')}: missing, and it has no default")
 
 
@@ -77,9 +80,9 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
     if "_target_" not in spec:
         raise ConfigError(f"{path}._target_: missing; it names the class to build, a {kind.__name__}")
     target = _locate(spec["_target_"], kind, f"{path}._target_")
-    arguments = {**{key: value for key, value in spec.items() if key != "_target_"}, **given}
-    check_arguments(target, arguments, path)
-    return target(**arguments)
+    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    check_arguments(target, arguments, path, given)
+    return target(**{**arguments, **given})
 
 
 def _locate(name: object, kind: type[T], key: str) -> type[T]:

@@ -70,7 +70,7 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
 
     `elbo` gets one only where it is more than the loss with its sign turned.
     """
-    terms = list(dict.fromkeys(key.split("/")[1] for key in history[0] if "/" in key))
+    terms = list(dict.fromkeys(key.split("/")[1] for key in history[0] if key.startswith(("train/", "val/"))))
     if "elbo" in terms and all(row["train/elbo"] == -row["train/loss"] for row in history):  # type: ignore[operator]
         terms.remove("elbo")
     figure = Figure(figsize=(3.6 * len(terms), 3.2), layout="constrained")
