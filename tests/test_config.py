@@ -60,6 +60,17 @@ def test_build_refuses_what_is_not_of_its_kind(target: str, words: str) -> None:
     assert f"model.backbone._target_={target}" in str(error.value)
 
 
+class Picky(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        raise ValueError("p has to be\n  between 0 and 1")
+
+
+def test_what_a_class_has_to_say_of_its_arguments_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.backbone: p has to be between 0 and 1$"):
+        build({"_target_": f"{__name__}.Picky", "p": 2.0}, nn.Module, "model.backbone")
+
+
 def test_build_needs_a_target() -> None:
     with pytest.raises(UserError, match=r"model\._target_: missing"):
         build({"latent_dim": 2}, nn.Module, "model")

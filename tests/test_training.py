@@ -10,6 +10,7 @@ from conftest import BRIEF, DATA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.callbacks import TrainingError
+from vae_lightning.config import ConfigError
 from vae_lightning.data import load_images
 from vae_lightning.training import train
 from vae_lightning.vae import VAE
@@ -73,7 +74,7 @@ def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
 
 def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path) -> None:
     # A learning rate that explodes after the first epoch: the best checkpoint is that epoch's, and the test uses it.
-    schedule = "+model.schedule={_target_: torch.optim.lr_scheduler.MultiStepLR, milestones: [1], gamma: 1e6}"
+    schedule = "model.schedule={_target_: torch.optim.lr_scheduler.MultiStepLR, milestones: [1], gamma: 1e6}"
     directory = tmp_path / "run"
     metrics = train(
         config("trainer.max_epochs=2", "trainer.limit_train_batches=20", "model.backbone.hidden=[32]", schedule),
@@ -167,6 +168,60 @@ def test_lightning_s_trainer_takes_its_options(config, tmp_path: Path) -> None:
     assert (metrics["steps"], metrics["checkpoint"]) == (7, "last")
     assert not (tmp_path / "steps" / "checkpoints").exists()
     train(config("trainer.fast_dev_run=true"), tmp_path / "dev")
+
+
+def checkpoint(directory: Path, name: str) -> dict:
+    return torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_last_is_the_last_state_however_validation_is_set(config, tmp_path: Path) -> None:
+    for i, words in enumerate(["trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=0.4"]):
+        metrics = train(config("trainer.max_epochs=3", words, *QUICK), tmp_path / str(i))
+        assert metrics["steps"] == 15
+        assert checkpoint(tmp_path / str(i), "last")["global_step"] == 15
+        assert (tmp_path / str(i) / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("words", ["trainer.check_val_every_n_epoch=9", "trainer.max_epochs=0"])
+def test_a_run_too_short_for_a_validation_is_saved(words: str, config, tmp_path: Path) -> None:
+    train(config("trainer.max_epochs=1", *QUICK, words), tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_clipping_works_with_mixed_precision(config, tmp_path: Path) -> None:
+    overrides = ["trainer.gradient_clip_val=1e-6", "trainer.precision=bf16-mixed", *BRIEF]
+    assert train(config(*overrides), tmp_path / "clipped")["steps"] == 2
+
+
+def test_overfit_batches_are_the_same_each_epoch(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = [], VAE.training_step
+
+    def noted(self: VAE, batch, i: int) -> torch.Tensor:
+        seen.append(batch[1].tolist())
+        return step(self, batch, i)
+
+    monkeypatch.setattr(VAE, "training_step", noted)
+    train(config("trainer.max_epochs=3", "trainer.overfit_batches=1"), tmp_path / "run")
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_no_test_is_fine(config, tmp_path: Path) -> None:
+    metrics = train(config(*BRIEF, "trainer.limit_test_batches=0"), tmp_path / "run")
+    assert "test/loss" not in metrics
+    assert (tmp_path / "run" / "figures" / "loss_curves.png").exists()
+
+
+def test_weights_that_break_in_the_last_step_stop_the_run(config, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the weights .* became NaN or infinite by step 1|test/.* became NaN"):
+        train(config("trainer.limit_train_batches=1", "data.val_size=0", "model.learning_rate=3e38"), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_images_of_another_shape_than_the_model_s(config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.image_shape=\[3, 32, 32\]: the images are \[1, 28, 28\]"):
+        train(config("model.image_shape=[3,32,32]", *BRIEF), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("broken", ["kl", "reconstruction"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vae_lightning.backbones import Backbone
-from vae_lightning.config import NonNegative, Positive, PositiveInt, Spec, build
+from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.model import ImageModel
 
 
@@ -25,7 +24,7 @@ class Autoencoder(ImageModel):
         latent_dim: PositiveInt = 20,
         backbone: Spec = {"_target_": "vae_lightning.backbones.MLP"},  # noqa: B006 (read, never written)
         output: Literal["sigmoid", "tanh"] = "sigmoid",
-        image_shape: Sequence[PositiveInt] = (1, 28, 28),
+        image_shape: ImageShape = (1, 28, 28),
         learning_rate: Positive = 1e-3,
         weight_decay: NonNegative = 0.0,
         schedule: Spec | None = None,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 
 from vae_lightning import figures
@@ -39,6 +40,13 @@ class NonFiniteGuard(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._check(trainer, module, "train")
+        # The loss of a step is that of the weights before it: the last step's update shows in the weights alone.
+        for name, parameter in module.named_parameters():
+            if not parameter.isfinite().all():
+                self._stop(trainer, f"the weights {name} became NaN or infinite by step {trainer.global_step}")
+
+    def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "test")
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._check(trainer, module, "val")
@@ -50,11 +58,14 @@ class NonFiniteGuard(Callback):
             return
         term, update = found
         step = trainer.current_epoch * int(trainer.num_training_batches) + update + 1
+        where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
+        self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
+
+    def _stop(self, trainer: Trainer, what: str) -> NoReturn:
         checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")  # of the first one, last.ckpt
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
         raise TrainingError(
-            f"{split}/{term} became NaN or infinite {where} (epoch {trainer.current_epoch + 1}); {kept}. "
+            f"{what} (epoch {trainer.current_epoch + 1}); {kept}. "
             "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
         )
 
@@ -106,7 +117,7 @@ class Figures(Callback):
         directory: Path,
         every: NonNegativeInt = 5,
         pairs: PositiveInt = 8,
-        samples: Sequence[PositiveInt] = (8, 8),
+        samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8),
         points: Sequence[Sequence[float]] = (),
     ) -> None:
         self.directory = directory

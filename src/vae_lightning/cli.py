@@ -44,6 +44,12 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     except MENDABLE as error:
         print(one_line(error, config_name), file=sys.stderr)
         raise SystemExit(2) from None
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # model=null: Hydra has no class of its own for it
+            raise
+        groups = [word for word in sys.argv[1:] if word.endswith("=null")]
+        print(f"{groups[-1] if groups else error}: a group needs one of its choices", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+ImageShape = Annotated[Sequence[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
 
 
@@ -82,7 +83,10 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
     target = _locate(spec["_target_"], kind, f"{path}._target_")
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     check_arguments(target, arguments, path, given)
-    return target(**{**arguments, **given})
+    try:
+        return target(**{**arguments, **given})
+    except ValueError as error:  # what the class itself has to say of its arguments
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _locate(name: object, kind: type[T], key: str) -> type[T]:

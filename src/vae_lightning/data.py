@@ -93,8 +93,9 @@ class MNISTDataModule(LightningDataModule):
         self.ready = True
 
     def train_dataloader(self) -> DeviceBatches:
-        draw = self.pixels == "dynamic"
-        return self._batches(self.train_images, self.train_labels, shuffle_seed=self.seed, draw=draw)
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's: the same batches each epoch
+        shuffle_seed = None if overfit else self.seed
+        return self._batches(self.train_images, self.train_labels, shuffle_seed, draw=self.pixels == "dynamic")
 
     def val_dataloader(self) -> DeviceBatches | list[DeviceBatches]:
         return self._batches(self.val_images, self.val_labels) if self.val_size else []
@@ -139,7 +140,8 @@ class DeviceBatches:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+        if shuffle_seed is not None:
+            self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import logging
 import sys
 import time
 import warnings
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from vae_lightning import figures
 from vae_lightning.callbacks import Figures, Health, NonFiniteGuard
-from vae_lightning.config import ConfigError, Spec, build, check_arguments, did_you_mean
+from vae_lightning.config import ConfigError, NonNegative, PositiveInt, Spec, build, check_arguments, did_you_mean
 from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.history import History, format_terms
 from vae_lightning.model import ImageModel
@@ -35,7 +35,7 @@ OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `tr
 # Every other argument of Lightning's Trainer, with Lightning's default: conf/trainer/default.yaml builds on these, so
 # that `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` does not.
 TRAINER_DEFAULTS = {
-    name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items() if name not in OURS
+    name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
 
@@ -46,7 +46,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 class Config:
     """What conf/train.yaml composes: plain dictionaries, lists, numbers and strings."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     seed: Seed
     model: Spec
     data: Spec
@@ -70,10 +70,15 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     data.setup()  # now, so that a wrong file or split is found before anything is written
     model = build(c.model, ImageModel, "model")
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
+    shape = list(data.train_images.shape[1:])
+    if list(model.hparams["image_shape"]) != shape:
+        raise ConfigError(f"model.image_shape={list(model.hparams['image_shape'])}: the images are {shape}")
     pictures = make_figures(c.figures, directory, model)
     history = History(directory / "history.csv", c.trainer["max_epochs"])
     board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
-    last = ModelCheckpoint(directory / "checkpoints", filename="last", enable_version_counter=False)
+    last = ModelCheckpoint(
+        directory / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
     best = ModelCheckpoint(
         directory / "checkpoints",
         filename="best",
@@ -93,6 +98,9 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     started = time.monotonic()
     trainer.fit(model, data)
     seconds = time.monotonic() - started
+    for callback in trainer.checkpoint_callbacks:  # a run too short for an epoch or a validation is saved all the same
+        if callback in (last, best) and not callback.best_model_path:
+            trainer.save_checkpoint(directory / "checkpoints" / f"{callback.filename}.ckpt")
     chosen = best.best_model_path if validates else ""
     trainer.test(model, data, ckpt_path=chosen or None, weights_only=True, verbose=False)
 
@@ -110,10 +118,12 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         "parameters": count_parameters(model),
     }
     if trainer.is_global_zero:
-        log.info("test: %s", format_terms({key.partition("/")[2]: value for key, value in metrics.items()}))
+        if metrics:
+            log.info("test: %s", format_terms({key.partition("/")[2]: value for key, value in metrics.items()}))
         if history.rows:  # none in Lightning's fast_dev_run
             board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
             board.finalize("success")
+            (directory / "figures").mkdir(exist_ok=True)
             figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")
         write_json(directory / "metrics.json", results)
     return results
@@ -122,8 +132,9 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
 def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
     """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
     options = dict(options)
-    own = options.pop("callbacks", [])
+    own = options.pop("callbacks", None) or []
     check_arguments(Trainer, options, "trainer")
+    check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
     check_accelerator(options["accelerator"])
     if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
         options["enable_progress_bar"] = sys.stderr.isatty()
@@ -141,6 +152,14 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def trainer_limits(
+    accumulate_grad_batches: PositiveInt,
+    gradient_clip_val: NonNegative | None,
+    check_val_every_n_epoch: PositiveInt | None,
+) -> None:
+    """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
 
 
 def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) -> Figures:
@@ -204,3 +223,4 @@ def share_log() -> None:
         logger.filters.clear()
         logger.addFilter(lambda record: "Tip:" not in record.msg and "already configured" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on the newest torch
+    warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")  # nothing here is logged by the step

@@ -10,14 +10,14 @@ each on top of it (objectives.py, evaluation.py). All numbers are in nats per im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.backbones import Backbone, set_output_bias
-from vae_lightning.config import NonNegative, Positive, PositiveInt, Spec, build
+from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.likelihoods import Likelihood
 from vae_lightning.model import ImageModel
 from vae_lightning.objectives import Objective, kl_divergence
@@ -43,7 +43,7 @@ class VAE(ImageModel):
         objective: Spec = {"_target_": "vae_lightning.objectives.ELBO"},  # noqa: B006
         beta: NonNegative = 1.0,
         data_bias: bool = False,
-        image_shape: Sequence[PositiveInt] = (1, 28, 28),
+        image_shape: ImageShape = (1, 28, 28),
         learning_rate: Positive = 1e-3,
         weight_decay: NonNegative = 0.0,
         schedule: Spec | None = None,
