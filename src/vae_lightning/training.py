@@ -71,8 +71,9 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     model = build(c.model, ImageModel, "model")
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
     shape = list(data.train_images.shape[1:])
-    if list(model.hparams["image_shape"]) != shape:
-        raise ConfigError(f"model.image_shape={list(model.hparams['image_shape'])}: the images are {shape}")
+    expected = list(model.hparams.get("image_shape", shape))
+    if expected != shape:
+        raise ConfigError(f"model.image_shape={expected}: the images are {shape}")
     pictures = make_figures(c.figures, directory, model)
     history = History(directory / "history.csv", c.trainer["max_epochs"])
     board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
