@@ -1,4 +1,4 @@
-"""What happens during training, beside the optimization: the guard against NaN, the latents' health, pictures."""
+"""What happens during training, beside the optimization: the guard against NaN, health, and pictures."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ class NonFiniteGuard(Callback):
 class Health(Callback):
     """Active units and the largest and smallest KL of a dimension, each epoch; one warning if the posterior collapsed.
 
-    The KL is from N(0, I), in nats, whatever the prior. Measured on up to 2,000 held-out (else training) images, so that it costs about a hundredth of an epoch; evaluate.py
-    counts active units over the whole test set. Active: Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
+    The KL is from N(0, I), in nats, whatever the prior. Measured on up to 2,000 held-out (else training) images, so that
+    it costs about a hundredth of an epoch; evaluate.py counts active units over the whole test set. Active:
+    Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
     """
 
     IMAGES = 2_000
