@@ -73,7 +73,7 @@ class NonFiniteGuard(Callback):
 class Health(Callback):
     """Active units and the largest and smallest KL of a dimension, each epoch; one warning if the posterior collapsed.
 
-    The KL is from N(0, I), in nats, whatever the prior. Measured on up to 2,000 held-out (else training) images, so that
+    The KL is from N(0, I), in nats, whatever the prior. Measured on up to 2,000 held-out (or training) images, so that
     it costs about a hundredth of an epoch; evaluate.py counts active units over the whole test set. Active:
     Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
     """
