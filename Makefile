@@ -41,7 +41,7 @@ lint: $(STAMP)  ## ruff: style and format
 types: $(STAMP)  ## mypy, strict
 	@$(BIN)/mypy
 
-reproduce: $(STAMP)  ## train every published system and write docs/results.md (about 25 minutes on two cores)
+reproduce: $(STAMP)  ## train every published system and write docs/results.md (about 20 minutes on two cores)
 	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 benchmark: $(STAMP)  ## seconds an epoch beside a plain PyTorch loop, in turn

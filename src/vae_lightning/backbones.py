@@ -149,24 +149,24 @@ class ResidualConv(Backbone):
         blocks: PositiveInt = 2,
     ) -> None:
         super().__init__()
-        image_channels, height, width = image_shape
+        image_channels, height, breadth = image_shape
         shrink = 2 ** (len(channels) - 1)
-        if height % shrink or width % shrink:
+        if height % shrink or breadth % shrink:
             raise ConfigError(
                 f"model.backbone.channels={list(channels)}: {len(channels) - 1} halvings do not fit "
-                f"{height}×{width} pixels"
+                f"{height}×{breadth} pixels"
             )
-        small = (channels[-1], height // shrink, width // shrink)
+        small = (channels[-1], height // shrink, breadth // shrink)
         down: list[nn.Module] = [nn.Conv2d(image_channels, channels[0], 3, padding=1)]
         up: list[nn.Module] = [nn.Linear(latent_dim, math.prod(small)), nn.Unflatten(1, small)]
-        for ins, outs in pairwise([channels[0], *channels]):
-            if len(down) > 1:
-                down.append(nn.Conv2d(ins, outs, 3, stride=2, padding=1))
-            down += [ResidualBlock(outs) for _ in range(blocks)]
-        for ins, outs in pairwise([*reversed(channels), channels[0]]):
-            up += [ResidualBlock(ins) for _ in range(blocks)]
-            if len(up) < 2 + len(channels) * (blocks + 1) - 1:
-                up.append(nn.ConvTranspose2d(ins, outs, 3, stride=2, padding=1, output_padding=1))
+        for resolution, width in enumerate(channels):
+            if resolution:
+                down.append(nn.Conv2d(channels[resolution - 1], width, 3, stride=2, padding=1))
+            down += [ResidualBlock(width) for _ in range(blocks)]
+        for resolution, width in reversed(list(enumerate(channels))):
+            up += [ResidualBlock(width) for _ in range(blocks)]
+            if resolution:
+                up.append(nn.ConvTranspose2d(width, channels[resolution - 1], 3, 2, padding=1, output_padding=1))
         self.encoder = nn.Sequential(*down, nn.ELU(), nn.Flatten(), nn.Linear(math.prod(small), encoder_outputs))
         self.decoder = nn.Sequential(*up, nn.ELU(), nn.Conv2d(channels[0], image_channels, 3, padding=1))
 
