@@ -108,7 +108,8 @@ def test_a_file_gets_one_line_an_epoch_and_the_summary(command) -> None:
     assert "[1, 64, 7, 7]" in result.out  # a layer's output shape
     assert "Total params" in result.out
     assert "\r" not in result.out + result.err
-    assert "test: loss" in result.out
+    assert "test, grey pixels: loss" in result.out
+    assert "cross-entropies, not likelihoods" in result.out
 
 
 def test_multirun_leaves_a_whole_run_directory_a_job(command, tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA
+from conftest import BRIEF, DATA, ROOT
+from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.callbacks import TrainingError
 from vae_lightning.config import ConfigError
-from vae_lightning.data import load_images
+from vae_lightning.data import MNISTDataModule, load_images
+from vae_lightning.objectives import kl_divergence
+from vae_lightning.runs import load_run
 from vae_lightning.training import train
 from vae_lightning.vae import VAE
 
@@ -49,6 +55,7 @@ def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
     assert {key: metrics[key] for key in ("pixels", "data", "epochs", "latent_dim", "seed", "checkpoint")} == {
         "pixels": "grey", "data": "MNIST", "epochs": 2, "latent_dim": 2, "seed": 0, "checkpoint": "best",
     }  # fmt: skip
+    assert "cross-entropies, not likelihoods" in metrics["remark"]
     environment = json.loads((directory / "environment.json").read_text())
     assert environment["parameters"] == environment["encoder_parameters"] + environment["decoder_parameters"]
     assert torch.__version__.startswith(environment["versions"]["torch"])
@@ -260,6 +267,34 @@ def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, mon
     with pytest.raises(TrainingError, match="val/loss became NaN or infinite after step 2"):
         train(config(*BRIEF), tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """The means over images, of sets that do not divide evenly, do not depend on how many devices shared the work."""
+    words = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.limit_train_batches=2"]
+    words += ["trainer.max_epochs=1", "data.batch_size=98", "data.val_size=501", "model.backbone.hidden=[16]"]
+    command = [sys.executable, ROOT / "train.py", *words, f"data.root={DATA}", f"hydra.run.dir={tmp_path / 'run'}"]
+    finished = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert finished.returncode == 0, finished.stderr.decode()
+    with (tmp_path / "run" / "history.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    vae = load_run(tmp_path / "run")
+    (train_images, _), (test_images, _) = load_images("MNIST", DATA)
+    for images, measured in ((train_images[-501:], float(row["val/kl"])), (test_images, metrics["test/kl"])):
+        posterior = vae.encode(images.float() / 255)
+        kl = kl_divergence(posterior.mean, posterior.log_variance).sum(dim=-1).mean().item()
+        assert measured == pytest.approx(kl, rel=1e-5)
+
+
+def test_a_checkpoint_is_not_used_under_another_protocol(config, tmp_path: Path) -> None:
+    train(config(*BRIEF, "data.pixels=dynamic"), tmp_path / "run")
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=2
+    )
+    for use in (trainer.fit, trainer.test):
+        with pytest.raises(ConfigError, match=r"data.pixels=grey: the checkpoint is of data.pixels=dynamic"):
+            use(VAE(), MNISTDataModule(root=str(DATA)), ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
 def test_small_autoencoder_keeps_its_pace(config, tmp_path: Path) -> None:

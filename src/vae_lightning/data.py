@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import URLError
 
 import numpy as np
@@ -91,6 +91,20 @@ class MNISTDataModule(LightningDataModule):
         self.test_images = evaluation_pixels(test, self.pixels)
         self.train_labels, self.val_labels, self.test_labels = train_labels[:split], train_labels[split:], test_labels
         self.ready = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of the numbers in it: they are about these pixels of this data set."""
+        return {"name": self.name, "pixels": self.pixels}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ConfigError where a checkpoint is to be trained on, or tested, under another protocol than its own."""
+        for key, own in self.state_dict().items():
+            theirs = state_dict.get(key, own)
+            if theirs != own:
+                raise ConfigError(
+                    f"data.{key}={own}: the checkpoint is of data.{key}={theirs}, and numbers under the two cannot be "
+                    f"compared. Allowed: {theirs}"
+                )
 
     def train_dataloader(self) -> DeviceBatches:
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's: the same batches each epoch

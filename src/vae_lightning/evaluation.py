@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, build, check_arguments
 from vae_lightning.data import MNISTDataModule, stream_seed
+from vae_lightning.likelihoods import remark
 from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian
 from vae_lightning.runs import load_config, load_run, run_directory, write_json
@@ -199,7 +200,7 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     if o.probes:
         train = posteriors(vae, data.train_images)
         results |= probe_accuracy(train.mean, data.train_labels, posterior.mean, labels)
-    cross_entropy = data.pixels == "grey" and vae.likelihood.binary
+    caution = remark(vae.likelihood, data.pixels)
     directory = run_directory(o.run)
     content = {f"{o.split}/{key}": value for key, value in results.items()} | {
         f"{o.split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
@@ -208,28 +209,22 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         "data": data.name,
         "seed": o.seed,
         "seconds": round(time.monotonic() - started, 3),
-        "remark": CROSS_ENTROPY if cross_entropy else "",
+        "remark": caution,
     }
     write_json(directory / "evaluation.json", content)
     (directory / "figures").mkdir(exist_ok=True)
-    unit = "cross-entropy" if cross_entropy else "−log p(x)"
+    unit = "cross-entropy" if caution else "−log p(x)"
     figures.save(figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels"), directory / "figures/nll_curve.png")
-    print(table(results, o, data.pixels, cross_entropy))
+    print(table(results, o, data.pixels, caution))
     return content
 
 
-CROSS_ENTROPY = (
-    "grey pixels with a Bernoulli likelihood: nll, elbo and reconstruction are cross-entropies, not likelihoods; they "
-    "compare with tutorials, not with log likelihoods"
-)
-
-
-def table(results: dict[str, Any], o: Options, pixels: str, cross_entropy: bool) -> str:
+def table(results: dict[str, Any], o: Options, pixels: str, caution: str) -> str:
     """The results as lines of text, with the protocol in the heading."""
-    lines = [f"{o.split} set, {pixels} pixels, {o.samples} samples" + (f"; {CROSS_ENTROPY}" if cross_entropy else "")]
+    lines = [f"{o.split} set, {pixels} pixels, {o.samples} samples" + (f"; {caution}" if caution else "")]
     for name, value in results.items():
         if isinstance(value, float):
-            label = f"{name} (cross-entropy)" if cross_entropy and name in ("nll", "elbo", "reconstruction") else name
+            label = f"{name} (cross-entropy)" if caution and name in ("nll", "elbo", "reconstruction") else name
             lines.append(f"  {label:28} {value:10.4f}")
         elif isinstance(value, int):
             lines.append(f"  {name:28} {value:10d}")

@@ -17,6 +17,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from vae_lightning.config import Positive
 
 IMAGE_DIMS = 3  # channels, height, width: the dimensions that one log_prob sums over
+CROSS_ENTROPY = (
+    "grey pixels with a Bernoulli likelihood: loss, nll, elbo and reconstruction are cross-entropies, not likelihoods; "
+    "they compare with tutorials, not with log likelihoods"
+)
 LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which would else shrink without end on images that fit exactly
 
 
@@ -34,6 +38,11 @@ class Likelihood(nn.Module):
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
         """Further per-image figures `[...]` that this likelihood is usually judged by."""
         return {}
+
+
+def remark(likelihood: Likelihood, pixels: str) -> str:
+    """What must be said of numbers under this likelihood and pixel protocol; nothing, where they are what they seem."""
+    return CROSS_ENTROPY if likelihood.binary and pixels == "grey" else ""
 
 
 class Bernoulli(Likelihood):

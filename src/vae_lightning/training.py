@@ -26,8 +26,10 @@ from vae_lightning.callbacks import Figures, Health, NonFiniteGuard
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt, Spec, build, check_arguments, did_you_mean
 from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.history import History, format_terms
+from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import count_parameters, describe_environment, start_run, write_json
+from vae_lightning.vae import VAE
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         "name": c.name,
         "data": data.name,
         "pixels": data.pixels,
+        "remark": remark(model.likelihood, data.pixels) if isinstance(model, VAE) else "",
         "checkpoint": "best" if chosen else "last",
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -120,7 +123,10 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     }
     if trainer.is_global_zero:
         if metrics:
-            log.info("test: %s", format_terms({key.partition("/")[2]: value for key, value in metrics.items()}))
+            terms = format_terms({key.partition("/")[2]: value for key, value in metrics.items()})
+            log.info("test, %s pixels: %s", data.pixels, terms)
+            if results["remark"]:
+                log.info("remark: %s", results["remark"])
         if history.rows:  # none in Lightning's fast_dev_run
             board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
             board.finalize("success")
