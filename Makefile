@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types reproduce benchmark tensorboard clean
+.PHONY: help setup train test lint types reproduce published benchmark tensorboard clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ types: $(STAMP)  ## mypy, strict
 
 reproduce: $(STAMP)  ## train every published system and write docs/results.md (about 20 minutes on two cores)
 	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
+
+published: $(STAMP)  ## train the systems of papers that print likelihoods: docs/published.md (hours on two cores)
+	@$(BIN)/python benchmarks/published.py $(ARGS)
 
 benchmark: $(STAMP)  ## seconds an epoch beside a plain PyTorch loop, in turn
 	@$(BIN)/python benchmarks/speed.py $(ARGS)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -53,16 +54,27 @@ PICTURES = [
 ]
 
 
-def trained(experiment: str, overrides: list[str]) -> dict[str, float | str]:
+def trained(name: str, words: list[str]) -> dict[str, Any]:
     """metrics.json and environment.json of a finished run, trained now if it is not there."""
-    directory = RUNS / experiment
+    directory = RUNS / name
     if not (directory / "metrics.json").exists():
         shutil.rmtree(directory, ignore_errors=True)  # a run that was interrupted
-        command = [sys.executable, "train.py", f"experiment={experiment}", f"hydra.run.dir={directory}", *overrides]
+        command = [sys.executable, "train.py", *words, f"hydra.run.dir={directory}"]
         subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((directory / "environment.json").read_text()) | json.loads(
         (directory / "metrics.json").read_text()
     )
+
+
+def machine(run: dict[str, Any]) -> str:
+    return f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}"
+
+
+def write_between(path: Path, start: str, end: str, lines: list[str]) -> None:
+    """Put `lines` into a file, between two marks."""
+    head, _, rest = path.read_text().partition(start)
+    _, _, tail = rest.partition(end)
+    path.write_text("\n".join([head + start, *lines, end]) + tail)
 
 
 def shown(value: float, tolerance: float) -> str:
@@ -96,12 +108,12 @@ def main() -> int:
     for experiment, metric, expected, tolerance in EXPECTED:
         if experiment not in names:
             continue
-        run = trained(experiment, overrides)
+        run = trained(experiment, [f"experiment={experiment}", *overrides])
         obtained = float(run[metric])
         within = abs(obtained - expected) <= tolerance
         missed += not within
         band = f" ± {tolerance}" if tolerance else ""
-        devices.add(f"{run['device']}, torch {run['versions']['torch']}")  # type: ignore[index]
+        devices.add(machine(run))
         lines.append(
             f"| `python train.py experiment={experiment}` | {metric} | {shown(expected, tolerance)}{band} "
             f"| {shown(obtained, tolerance)} | {'yes' if within else '**no**'} | {run['epochs']} "
@@ -118,10 +130,7 @@ Seconds are of training, on a shared machine: {"; ".join(sorted(devices))}.
 
 """
     (ROOT / "docs" / "results.md").write_text(text + "\n".join(lines) + "\n" + show_pictures())
-    readme = (ROOT / "README.md").read_text()
-    head, _, rest = readme.partition(START)
-    _, _, tail = rest.partition(END)
-    (ROOT / "README.md").write_text("\n".join([head + START, *lines, END]) + tail)
+    write_between(ROOT / "README.md", START, END, lines)
     print("\n".join(lines))
     return 1 if missed else 0
 
