@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from vae_lightning.backbones import Backbone
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
-from vae_lightning.model import ImageModel
+from vae_lightning.model import Array, ImageModel
 
 
 class Autoencoder(ImageModel):
@@ -29,7 +28,7 @@ class Autoencoder(ImageModel):
         weight_decay: NonNegative = 0.0,
         schedule: Spec | None = None,
     ) -> None:
-        super().__init__(learning_rate, weight_decay, schedule)
+        super().__init__(image_shape, learning_rate, weight_decay, schedule)
         self.save_hyperparameters(logger=False)
         self.latent_dim = latent_dim
         self.output = output
@@ -43,15 +42,16 @@ class Autoencoder(ImageModel):
         )
         self.encoder: nn.Module = networks.encoder
         self.decoder: nn.Module = networks.decoder
-        self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1]."""
-        return self.encoder(self._scaled(x))
+    def encode(self, x: Array) -> Tensor:
+        """Codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1], or what `images` makes them of."""
+        return self.encoder(self._scaled(self.images(x)))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images `[batch, *image_shape]` of codes, in the output's own range."""
-        outputs = self.decoder(z).float()
+    def decode(self, z: Array) -> Tensor:
+        """Images `[..., *image_shape]` of codes `[..., latent_dim]`, in the output's own range."""
+        z = self.latents(z)
+        outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
+        outputs = outputs.reshape(*z.shape[:-1], *outputs.shape[1:])
         return outputs.sigmoid() if self.output == "sigmoid" else outputs.tanh()
 
     def terms(self, x: Tensor) -> dict[str, Tensor]:
@@ -59,9 +59,11 @@ class Autoencoder(ImageModel):
         error = (self.decode(self.encode(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstructions in [0, 1], `[batch, *image_shape]`."""
-        decoded = self.decode(self.encode(x))
+    def codes(self, x: Array) -> Tensor:
+        return self.encode(x)
+
+    def pictures(self, z: Array) -> Tensor:
+        decoded = self.decode(z)
         return decoded if self.output == "sigmoid" else (decoded + 1) / 2
 
     def _scaled(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Health(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         images = (data.val_images if data.val_size else data.train_images)[: self.IMAGES]
         module.eval()
-        posterior = module.encode(images.to(module.device).float() / 255)
+        posterior = module.encode(images)
         module.train()
         active = active_units(posterior.mean)
         kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
@@ -156,27 +156,20 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         was_training = module.training
         module.eval()
-        x = images[: self.pairs].to(module.device).float() / 255
+        x = module.images(images[: self.pairs])
         pictures: dict[str, Tensor | Figure] = {
             "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x))
         }
         if isinstance(module, VAE):
-            pictures |= self._draw_latents(module, images, labels)
-        module.train(was_training)
-        return pictures
-
-    def _draw_latents(self, vae: VAE, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
-        def decode(z: Tensor) -> Tensor:
-            return vae.decode(z.to(vae.device)).mean
-
-        rows, columns = self.samples
-        z = torch.randn(rows * columns, vae.latent_dim, generator=torch.Generator().manual_seed(0))
-        pictures: dict[str, Tensor | Figure] = {"samples": figures.image_grid(decode(z), columns)}
+            rows, columns = self.samples
+            z = torch.randn(rows * columns, module.latent_dim, generator=torch.Generator().manual_seed(0))
+            pictures["samples"] = figures.image_grid(module.pictures(z), columns)
         if self.points:
-            pictures["points"] = figures.image_grid(decode(torch.tensor(self.points)), len(self.points))
-        if vae.latent_dim == 2:
-            some = (batch.to(vae.device).float() / 255 for batch in images[:10_000].split(1_000))
-            means = torch.cat([vae.encode(x).mean for x in some])
-            pictures["manifold"] = figures.manifold_grid(decode)
-            pictures["scatter"] = figures.latent_scatter(means, labels[:10_000].to(means.device))
+            pictures["points"] = figures.image_grid(module.pictures(self.points), len(self.points))
+        if module.latent_dim == 2:
+            codes = module.all_codes(images[:10_000])
+            pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000].to(codes.device))
+            if isinstance(module, VAE):
+                pictures["manifold"] = figures.manifold_grid(module.pictures)
+        module.train(was_training)
         return pictures

@@ -39,7 +39,7 @@ class ImportanceSampling:
 @torch.inference_mode()
 def posteriors(vae: VAE, images: Tensor, batch_size: int = 1_000) -> DiagonalGaussian:
     """q(z|x) of all `images` `[n, …]`, bytes: its mean and log variance are `[n, latent_dim]`."""
-    parts = [vae.encode(as_pixels(batch, vae)) for batch in images.split(batch_size)]
+    parts = [vae.encode(batch) for batch in images.split(batch_size)]
     return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.log_variance for q in parts]))
 
 
@@ -65,7 +65,7 @@ def importance_sampling(
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=not progress):
         index = range(start, min(start + batch_size, len(images)))
-        x = as_pixels(images[start : start + batch_size], vae)
+        x = vae.images(images[start : start + batch_size])
         mean, stddev = posterior.mean[index.start : index.stop], posterior.stddev[index.start : index.stop]
         q = DiagonalGaussian(mean, posterior.log_variance[index.start : index.stop])
         noise = torch.stack(list(image_noise(index, (samples, vae.latent_dim), seed, vae.device)), dim=1)
@@ -236,11 +236,6 @@ def table(results: dict[str, Any], o: Options, pixels: str, caution: str) -> str
 def mean(values: Tensor) -> float:
     """The mean over images, summed in float64."""
     return values.double().mean().item()
-
-
-def as_pixels(images: Tensor, vae: VAE) -> Tensor:
-    """Bytes `[n, …]` as the pixels in [0, 1] that the model takes, on its device."""
-    return images.to(vae.device).float() / 255
 
 
 def image_noise(images: Iterable[int], shape: tuple[int, ...], seed: int, device: torch.device) -> Iterator[Tensor]:

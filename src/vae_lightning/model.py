@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vae_lightning.config import NonNegative, Positive, Spec, build
+from vae_lightning.config import ImageShape, NonNegative, Positive, Spec, UserError, build
+from vae_lightning.latents import arc, line
 from vae_lightning.metrics import EpochMeans
 
+Array = Tensor | ArrayLike  # what torch.as_tensor takes
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
+
+
+class ShapeError(UserError):
+    """Images or latents that the model cannot take."""
 
 
 class ImageModel(LightningModule):
@@ -23,11 +30,19 @@ class ImageModel(LightningModule):
 
     encoder: nn.Module
     decoder: nn.Module
+    latent_dim: int
+    config: dict[str, Any]  # of the run that it was loaded from
 
     def __init__(
-        self, learning_rate: Positive = 1e-3, weight_decay: NonNegative = 0.0, schedule: Spec | None = None
+        self,
+        image_shape: ImageShape,
+        learning_rate: Positive = 1e-3,
+        weight_decay: NonNegative = 0.0,
+        schedule: Spec | None = None,
     ) -> None:
         super().__init__()
+        self.image_shape = tuple(image_shape)
+        self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.schedule = schedule
@@ -38,10 +53,61 @@ class ImageModel(LightningModule):
         """Per-image figures `[batch]` by name; `"loss"` is minimised, all are logged."""
         raise NotImplementedError
 
+    def images(self, x: Array) -> Tensor:
+        """What a person calls images as the batch that the model takes: `[batch, *image_shape]` in [0, 1].
+
+        Bytes or floats, a tensor, array or list on any device, one image or many, with or without a channel axis of 1.
+        Raises ShapeError for another shape, and for floats that are no pixels.
+        """
+        x = torch.as_tensor(x)
+        if self._trainer is not None and x.shape[1:] == self.image_shape and x.is_floating_point():
+            return x  # a batch in training: nothing to do, and nothing to wait for
+        shapes = [self.image_shape, *([self.image_shape[1:]] if self.image_shape[0] == 1 else [])]
+        if not any(x.shape[-len(s) :] == s and x.ndim <= len(s) + 1 for s in shapes):
+            raise ShapeError(f"images of shape {tuple(x.shape)}: the model takes {self.image_shape} or a batch of it")
+        x = x.to(self.device).reshape(-1, *self.image_shape)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        if not ((x >= 0) & (x <= 1)).all():
+            raise ShapeError(f"pixels between {x.min():g} and {x.max():g}: floats are in [0, 1], bytes (uint8) to 255")
+        return x
+
+    def latents(self, z: Array) -> Tensor:
+        """Latents `[..., latent_dim]`, given as a tensor, array or list, on the model's device. Raises ShapeError."""
+        z = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+        if z.shape[-1:] != (self.latent_dim,):
+            raise ShapeError(f"latents of shape {tuple(z.shape)}: the model has latent_dim={self.latent_dim}")
+        return z
+
+    def codes(self, x: Array) -> Tensor:
+        """Where images lie in latent space, `[batch, latent_dim]`: of a VAE, the posterior means."""
+        raise NotImplementedError
+
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Images `[batch, *image_shape]` in [0, 1], through the model and back: the same shape."""
+    def all_codes(self, images: Tensor) -> Tensor:
+        """`codes` of many images `[n, *image_shape]`, a thousand at a time: `[n, latent_dim]`."""
+        return torch.cat([self.codes(self.images(batch)) for batch in images.split(1_000)])
+
+    def pictures(self, z: Array) -> Tensor:
+        """Latents `[..., latent_dim]` as images to show, `[..., *image_shape]` in [0, 1]: of a VAE, p(x|z)'s mean."""
+        raise NotImplementedError
+
+    def forward(self, x: Array) -> Tensor:
+        """Images through the model and back, `[batch, *image_shape]` in [0, 1]."""
+        return self.pictures(self.codes(x))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Array) -> Tensor:
+        """Images through the model and back, `[batch, *image_shape]` in [0, 1], without gradients."""
         return self(x)
+
+    @torch.no_grad()
+    def interpolate(self, start: Array, end: Array, steps: int = 10, spherical: bool = False) -> Tensor:
+        """From image `start` to image `end`, decoded on the way, `[steps, batch, *image_shape]`.
+
+        On the straight line between their codes, or along the arc that `latents.arc` describes.
+        """
+        path = arc if spherical else line
+        return self.pictures(path(self.codes(start), self.codes(end), steps))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         terms = self.terms(batch[0])

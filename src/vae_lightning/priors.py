@@ -7,6 +7,7 @@ file in conf/model/prior/ that names it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -25,7 +26,8 @@ class Prior(nn.Module):
 
     has_analytic_kl = False
 
-    def forward(self, encode: Encode) -> td.Distribution:
+    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+        """`temperature` scales the standard deviations, for samples; at 1 it is the prior."""
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:
@@ -45,8 +47,9 @@ class StandardNormal(Prior):
         self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
-    def forward(self, encode: Encode) -> td.Distribution:
-        return td.Independent(td.Normal(self.mean, self.scale, validate_args=False), 1, validate_args=False)
+    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+        scale = temperature * self.scale
+        return td.Independent(td.Normal(self.mean, scale, validate_args=False), 1, validate_args=False)
 
 
 class VampPrior(Prior):
@@ -76,7 +79,8 @@ class VampPrior(Prior):
             chosen = mean + 0.01 * torch.randn(k, *mean.shape[1:], device=mean.device)
         self.pseudo_inputs.data.copy_(chosen)
 
-    def forward(self, encode: Encode) -> td.Distribution:
-        components = encode(self.pseudo_inputs.clamp(0, 1))
+    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+        q = encode(self.pseudo_inputs.clamp(0, 1))
+        components = DiagonalGaussian(q.mean, q.log_variance + 2 * math.log(temperature)) if temperature != 1 else q
         even = td.Categorical(logits=torch.zeros(len(self.pseudo_inputs), device=components.mean.device))
         return td.MixtureSameFamily(even, components, validate_args=False)

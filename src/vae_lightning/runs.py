@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -82,34 +83,40 @@ def device_name(device: torch.device) -> str:
     return f"{'' if device.type == 'cpu' else f'{device.type}, '}{model} ({os.cpu_count()} cores)"
 
 
-def load_run(path: str | Path) -> ImageModel:
+def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
     """The trained model of a run directory (its best checkpoint) or of one checkpoint in it, in evaluation mode.
 
-    Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only.
+    Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only. A configuration
+    that names code outside vae_lightning and torch is refused, unless `trust` has the module or package: a backbone of
+    your own in wide.py loads with `trust=["wide"]`. The whole configuration of the run is `model.config`.
     Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
     """
     directory = run_directory(path)
     checkpoint = Path(path) if Path(path).suffix == ".ckpt" else directory / "checkpoints" / "best.ckpt"
-    config = load_config(path)
+    config = load_config(path, trust)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except OSError as error:
         raise RunError(f"{checkpoint}: no whole run is there ({error.strerror})") from error
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{checkpoint}: damaged, or holds more than weights; it was not loaded") from error
     model = build(config["model"], ImageModel, "model")
-    model.load_state_dict(state["state_dict"])
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise RunError(f"{checkpoint}: not the weights of the model in {directory / 'config.yaml'}") from error
+    model.config = config
     return model.eval()
 
 
 def run_directory(path: str | Path) -> Path:
     """The run directory that `path` is, or that a checkpoint at `path` belongs to."""
     path = Path(path)
-    return path.parent.parent if path.suffix == ".ckpt" else path
+    return path.resolve().parent.parent if path.suffix == ".ckpt" else path
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """The configuration of the run at `path`. Raises RunError where there is none."""
+def load_config(path: str | Path, trust: Iterable[str] = ()) -> dict[str, Any]:
+    """The configuration of the run at `path`. Raises RunError where there is none, or it names code not trusted."""
     file = run_directory(path) / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text())
@@ -117,7 +124,25 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{path}: no whole run is there ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise RunError(f"{file}: is not the configuration of a run")
+    allowed = ("vae_lightning", "torch", *trust)
+    for key, target in _targets({name: config.get(name) for name in ("model", "data")}):
+        if not any(f"{target}.".startswith(f"{name}.") for name in allowed):
+            module = str(target).rpartition(".")[0] or target
+            raise RunError(
+                f"{file}: {key}={target}: not in vae_lightning or torch, so that to load it is to run code that was "
+                f"named by the run; where you know it, trust=[{module}] allows it"
+            )
     return config
+
+
+def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_` of a configuration, with its dotted key."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in items:
+        key = f"{path}.{name}".lstrip(".")
+        if name == "_target_":
+            yield key, value
+        yield from _targets(value, key)
 
 
 def _version(package: str) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vae_lightning.backbones import Backbone, set_output_bias
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.likelihoods import Likelihood
-from vae_lightning.model import ImageModel
+from vae_lightning.model import Array, ImageModel
 from vae_lightning.objectives import Objective, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian, diagonal_gaussian
 from vae_lightning.priors import Prior
@@ -48,7 +48,7 @@ class VAE(ImageModel):
         weight_decay: NonNegative = 0.0,
         schedule: Spec | None = None,
     ) -> None:
-        super().__init__(learning_rate, weight_decay, schedule)
+        super().__init__(image_shape, learning_rate, weight_decay, schedule)
         self.save_hyperparameters(logger=False)
         self.latent_dim = latent_dim
         self.beta = beta
@@ -67,11 +67,13 @@ class VAE(ImageModel):
         self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
-        self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """q(z|x) of images in [0, 1], `[batch, *image_shape]`: `mean` and `log_variance` are `[batch, latent_dim]`."""
-        return diagonal_gaussian(self.encoder(x))
+    def encode(self, x: Array) -> DiagonalGaussian:
+        """q(z|x) of images, `[batch, *image_shape]` in [0, 1]: `mean` and `log_variance` are `[batch, latent_dim]`.
+
+        Here and below, `x` may also be whatever `images` makes such a batch of, and `z` whatever `latents` takes.
+        """
+        return diagonal_gaussian(self.encoder(self.images(x)))
 
     def reparameterize(self, posterior: DiagonalGaussian, samples: int | None = None) -> Tensor:
         """z = mean + σ ε with ε ~ N(0, I), differentiable in both: `[batch, latent_dim]`, or `[samples, batch, …]`."""
@@ -79,19 +81,21 @@ class VAE(ImageModel):
         noise = torch.randn(*sample_axis, *posterior.mean.shape, device=posterior.mean.device)
         return posterior.mean + posterior.stddev * noise
 
-    def decode(self, z: Tensor) -> td.Distribution:
+    def decode(self, z: Array) -> td.Distribution:
         """p(x|z) of latents `[..., latent_dim]`: its `log_prob(x)` is `[...]`, its `mean` `[..., *image_shape]`."""
+        z = self.latents(z)
         outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
-        return self.likelihood(outputs.unflatten(0, z.shape[:-1]))
+        return self.likelihood(outputs.reshape(*z.shape[:-1], *outputs.shape[1:]))
 
     def elbo(
-        self, x: Tensor, analytic_kl: bool = True, penalty: Callable[[Tensor], Tensor] | None = None
+        self, x: Array, analytic_kl: bool = True, penalty: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
         """elbo, reconstruction and kl of each image, `[batch]`, with one sample of z an image; and the loss.
 
         The KL is in closed form where `analytic_kl` and the prior allow it, else log q(z|x) − log p(z) at the sample.
         `penalty` says what the loss makes of it, `[batch, latent_dim]` or, sampled, `[batch, 1]`; by default the sum.
         """
+        x = self.images(x)
         posterior = self.encode(x)
         z = self.reparameterize(posterior)
         likelihood = self.decode(z)
@@ -108,11 +112,11 @@ class VAE(ImageModel):
             "kl": rate,
         } | self.likelihood.metrics(likelihood, x)
 
-    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+    def log_joint(self, x: Array, z: Array) -> Tensor:
         """log p(x, z) of images `[batch, *image_shape]` and latents `[..., batch, latent_dim]`: `[..., batch]`."""
-        return self.prior(self.encode).log_prob(z) + self.decode(z).log_prob(x)
+        return self.prior(self.encode).log_prob(self.latents(z)) + self.decode(z).log_prob(self.images(x))
 
-    def log_weights(self, x: Tensor, k: int) -> Tensor:
+    def log_weights(self, x: Array, k: int) -> Tensor:
         """log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
         posterior = self.encode(x)
         z = self.reparameterize(posterior, samples=k)
@@ -134,11 +138,16 @@ class VAE(ImageModel):
             mean = images.float().mean(dim=0).div(255).clamp(1e-3, 1 - 1e-3)
             set_output_bias(self.decoder, mean.logit())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of images `[batch, *image_shape]`, decoded from the posterior mean: the same shape."""
-        return self.decode(self.encode(x).mean).mean
+    def codes(self, x: Array) -> Tensor:
+        return self.encode(x).mean
+
+    def pictures(self, z: Array) -> Tensor:
+        return self.decode(z).mean
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        """n images decoded from the prior, `[n, *image_shape]`: the mean of p(x|z), as pictures usually show."""
-        return self.decode(self.prior(self.encode).sample((n,))).mean
+    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
+        """n images decoded from the prior, `[n, *image_shape]`: the mean of p(x|z), as pictures usually show.
+
+        `temperature` scales the prior's standard deviations: below 1, images are more typical and less varied.
+        """
+        return self.decode(self.prior(self.encode, temperature).sample((n,))).mean
