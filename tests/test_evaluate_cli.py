@@ -11,7 +11,8 @@ from conftest import BRIEF, ROOT, Finished
 from vae_lightning.evaluation import evaluate_run
 from vae_lightning.training import train
 
-QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False, "accelerator": "cpu"}
+QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False}
+QUICK |= {"accelerator": "cpu", "trust": []}
 
 
 @pytest.fixture

@@ -53,16 +53,15 @@ def check_arguments(
     Raises ConfigError at the first unknown key, missing key, wrong type or value out of range.
     """
     parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    allowed = [name for name in parameters if name not in given]
     hints = _type_hints(function)
     takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
         key = f"{path}.{name}".lstrip(".")
-        if name not in parameters:
+        if name not in allowed:
             if takes_any_key:
                 continue
-            raise ConfigError(
-                f"{key}={value}: no such key{did_you_mean(name, parameters)} Allowed: {', '.join(parameters)}"
-            )
+            raise ConfigError(f"{key}={value}: no such key{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}")
         default = parameters[name].default
         if name in hints and not (value is default or (type(value) is type(default) and value == default)):
             _check_value(hints[name], value, key)

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, build, check_arguments
-from vae_lightning.data import MNISTDataModule, stream_seed
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, check_arguments
+from vae_lightning.data import stream_seed
 from vae_lightning.likelihoods import remark
 from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian
-from vae_lightning.runs import load_config, load_run, run_directory, write_json
+from vae_lightning.runs import open_run, write_json
 from vae_lightning.vae import VAE
 
 
@@ -63,7 +63,7 @@ def importance_sampling(
     points = curve_points(samples)
     parts: list[tuple[Tensor, ...]] = []
     starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=not progress):
+    for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=None if progress else True):
         index = range(start, min(start + batch_size, len(images)))
         x = vae.images(images[start : start + batch_size])
         mean, stddev = posterior.mean[index.start : index.stop], posterior.stddev[index.start : index.stop]
@@ -173,6 +173,7 @@ class Options:
     chunk: PositiveInt
     probes: bool
     accelerator: Literal["auto", "cpu", "gpu"]
+    trust: list[str]
 
 
 def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
@@ -182,17 +183,12 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     """
     check_arguments(Options, options, "")
     o = Options(**options)
-    config = load_config(o.run)
-    data = build(config["data"], MNISTDataModule, "data", seed=config["seed"])
-    if o.split == "val" and not data.val_size:
-        raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
-    vae = load_run(o.run)
+    run = open_run(o.run, o.accelerator, o.trust)
+    vae, data = run.model, run.data
     if not isinstance(vae, VAE):
         raise ConfigError(f"run={o.run}: holds a {type(vae).__name__}, which has no likelihood to measure")
-    if o.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
-    vae.to("cuda" if o.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    data.setup()
+    if o.split == "val" and not data.val_size:
+        raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
     images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
 
     started = time.monotonic()
@@ -201,7 +197,6 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         train = posteriors(vae, data.train_images)
         results |= probe_accuracy(train.mean, data.train_labels, posterior.mean, labels)
     caution = remark(vae.likelihood, data.pixels)
-    directory = run_directory(o.run)
     content = {f"{o.split}/{key}": value for key, value in results.items()} | {
         f"{o.split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
         "samples": o.samples,
@@ -211,10 +206,12 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 3),
         "remark": caution,
     }
-    write_json(directory / "evaluation.json", content)
-    (directory / "figures").mkdir(exist_ok=True)
+    write_json(run.directory / "evaluation.json", content)
+    (run.directory / "figures").mkdir(exist_ok=True)
     unit = "cross-entropy" if caution else "−log p(x)"
-    figures.save(figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels"), directory / "figures/nll_curve.png")
+    figures.save(
+        figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels"), run.directory / "figures/nll_curve.png"
+    )
     print(table(results, o, data.pixels, caution))
     return content
 

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 # Ten colours told apart by colour-blind readers (Petroff 2021, arXiv:2107.02270).
@@ -51,17 +52,52 @@ def manifold_grid(decode: Callable[[Tensor], Tensor], steps: int = 20) -> Tensor
     return make_grid(decode(manifold_latents(steps)).clamp(0, 1).cpu(), nrow=steps, padding=0)
 
 
-def latent_scatter(means: Tensor, labels: Tensor) -> Figure:
-    """Posterior means `[n, 2]` coloured by digit, each digit named where its median lies."""
+def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_1$", "$z_2$")) -> Figure:
+    """Codes `[n, 2]` coloured by digit, each digit named where its median lies; `names` are the axes'."""
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     axes = figure.subplots()
-    for digit in labels.unique().tolist():
+    digits = labels.unique().tolist()
+    for digit in digits:
         points = means[labels == digit].cpu()
         axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, linewidths=0, color=COLOURS[digit % 10], label=digit)
-        x, y = points.median(dim=0).values.tolist()
-        axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title="posterior means", aspect="equal")
+    medians = torch.stack([means[labels == digit].median(dim=0).values for digit in digits]).cpu()
+    extent = (means.amax(dim=0) - means.amin(dim=0)).max().item()
+    for digit, (x, y) in zip(digits, pushed_apart(medians, 0.05 * extent).tolist(), strict=True):
+        box = {"fc": "white", "ec": COLOURS[digit % 10], "boxstyle": "round,pad=0.2"}
+        axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox=box)
+    axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def pushed_apart(points: Tensor, distance: float) -> Tensor:
+    """Points `[n, 2]` moved as little as it takes for no two to be closer than `distance`, nearly."""
+    points = points.double().clone()
+    upwards = torch.tensor([0.0, 1.0], dtype=points.dtype)
+    for _ in range(100):
+        for i in range(len(points)):
+            for j in range(i):
+                apart = points[i] - points[j]
+                length = apart.norm()
+                if length < distance:
+                    push = (distance - length) / 2 * (apart / length if length > 0 else upwards)
+                    points[i] += push
+                    points[j] -= push
+    return points.float()
+
+
+def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = ()) -> Figure:
+    """Images `[rows, columns, channels, height, width]`, with a label before each row and above each column."""
+    many, across = images.shape[:2]
+    grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
+    height, width = (2 + size for size in images.shape[-2:])  # of a cell, its border included
+    figure = Figure(figsize=(0.9 + 0.5 * across, 0.35 + 0.5 * many * height / width), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid, interpolation="nearest")
+    axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)
+    axes.set_xticks([width * (column + 0.5) for column in range(across if columns else 0)], columns)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
     return figure
 
 
@@ -97,9 +133,23 @@ def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
     return figure
 
 
-def save(picture: Tensor | Figure, path: Path) -> None:
-    """Write a grid or a figure to `path` as PNG."""
+def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
+    """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
     if isinstance(picture, Figure):
         picture.savefig(path, dpi=120)
+    elif not isinstance(picture, Tensor):
+        frames = [to_pil_image(enlarged(frame, 2 * SCALE)) for frame in picture]
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
+    elif path.suffix == ".png":
+        save_image(enlarged(picture), path)
     else:
-        save_image(interpolate(picture.unsqueeze(0), scale_factor=SCALE, mode="nearest")[0], path)
+        figure = Figure(figsize=(picture.shape[2] / 60, picture.shape[1] / 60))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        figure.savefig(path)
+
+
+def enlarged(picture: Tensor, times: int = SCALE) -> Tensor:
+    """Each pixel of a grid as `times` × `times`."""
+    return interpolate(picture.unsqueeze(0), scale_factor=times, mode="nearest")[0]

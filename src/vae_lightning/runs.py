@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +24,8 @@ import torch
 import yaml
 from torch import nn
 
-from vae_lightning.config import UserError, build
+from vae_lightning.config import ConfigError, UserError, build
+from vae_lightning.data import MNISTDataModule
 from vae_lightning.model import ImageModel
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
@@ -107,6 +109,29 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
         raise RunError(f"{checkpoint}: not the weights of the model in {directory / 'config.yaml'}") from error
     model.config = config
     return model.eval()
+
+
+@dataclass
+class Run:
+    """A trained run, opened for use: where it lies, its model on a device, and its data."""
+
+    directory: Path
+    model: ImageModel
+    data: MNISTDataModule
+
+
+def open_run(path: str | Path, accelerator: str = "auto", trust: Iterable[str] = ()) -> Run:
+    """The model of a run, on `accelerator` (auto, cpu or gpu), with the data that it was trained on, of its protocol.
+
+    Raises what `load_run` does, ConfigError where there is no GPU, and DataError for data that are not whole.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
+    model = load_run(path, trust)
+    model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    data = build(model.config["data"], MNISTDataModule, "data", seed=model.config["seed"])
+    data.setup()
+    return Run(run_directory(path), model, data)
 
 
 def run_directory(path: str | Path) -> Path:

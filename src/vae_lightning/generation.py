@@ -1,0 +1,229 @@
+"""Pictures of what a trained run has learnt: a function each, from an opened run to a picture.
+
+    run = open_run("outputs/…")
+    manifold(run, plane="principal")
+
+`generate_run` saves them into the run directory; figures.py draws them. All take images from the test set, under the
+run's own pixel protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vae_lightning import figures
+from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, check_arguments
+from vae_lightning.latents import arc, by_activity, principal_directions
+from vae_lightning.runs import Run, open_run
+from vae_lightning.vae import VAE
+
+Plane = Literal["principal"] | Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]
+Images = Annotated[Sequence[NonNegativeInt], Field(min_length=1)]  # indices into the test set
+Points = Annotated[Sequence[float | Sequence[float]], Field(min_length=1)]
+
+
+def samples(
+    run: Run, n: PositiveInt = 64, columns: PositiveInt = 8, temperature: Positive = 1.0, seed: NonNegativeInt = 0
+) -> Tensor:
+    """A grid of n images decoded from the prior, whose standard deviations `temperature` scales."""
+    torch.manual_seed(seed)
+    return figures.image_grid(prior_samples(run, n, temperature), columns)
+
+
+def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
+    """Test images, the first n or those of the given indices, above their reconstructions."""
+    x = run.model.images(chosen(run, images or range(n)))
+    return figures.reconstruction_grid(x, run.model.reconstruct(x))
+
+
+def manifold(run: Run, columns: PositiveInt = 20, plane: Plane | None = None) -> Tensor:
+    """A plane in latent space, decoded at equally probable quantiles; with two latent dimensions, all there is."""
+    center, axes, _ = latent_plane(run, plane)
+    return figures.manifold_grid(lambda z: run.model.pictures(z.to(axes) @ axes + center), columns)
+
+
+def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
+    """Where the first n test images lie, coloured by digit; with more than two dimensions, on their principal plane."""
+    if plane is None and run.model.latent_dim > 2:
+        plane = "principal"
+    center, axes, names = latent_plane(run, plane)
+    codes = run.model.all_codes(run.data.test_images[:n])
+    along = codes - center if plane == "principal" else codes
+    return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
+
+
+def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images: Images | None = None) -> Figure:
+    """One latent dimension a row, the n most active first, from −3 to 3 standard deviations, the others held still.
+
+    They are held at the middle of latent space, or at the code of the test image whose index is given.
+    """
+    codes = run.model.all_codes(run.data.test_images)
+    center, spread = middle(run, codes)
+    still = run.model.codes(chosen(run, images[:1]))[0] if images else center
+    rows = by_activity(codes)[:n]
+    values = torch.linspace(-3, 3, columns, device=codes.device)
+    z = still.repeat(len(rows), columns, 1)
+    for row, dimension in enumerate(rows):
+        z[row, :, dimension] = center[dimension] + values * spread[dimension]
+    names = [f"$z_{{{dimension + 1}}}$" for dimension in rows]
+    return figures.labelled_rows(
+        run.model.pictures(z), names, [f"{round(value, 1) + 0.0:g}" for value in values.tolist()]
+    )
+
+
+def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
+    """From test image to test image, along the straight line and along the arc: two rows for each of n pairs.
+
+    `images` are the indices of the pairs, one after the other; by default the first of each digit.
+    """
+    indices = list(images or first_of_each_digit(run)[: 2 * n])
+    if len(indices) % 2:
+        raise ConfigError(f"images={indices}: pairs are needed, and these are {len(indices)}")
+    x = run.model.images(chosen(run, indices))
+    paths = [run.model.interpolate(x[::2], x[1::2], columns, spherical) for spherical in (False, True)]
+    rows = torch.stack(paths).movedim(2, 0).flatten(0, 1)  # line and arc of the first pair, of the second, …
+    return figures.labelled_rows(rows, ["line", "arc"] * (len(indices) // 2))
+
+
+def decode(run: Run, z: Points, columns: PositiveInt = 10) -> Tensor:
+    """The images at given latents: one, [0.5, 0], or several, [[0.5, 0], [2, 0]]."""
+    points = run.model.latents(z)
+    pictures = run.model.pictures(points.reshape(-1, run.model.latent_dim))
+    return figures.image_grid(pictures, min(columns, len(pictures)))
+
+
+def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: NonNegativeInt = 0) -> Figure:
+    """n samples above the training images nearest to them, with their distance: have digits been learnt by heart?"""
+    torch.manual_seed(seed)
+    x = prior_samples(run, n, temperature)
+    distances, neighbours = nearest_images(x, run.data.train_images, k=3)
+    rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (3, n))])
+    names = ["sample", "nearest", "second", "third"]
+    return figures.labelled_rows(rows, names, [f"d = {distance:.1f}" for distance in distances[0].tolist()])
+
+
+def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
+    """The frames of a round trip from test image to test image along arcs, `columns` frames from each to the next."""
+    x = run.model.images(chosen(run, images or first_of_each_digit(run)))
+    codes = run.model.codes(x)
+    legs = [arc(start, end, columns + 1)[:-1] for start, end in pairwise([*codes, codes[0]])]
+    return [figures.image_grid(image.unsqueeze(0), 1) for image in run.model.pictures(torch.cat(legs))]
+
+
+Picture = Tensor | Figure | list[Tensor]
+PICTURES: dict[str, Callable[..., Picture]] = {
+    function.__name__: function
+    for function in (samples, reconstructions, manifold, scatter, traversals, interpolations, decode, nearest, walk)
+}
+
+
+@dataclass
+class Options:
+    """What every picture takes; the rest of conf/generate.yaml are arguments of the functions above."""
+
+    run: str
+    what: Literal[tuple(PICTURES)]  # type: ignore[valid-type]
+    format: Literal["png", "pdf", "svg"]
+    accelerator: Literal["auto", "cpu", "gpu"]
+    trust: list[str]
+
+
+@torch.inference_mode()
+def generate_run(options: dict[str, Any]) -> Path:
+    """Draw one picture of a run into its figures/, and return the file's path. Raises UserError for what does not fit.
+
+    An option that this picture has no use for is refused, as is one out of range: the functions' type hints say so.
+    """
+    common = {name: options[name] for name in Options.__annotations__}
+    check_arguments(Options, common, "")
+    o = Options(**common)
+    function = PICTURES[o.what]
+    arguments = {name: value for name, value in options.items() if name not in common and value is not None}
+    try:
+        check_arguments(function, arguments, "", given=("run",))
+    except ConfigError as error:
+        raise ConfigError(f"what={o.what}: {error}") from None
+    run = open_run(o.run, o.accelerator, o.trust)
+    picture = function(run, **arguments)
+    suffix = "gif" if isinstance(picture, list) else o.format
+    path = run.directory / "figures" / f"{o.what}.{suffix}"
+    path.parent.mkdir(exist_ok=True)
+    figures.save(picture, path)
+    return path
+
+
+def prior_samples(run: Run, n: int, temperature: float) -> Tensor:
+    """n images from the prior of a VAE. Raises ConfigError for a model that has none."""
+    if not isinstance(run.model, VAE):
+        raise ConfigError(f"run={run.directory}: holds an autoencoder, which has no prior to draw samples from")
+    return run.model.sample(n, temperature)
+
+
+def chosen(run: Run, indices: Sequence[int]) -> Tensor:
+    """Test images by index, as bytes. Raises ConfigError for an index that there is no image of."""
+    images = run.data.test_images
+    if max(indices) >= len(images):
+        raise ConfigError(f"images={max(indices)}: the test set has {len(images)}, numbered from 0")
+    return images[list(indices)]
+
+
+def first_of_each_digit(run: Run) -> list[int]:
+    """The index of the first test image of every label."""
+    labels = run.data.test_labels
+    return [int((labels == label).nonzero()[0]) for label in labels.unique()]
+
+
+def middle(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and standard deviation of latent space, `[latent_dim]`: the prior's, or where there is none the codes'."""
+    if isinstance(run.model, VAE):
+        return torch.zeros_like(codes[0]), torch.ones_like(codes[0])
+    return codes.mean(dim=0), codes.std(dim=0)
+
+
+def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[str, str]]:
+    """A plane of latent space: its centre `[latent_dim]`, two axes `[2, latent_dim]` a standard deviation long, names.
+
+    Two dimensions, counted from 1, or the two principal directions of the test set's codes. Raises ConfigError.
+    """
+    d = run.model.latent_dim
+    if plane is None and d != 2:
+        raise ConfigError(f"what=manifold: the run has latent_dim={d}, and not 2; say plane=principal, or plane=[1,2]")
+    codes = run.model.all_codes(run.data.test_images)
+    if plane == "principal":
+        directions, deviations = principal_directions(codes)
+        if d < 2:
+            raise ConfigError(f"plane=principal: the run has latent_dim={d}, and a plane needs 2")
+        return (
+            codes.mean(dim=0),
+            directions[:2] * deviations[:2, None],
+            ("first principal direction", "second principal direction"),
+        )
+    across, up = plane or (1, 2)
+    assert isinstance(across, int)
+    assert isinstance(up, int)
+    if max(across, up) > d or across == up:
+        raise ConfigError(f"plane=[{across},{up}]: two different dimensions from 1 to latent_dim={d} are needed")
+    center, spread = middle(run, codes)
+    axes = torch.diag(spread)[[across - 1, up - 1]]
+    return center, axes, (f"$z_{{{across}}}$", f"$z_{{{up}}}$")
+
+
+def nearest_images(x: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k of `images` `[n, …]`, bytes, nearest to each of x `[m, …]` in [0, 1], and their Euclidean distances.
+
+    Distances `[k, m]`, images `[k, m, …]`.
+    """
+    flat = x.flatten(1).cpu()
+    distances = torch.cat([torch.cdist(flat, part.flatten(1).cpu().float() / 255) for part in images.split(10_000)], 1)
+    nearest = distances.topk(k, dim=1, largest=False)
+    return nearest.values.T, images.cpu()[nearest.indices.T]

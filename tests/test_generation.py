@@ -1,0 +1,164 @@
+"""`python generate.py …`, as a user types it, and what the pictures show."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BRIEF, DATA, ROOT, Finished
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vae_lightning import generation
+from vae_lightning.config import ConfigError
+from vae_lightning.runs import Run, open_run
+from vae_lightning.training import train
+
+
+@pytest.fixture
+def generate_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*words: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def directory(config, tmp_path: Path):
+    """`directory("model.latent_dim=2", …)`: a run directory of a small model."""
+
+    def trained(*words: str) -> Path:
+        train(config("model.backbone.hidden=[16]", "figures.every=0", *words, *BRIEF), tmp_path / "run")
+        return tmp_path / "run"
+
+    return trained
+
+
+PICTURES = [
+    ("what=samples n=6 columns=3 temperature=0.5 seed=1", "samples.png", (2, 3)),
+    ("what=reconstructions images=[3,18,61]", "reconstructions.png", (2, 3)),
+    ("what=manifold columns=5", "manifold.png", None),
+    ("what=scatter n=200 format=pdf", "scatter.pdf", None),
+    ("what=traversals n=2 columns=5 images=[7]", "traversals.png", None),
+    ("what=interpolations n=1 columns=4", "interpolations.png", None),
+    ("what=decode z=[0.5,0]", "decode.png", None),
+    ("what=decode z=[[0.5,0],[2,0]] format=svg", "decode.svg", None),
+    ("what=nearest n=3", "nearest.png", None),
+    ("what=walk columns=2 images=[1,2,3]", "walk.gif", None),
+]
+
+
+def test_every_picture_is_drawn(generate_py, directory) -> None:
+    run = directory("model.latent_dim=2")
+    for words, name, cells in PICTURES:
+        result = generate_py(f"run={run}", *words.split())
+        assert result.code == 0, result.err
+        assert result.out.splitlines()[-1] == str(run / "figures" / name)
+        if cells:
+            with Image.open(run / "figures" / name) as image:
+                assert image.size == tuple(3 * (30 * cell + 2) for cell in reversed(cells))
+    assert {words.split()[0].removeprefix("what=") for words, _, _ in PICTURES} == set(generation.PICTURES)
+    with Image.open(run / "figures" / "walk.gif") as image:
+        assert image.n_frames == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "what: missing; say what=…"),
+        ("what=sampels", "what=sampels: should be 'samples', 'reconstructions'"),
+        ("what=samples n=0", "what=samples: n=0: should be greater than or equal to 1."),
+        ("what=samples plane=[1,2]", "what=samples: plane=[1, 2]: no such key. Allowed: n, columns, temperature, seed"),
+        ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
+        ("what=reconstructions images=[10000]", "images=10000: the test set has 10000, numbered from 0"),
+        ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: pairs are needed, and these are 3"),
+        ("what=manifold", "what=manifold: the run has latent_dim=3, and not 2; say plane=principal, or plane=[1,2]"),
+        ("what=manifold plane=[1,4]", "plane=[1,4]: two different dimensions from 1 to latent_dim=3 are needed"),
+        ("what=decode z=[0.5,0]", "latents of shape (2,): the model has latent_dim=3"),
+        ("what=decode", "what=decode: z: missing, and it has no default"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, directory) -> None:
+    run = directory("model.latent_dim=3")
+    before = sorted(run.rglob("*"))
+    result = generate_py(f"run={run}", *words.split())
+    assert result.code == 2
+    assert result.err.startswith(line)
+    assert len(result.err.splitlines()) == 1
+    assert sorted(run.rglob("*")) == before
+
+
+def test_larger_latent_spaces_have_planes(directory) -> None:
+    run = open_run(directory("model.latent_dim=5"), "cpu")
+    assert generation.manifold(run, columns=3, plane="principal").shape == (3, 84, 84)
+    first, last = generation.manifold(run, columns=2, plane=[2, 5]), generation.manifold(run, columns=2, plane=[5, 2])
+    torch.testing.assert_close(first[:, 28:, :28], last[:, 28:, :28])  # low in both
+    torch.testing.assert_close(first[:, :28, :28], last[:, 28:, 28:])  # low in 2, high in 5
+    (axes,) = generation.scatter(run, n=100).axes
+    assert axes.get_xlabel() == "first principal direction"
+    centre = torch.cat([torch.as_tensor(points.get_offsets()) for points in axes.collections]).mean(dim=0)
+    assert centre.abs().max() < 1
+    (axes,) = generation.scatter(run, n=100, plane=[4, 1]).axes
+    offsets = torch.cat([torch.as_tensor(points.get_offsets()) for points in axes.collections])
+    codes = run.model.all_codes(run.data.test_images[:100])[:, [3, 0]]
+    assert sorted(offsets[:, 0].tolist()) == pytest.approx(sorted(codes[:, 0].tolist()), abs=1e-5)
+
+
+def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) -> None:
+    run = open_run(directory("model.latent_dim=3"), "cpu")
+    figure = generation.traversals(run, n=3, columns=5)
+    assert isinstance(figure, Figure)
+    codes = run.model.all_codes(run.data.test_images)
+    order = codes.var(dim=0).argsort(descending=True).tolist()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [f"$z_{{{dimension + 1}}}$" for dimension in order]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-3", "-1.5", "0", "1.5", "3"]
+
+
+def test_nearest_training_images_are_the_nearest() -> None:
+    images = torch.randint(256, (300, 1, 4, 4), dtype=torch.uint8)
+    x = images[[7, 250]].float() / 255
+    distances, found = generation.nearest_images(x, images, k=2)
+    assert torch.equal(found[0], images[[7, 250]])
+    assert distances[0].abs().max() < 1e-2
+    exact = ((images.float() / 255 - x[0]).square().sum(dim=(1, 2, 3)).sqrt()).sort().values[1]
+    torch.testing.assert_close(distances[1, 0], exact, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_are_the_seed_s_and_cooler_ones_closer_to_the_middle(directory) -> None:
+    run = open_run(directory("model.latent_dim=2"), "cpu")
+    assert torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=3))
+    assert not torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=4))
+    torch.manual_seed(0)
+    hot, cold = (run.model.prior(run.model.encode, t).sample((4_000,)).std().item() for t in (1.0, 0.3))
+    assert (hot, cold) == pytest.approx((1, 0.3), rel=0.05)
+
+
+def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
+    run: Run = open_run(directory("model=autoencoder", "model.latent_dim=2", "data.val_size=0"), "cpu")
+    for name, function in generation.PICTURES.items():
+        if name in ("samples", "nearest"):
+            with pytest.raises(ConfigError, match="holds an autoencoder, which has no prior"):
+                function(run)
+        else:
+            assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None
+
+
+def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> None:
+    run = directory("model.latent_dim=2", "data.pixels=threshold")
+    shutil.move(run, tmp_path / "elsewhere")
+    moved = open_run(tmp_path / "elsewhere", "cpu")
+    assert moved.data.pixels == "threshold"
+    assert moved.data.root == DATA
+    assert json.loads((moved.directory / "metrics.json").read_text())["pixels"] == "threshold"
