@@ -80,7 +80,7 @@ def test_wrong_input_gets_one_clear_line(evaluate_py, words: list[str], line: st
 
 def test_runs_that_have_no_such_numbers(config, tmp_path: Path) -> None:
     train(config("model=autoencoder", "data.val_size=0", *BRIEF), tmp_path / "run")
-    with pytest.raises(Exception, match="holds a Autoencoder, which has no likelihood"):
+    with pytest.raises(Exception, match="its model, Autoencoder, has no likelihood"):
         evaluate_run({"run": str(tmp_path / "run"), **QUICK})
     with pytest.raises(Exception, match=r"split=val: this run held no images out"):
         evaluate_run({"run": str(tmp_path / "run"), **QUICK, "split": "val"})

@@ -185,10 +185,10 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     o = Options(**options)
     run = open_run(o.run, o.accelerator, o.trust)
     vae, data = run.model, run.data
-    if not isinstance(vae, VAE):
-        raise ConfigError(f"run={o.run}: holds a {type(vae).__name__}, which has no likelihood to measure")
     if o.split == "val" and not data.val_size:
         raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
+    if not isinstance(vae, VAE):
+        raise ConfigError(f"run={o.run}: its model, {type(vae).__name__}, has no likelihood to measure")
     images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
 
     started = time.monotonic()
