@@ -88,6 +88,14 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _locate(name: object, kind: type[T], key: str) -> type[T]:
     module_name, _, class_name = str(name).rpartition(".")
     try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -131,6 +132,51 @@ def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
     axes.set(xscale="log", xlabel="importance samples k", ylabel="nats per image", title=quantity)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str, metric: str) -> Figure:
+    """A metric against a configuration key: a line a name, of (key, mean, standard deviation); the last are bars."""
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+        x, y, deviation = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, deviation, label=name or None, color=colour, marker="o", markersize=4, capsize=3)
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    if ticks[0] > 0 and ticks[-1] / ticks[0] > 8:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    finish(axes, xlabel=key, ylabel=metric)
+    return figure
+
+
+def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]]) -> Figure:
+    """A line a run, of (metric, points) with points (epoch, value)."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker="." if len(points) < 2 else "")
+    finish(axes, xlabel="epoch", ylabel=" or ".join(sorted({metric for metric, _ in curves.values()})))
+    return figure
+
+
+def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
+    """Distortion against rate, (kl, reconstruction), a point a run; dotted lines join points of equal ELBO."""
+    figure = Figure(figsize=(5.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, (rate, distortion)), colour in zip(points.items(), COLOURS, strict=False):
+        axes.plot(rate, distortion, marker="o", linestyle="", label=name, color=colour)
+        axes.axline((rate, distortion), slope=-1, color=colour, linewidth=0.6, linestyle=":")
+    finish(axes, xlabel="kl: rate, nats per image", ylabel="reconstruction: distortion, nats per image")
+    return figure
+
+
+def finish(axes: Axes, **labels: str) -> None:
+    """Labels, and a legend where there are names for it."""
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize="small")
 
 
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:

@@ -23,7 +23,16 @@ from pydantic import Field
 
 from vae_lightning import figures
 from vae_lightning.callbacks import Figures, Health, NonFiniteGuard
-from vae_lightning.config import ConfigError, NonNegative, PositiveInt, Spec, build, check_arguments, did_you_mean
+from vae_lightning.config import (
+    ConfigError,
+    NonNegative,
+    PositiveInt,
+    Spec,
+    build,
+    check_arguments,
+    did_you_mean,
+    flatten,
+)
 from vae_lightning.data import MNISTDataModule, stream_seed
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
@@ -210,14 +219,6 @@ def steady_cpu() -> None:
         m_trim_threshold, m_mmap_threshold, never = -1, -3, 2**31 - 1  # <malloc.h>
         mallopt(m_trim_threshold, never)
         mallopt(m_mmap_threshold, never)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys, as TensorBoard's hparams table wants them."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def share_log() -> None:

@@ -1,0 +1,347 @@
+"""Many runs in one table: where their configurations differ, and what came out, mean ± standard deviation over seeds.
+
+Runs of different data, pixel protocols or likelihoods stand in tables of their own: their numbers do not compare.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from vae_lightning import figures
+from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
+from vae_lightning.runs import RunError, load_run, open_run, read_config
+
+EVALUATED = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")  # of evaluation.json
+NO_DIFFERENCE = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")
+DRAWN = 10  # runs in one picture, as many as there are colours
+
+
+@dataclass
+class Result:
+    """A finished run: its configuration, flat, with dotted keys, and its metrics."""
+
+    directory: Path
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    protocol: str
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+
+@dataclass
+class Row:
+    """Runs that differ in their seed alone."""
+
+    settings: dict[str, Any]  # the configuration keys that differ between rows
+    results: list[Result]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items()) or "all runs"
+
+    def values(self, metric: str) -> list[float]:
+        return [result.metrics[metric] for result in self.results if metric in result.metrics]
+
+
+@dataclass
+class Table:
+    """Runs whose numbers may be compared."""
+
+    protocol: str
+    keys: list[str]
+    metrics: list[str]
+    rows: list[Row]
+    repeated: list[Path] = field(default_factory=list)  # older runs of the very same configuration and seed
+
+
+def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
+    """The finished runs in and below `paths`; and the directories that hold no whole run, with the reason.
+
+    Raises RunError for a path that does not exist.
+    """
+    results: dict[Path, Result] = {}
+    broken: dict[Path, str] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise RunError(f"{path}: no such directory")
+        for folder, below, files in os.walk(path):
+            if "config.yaml" not in files:
+                continue
+            below.clear()  # a run holds no other runs
+            directory = Path(folder).resolve()
+            try:
+                results[directory] = read_result(Path(folder))
+            except UserError as error:
+                broken[Path(folder)] = str(error).removeprefix(f"{folder}: ")
+    return [results[directory] for directory in sorted(results)], broken
+
+
+def read_result(directory: Path) -> Result:
+    """Configuration and metrics of a run directory. Raises RunError where they are not there whole."""
+    config = read_config(directory)
+    if not (directory / "metrics.json").exists():
+        raise RunError(f"{directory}: not finished, it has no metrics.json")
+    measured = read_json(directory / "metrics.json")
+    metrics = {key: value for key, value in measured.items() if key.startswith("test/") and isinstance(value, float)}
+    if (directory / "evaluation.json").exists():
+        evaluated = read_json(directory / "evaluation.json")
+        if evaluated.get("pixels") != measured.get("pixels"):
+            raise RunError(f"{directory}: metrics.json and evaluation.json are of different pixels")
+        for key, value in evaluated.items():
+            name = key.partition("/")[2]
+            if name in EVALUATED and isinstance(value, int | float):
+                metrics[f"{key} (k={evaluated.get('samples')})" if name == "nll" else key] = float(value)
+    model = config["model"]
+    likelihood = model.get("likelihood") or {"_target_": model.get("_target_")}
+    protocol = f"{measured.get('data')}, {measured.get('pixels')} pixels, {short(likelihood.get('_target_'))}"
+    return Result(directory, flatten(config), metrics, protocol)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A flat dictionary from a file of ours. Raises RunError."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file.parent}: {file.name} is damaged ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file.parent}: {file.name} is damaged (it holds no dictionary)")
+    return content
+
+
+def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table]:
+    """A table for each protocol, of all metrics or those named. Raises ConfigError for a metric that no run has."""
+    known = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+    for metric in metrics:
+        if metric not in known:
+            raise ConfigError(
+                f"metrics={metric}: no run has it{did_you_mean(metric, known)} There are: {', '.join(known)}"
+            )
+    return [
+        table(protocol, [result for result in results if result.protocol == protocol], metrics)
+        for protocol in sorted({result.protocol for result in results})
+    ]
+
+
+def table(protocol: str, results: Sequence[Result], metrics: Sequence[str]) -> Table:
+    """Runs of one protocol in rows, those that differ in the seed alone in one; sorted by what differs."""
+    keys = differing_keys([result.config for result in results])
+    rows: dict[str, Row] = {}
+    repeated = []
+    for result in sorted(results, key=lambda result: (result.directory / "metrics.json").stat().st_mtime, reverse=True):
+        settings = {key.removesuffix("._target_"): shown(key, result.config.get(key)) for key in keys}
+        row = rows.setdefault(str(settings), Row(settings, []))
+        if any(other.seed == result.seed for other in row.results):
+            repeated.append(result.directory)
+        else:
+            row.results.append(result)
+    have = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+    chosen = [metric for metric in metrics or have if metric in have]
+    if not metrics and all(r.metrics.get("test/elbo") == -r.metrics.get("test/loss", 0.0) for r in results):
+        chosen = [metric for metric in chosen if metric != "test/elbo"]  # the loss with its sign turned
+    names = [key.removesuffix("._target_") for key in keys]
+    ordered = sorted(rows.values(), key=lambda row: [sortable(row.settings[name]) for name in names])
+    return Table(protocol, names, chosen, ordered, repeated)
+
+
+def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The flat keys in which configurations differ, those apart that cannot change a number.
+
+    Where a `_target_` differs, so do the arguments that its classes take: an argument counts only if it differs between
+    configurations with the same class.
+    """
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    found = []
+    for key in keys:
+        if key.startswith(NO_DIFFERENCE):
+            continue
+        parents = [f"{key[:i]}._target_" for i, character in enumerate(key) if character == "."]
+        kinds: dict[tuple[Any, ...], set[str]] = {}
+        for config in configs:
+            if key in config:
+                kind = tuple(config.get(parent) for parent in parents if parent != key)
+                kinds.setdefault(kind, set()).add(repr(config[key]))
+        if any(len(values) > 1 for values in kinds.values()):
+            found.append(key)
+    return found
+
+
+def as_rows(table: Table) -> list[list[str]]:
+    """The cells of a table as text, its heading first: settings, number of seeds, and mean ± standard deviation."""
+
+    def cell(values: list[float]) -> str:
+        if not values:
+            return ""
+        digits = 2 if abs(mean(values)) >= 1 else 4
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    heading = [*table.keys, "runs", *table.metrics]
+    return [heading] + [
+        [*map(str, row.settings.values()), str(len(row.results)), *(cell(row.values(m)) for m in table.metrics)]
+        for row in table.rows
+    ]
+
+
+STYLES = {  # tabulate's name, and how a heading is written
+    "terminal": ("simple", "{}"),
+    "markdown": ("pipe", "## {}\n"),
+    "latex": ("latex_booktabs", "% {}"),
+}
+
+
+def as_text(tables: Sequence[Table], style: str) -> str:
+    """Tables under their headings, in one of STYLES."""
+    kind, head = STYLES[style]
+    parts = []
+    for table in tables:
+        heading, *rows = as_rows(table)
+        text = tabulate(rows, heading, tablefmt=kind, disable_numparse=True)
+        parts.append(f"{head.format(table.protocol)}\n{text}")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_csv(tables: Sequence[Table], file: Path) -> None:
+    """Every row of every table, with mean, standard deviation and number of runs of each metric apart."""
+    keys = list(dict.fromkeys(key for table in tables for key in table.keys))
+    metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["protocol", *keys, "runs", *(name for m in metrics for name in (m, f"{m} std"))])
+        for table in tables:
+            for row in table.rows:
+                cells: list[Any] = []
+                for metric in metrics:
+                    values = row.values(metric) if metric in table.metrics else []
+                    cells += [mean(values) if values else "", stdev(values) if len(values) > 1 else ""]
+                writer.writerow([table.protocol, *(row.settings.get(k, "") for k in keys), len(row.results), *cells])
+
+
+def plots(table: Table) -> dict[str, Figure]:
+    """Pictures of a table by name: each metric against each swept number, learning curves, rate and distortion."""
+    drawn: dict[str, Figure] = {}
+    numeric = [key for key in table.keys if all(is_number(row.settings[key]) for row in table.rows)]
+    for key in numeric:
+        others = [other for other in table.keys if other != key]
+        for metric in table.metrics[:4]:
+            lines: dict[str, list[tuple[float, float, float]]] = {}
+            for row in table.rows:
+                values = row.values(metric)
+                if values:
+                    name = ", ".join(str(row.settings[other]) for other in others)
+                    point = (row.settings[key], mean(values), stdev(values) if len(values) > 1 else 0.0)
+                    lines.setdefault(name, []).append(point)
+            if lines and len(lines) <= DRAWN:
+                drawn[f"{metric.replace('/', '_')}_against_{key}"] = figures.against(lines, key, metric)
+    best = best_rows(table)
+    curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].directory))}
+    if curves:
+        drawn["learning_curves"] = figures.learning_curves(curves)
+    points = {
+        row.label: (mean(row.values("test/kl")), mean(row.values("test/reconstruction")))
+        for row in best
+        if row.values("test/kl") and row.values("test/reconstruction")
+    }
+    if len(points) > 1:
+        drawn["rate_distortion"] = figures.rate_distortion(points)
+    return drawn
+
+
+def best_rows(table: Table) -> list[Row]:
+    """As many rows as a picture holds, of lowest test/loss if there are more, in the order of the table."""
+    losses = {id(row): mean(row.values("test/loss") or [float("inf")]) for row in table.rows}
+    kept = sorted(losses.values())[:DRAWN][-1:]
+    return [row for row in table.rows if losses[id(row)] <= kept[0]][:DRAWN]
+
+
+def learning_curve(directory: Path) -> tuple[str, list[tuple[int, float]]] | None:
+    """(metric, points) of a run's history.csv: val/loss an epoch, or train/loss where nothing was held out."""
+    try:
+        with (directory / "history.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for metric in ("val/loss", "train/loss"):
+            points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
+            if points:
+                return metric, points
+    except (OSError, KeyError, ValueError):
+        pass  # a picture less; the table stands
+    return None
+
+
+@torch.inference_mode()
+def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -> Figure | None:
+    """The same test digits as each run of a table reconstructs them, originals on top; None where nothing differs."""
+    rows = best_rows(table)
+    if len(rows) < 2:
+        return None
+    run = open_run(rows[0].results[0].directory, "cpu", trust)
+    labels = run.data.test_labels
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:digits]]
+    x = run.model.images(run.data.test_images[first])
+    pictures = [load_run(row.results[0].directory, trust).reconstruct(x) for row in rows]
+    return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
+
+
+def report(
+    paths: Iterable[Path], metrics: Sequence[str], style: str, destination: Path, trust: Iterable[str] = ()
+) -> str:
+    """Write report.md, .csv, .tex and pictures of all runs below `paths` into `destination`; return the text to print.
+
+    Raises UserError where there is no finished run, or a metric that none has.
+    """
+    results, broken = find_results(paths)
+    if not results:
+        reason = next((f"; {directory}: {reason}" for directory, reason in broken.items()), "")
+        raise RunError(f"{', '.join(map(str, paths))}: no finished run is there{reason}")
+    found = tables(results, metrics)
+    destination.mkdir(parents=True, exist_ok=True)
+    notes = [f"left out: {directory}: {reason}" for directory, reason in broken.items()]
+    repeated = [directory for table in found for directory in table.repeated]
+    notes += [f"left out: {directory}: a later run has the same configuration and seed" for directory in repeated]
+    markdown = as_text(found, "markdown")
+    (destination / "report.tex").write_text(as_text(found, "latex"))
+    write_csv(found, destination / "report.csv")
+    for number, table in enumerate(found, start=1):
+        drawn = plots(table)
+        try:
+            picture = reconstructions(table, trust)
+            drawn |= {"reconstructions": picture} if picture else {}
+        except UserError as error:
+            notes.append(f"no picture of reconstructions: {error}")
+        for name, figure in drawn.items():
+            file = f"{number}_{name}.png"
+            figures.save(figure, destination / file)
+            markdown += f"\n![{table.protocol}: {name}]({file})\n"
+    (destination / "report.md").write_text("\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n")
+    text = (destination / "report.csv").read_text() if style == "csv" else as_text(found, style)
+    return "\n".join([text.rstrip(), *notes, str(destination)])
+
+
+def shown(key: str, value: Any) -> Any:
+    return short(value) if key.endswith("_target_") else "" if value is None else value
+
+
+def short(target: object) -> str:
+    """A class by its own name."""
+    return str(target).rpartition(".")[2]
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def sortable(value: Any) -> tuple[bool, Any]:
+    """Numbers in their order, before all else as text."""
+    return (False, value) if is_number(value) else (True, str(value))

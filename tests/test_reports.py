@@ -1,0 +1,188 @@
+"""`python report.py …`, as a user types it, and the tables that it makes."""
+
+import csv
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BRIEF, ROOT, Finished
+
+from vae_lightning.reports import differing_keys, find_results, read_result, tables
+from vae_lightning.runs import RunError
+from vae_lightning.training import train
+
+BERNOULLI = {"_target_": "vae_lightning.likelihoods.Bernoulli"}
+MLP = {"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}
+CONV = {"_target_": "vae_lightning.backbones.Conv", "channels": [32, 64]}
+
+
+@pytest.fixture
+def report_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def run(*words: object) -> Finished:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", **model: Any) -> Path:
+    """What a finished run leaves, as far as a report reads it."""
+    directory.mkdir(parents=True)
+    spec = {"_target_": "vae_lightning.vae.VAE", "latent_dim": 2, "likelihood": BERNOULLI, "backbone": MLP, **model}
+    config = {"seed": seed, "name": "vae", "model": spec, "data": {"root": str(directory), "pixels": pixels}}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    metrics = {"test/loss": loss, "test/elbo": -loss, "test/kl": loss / 4, "test/reconstruction": loss * 3 / 4}
+    (directory / "metrics.json").write_text(json.dumps({**metrics, "data": "MNIST", "pixels": pixels, "seed": seed}))
+    (directory / "history.csv").write_text(f"epoch,train/loss,val/loss\n1,{2 * loss},{2 * loss}\n2,{loss},{loss}\n")
+    return directory
+
+
+def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
+    losses = {2: [150.0, 151.0, 155.0], 20: [100.0, 102.0, 101.5]}
+    for d, values in losses.items():
+        for seed, loss in enumerate(values):
+            fake_run(tmp_path / f"{d}_{seed}", loss, seed, latent_dim=d)
+    (table,) = tables(find_results([tmp_path])[0])
+    assert table.protocol == "MNIST, grey pixels, Bernoulli"
+    assert table.keys == ["model.latent_dim"]
+    assert table.metrics == ["test/loss", "test/kl", "test/reconstruction"]  # test/elbo is the loss, its sign turned
+    assert [row.settings for row in table.rows] == [{"model.latent_dim": 2}, {"model.latent_dim": 20}]
+    for row, values in zip(table.rows, losses.values(), strict=True):
+        assert sorted(row.values("test/loss")) == sorted(values)
+
+
+def test_protocols_are_kept_apart(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", 100.0)
+    fake_run(tmp_path / "b", 90.0, pixels="dynamic")
+    fake_run(tmp_path / "c", 30.0, likelihood={"_target_": "vae_lightning.likelihoods.Gaussian"})
+    found = tables(find_results([tmp_path])[0])
+    assert [table.protocol for table in found] == [
+        "MNIST, dynamic pixels, Bernoulli", "MNIST, grey pixels, Bernoulli", "MNIST, grey pixels, Gaussian",
+    ]  # fmt: skip
+    assert all(len(table.rows) == 1 and table.keys == [] for table in found)
+
+
+def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Path) -> None:
+    for name, samples in (("a", 500), ("b", 5000)):
+        run = fake_run(tmp_path / name, 100.0, latent_dim=samples)
+        evaluation = {"test/nll": 95.0, "test/nll_stderr": 0.2, "samples": samples, "pixels": "grey"}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (table,) = tables(find_results([tmp_path])[0])
+    assert table.metrics[-2:] == ["test/nll (k=500)", "test/nll (k=5000)"]
+    run = tmp_path / "a"
+    (run / "evaluation.json").write_text(json.dumps({"test/nll": 95.0, "samples": 500, "pixels": "dynamic"}))
+    with pytest.raises(RunError, match=r"metrics.json and evaluation.json are of different pixels"):
+        read_result(run)
+
+
+def test_arguments_of_other_classes_are_no_difference_of_their_own() -> None:
+    def config(backbone: dict[str, Any], d: int = 2) -> dict[str, Any]:
+        return {"model.latent_dim": d, "seed": d} | {f"model.backbone.{key}": v for key, v in backbone.items()}
+
+    assert differing_keys([config(MLP), config(CONV)]) == ["model.backbone._target_"]
+    assert differing_keys([config(MLP), config(MLP | {"hidden": [9]})]) == ["model.backbone.hidden"]
+    assert differing_keys([config(MLP), config(CONV), config(CONV | {"channels": [8]}, d=5)]) == [
+        "model.latent_dim", "model.backbone._target_", "model.backbone.channels",
+    ]  # fmt: skip
+
+
+def test_the_later_of_two_equal_runs_counts(tmp_path: Path) -> None:
+    for name, loss, age in (("old", 100.0, 50), ("new", 90.0, 0)):
+        run = fake_run(tmp_path / name, loss)
+        then = time.time() - age
+        os.utime(run / "metrics.json", (then, then))
+    (table,) = tables(find_results([tmp_path])[0])
+    assert [row.values("test/loss") for row in table.rows] == [[90.0]]
+    assert [directory.name for directory in table.repeated] == ["old"]
+
+
+def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
+    losses = {("MLP", 2): (150, 152), ("MLP", 20): (100, 101), ("Conv", 2): (145, 146), ("Conv", 20): (95, 99)}
+    for (backbone, d), values in losses.items():
+        for seed, loss in enumerate(values):
+            spec = MLP if backbone == "MLP" else CONV
+            fake_run(tmp_path / "sweep" / f"{backbone}_{d}_{seed}", float(loss), seed, latent_dim=d, backbone=spec)
+    (tmp_path / "sweep" / "unfinished").mkdir()
+    (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("model: {latent_dim: 3}\n")
+    damaged = fake_run(tmp_path / "sweep" / "damaged", 1.0)
+    (damaged / "metrics.json").write_text('{"test/loss": 1')
+    result = report_py("sweep", "--to", "out")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0] == "MNIST, grey pixels, Bernoulli"
+    assert lines[-1] == "out"
+    assert any("98.00" not in line and "Conv" in line and "97.00 ± 2.83" in line for line in lines)
+    assert any(line.startswith("left out: sweep/unfinished: not finished") for line in lines)
+    assert any(line.startswith("left out: sweep/damaged: metrics.json is damaged") for line in lines)
+    with (tmp_path / "out" / "report.csv").open() as file:
+        rows = {(row["model.backbone"], row["model.latent_dim"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    for (backbone, d), values in losses.items():
+        row = rows[backbone, str(d)]
+        assert (float(row["test/loss"]), float(row["test/loss std"])) == pytest.approx((mean(values), stdev(values)))
+        assert row["runs"] == "2"
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| model.latent_dim" in markdown
+    assert "\\toprule" in (tmp_path / "out" / "report.tex").read_text()
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"1_test_loss_against_model.latent_dim.png", "1_learning_curves.png", "1_rate_distortion.png"} <= pictures
+    assert all(f"({name})" in markdown for name in pictures)
+    assert "no picture of reconstructions" in result.out  # these runs have no checkpoints
+    for style in ("markdown", "latex", "csv"):
+        assert report_py("sweep", "--to", "out", "--style", style, "--metrics", "test/kl").code == 0
+
+
+def test_the_same_digits_from_every_run_in_one_picture(report_py, config, tmp_path: Path) -> None:
+    for d in (2, 5):
+        train(config(f"model.latent_dim={d}", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF),
+              tmp_path / "runs" / str(d))  # fmt: skip
+    result = report_py("runs", "--to", "out")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "1_reconstructions.png").exists()
+    assert "latent_dim" in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["nowhere"], "nowhere: no such directory"),
+        (["."], ".: no finished run is there"),
+        ([], "the following arguments are required: runs; python report.py --help shows how it is used"),
+        (["runs", "--metrics", "test/los"], "metrics=test/los: no run has it; did you mean test/loss?"),
+        (["runs", "--style", "excel"], "argument --style: invalid choice: 'excel'"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report_py, tmp_path: Path) -> None:
+    if "runs" in words:
+        fake_run(tmp_path / "runs" / "a", 100.0)
+    result = report_py(*words)
+    assert result.code == 2
+    assert result.err.startswith(line)
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
+    for i in range(1_000):
+        run = fake_run(tmp_path / str(i // 100) / str(i), 100.0 + i, seed=i % 5, latent_dim=1 + i // 5)
+        (run / "history.csv").unlink()
+    started = time.monotonic()
+    results, broken = find_results([tmp_path])
+    (table,) = tables(results)
+    assert (len(results), len(table.rows), broken) == (1_000, 200, {})
+    assert time.monotonic() - started < 30  # 2 s on two cores; a search that opened every file below would take minutes
