@@ -156,6 +156,9 @@ def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]
     axes = figure.subplots()
     for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker="." if len(points) < 2 else "")
+    settled = [value for _, points in curves.values() for _, value in points[len(points) // 20 :]]
+    room = 0.05 * (max(settled) - min(settled)) or 1.0
+    axes.set_ylim(min(settled) - room, max(settled) + room)  # the fall of the first epochs would flatten the rest
     finish(axes, xlabel="epoch", ylabel=" or ".join(sorted({metric for metric, _ in curves.values()})))
     return figure
 

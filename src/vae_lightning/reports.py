@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,16 +182,18 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
 def as_rows(table: Table) -> list[list[str]]:
     """The cells of a table as text, its heading first: settings, number of seeds, and mean ± standard deviation."""
 
-    def cell(values: list[float]) -> str:
+    def cell(metric: str, values: list[float]) -> str:
         if not values:
             return ""
         digits = 2 if abs(mean(values)) >= 1 else 4
+        if metric.endswith("active_units"):
+            digits = 1 if len(values) > 1 else 0  # a count
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{mean(values):.{digits}f}{spread}"
 
     heading = [*table.keys, "runs", *table.metrics]
     return [heading] + [
-        [*map(str, row.settings.values()), str(len(row.results)), *(cell(row.values(m)) for m in table.metrics)]
+        [*map(str, row.settings.values()), str(len(row.results)), *(cell(m, row.values(m)) for m in table.metrics)]
         for row in table.rows
     ]
 
@@ -244,7 +247,7 @@ def plots(table: Table) -> dict[str, Figure]:
                     point = (row.settings[key], mean(values), stdev(values) if len(values) > 1 else 0.0)
                     lines.setdefault(name, []).append(point)
             if lines and len(lines) <= DRAWN:
-                drawn[f"{metric.replace('/', '_')}_against_{key}"] = figures.against(lines, key, metric)
+                drawn[f"{re.sub('[^a-z0-9=.]+', '_', metric)}_against_{key}"] = figures.against(lines, key, metric)
     best = best_rows(table)
     curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].directory))}
     if curves:
