@@ -60,8 +60,9 @@ class ImageModel(LightningModule):
         Raises ShapeError for another shape, and for floats that are no pixels.
         """
         x = torch.as_tensor(x)
-        if self._trainer is not None and x.shape[1:] == self.image_shape and x.is_floating_point():
-            return x  # a batch in training: nothing to do, and nothing to wait for
+        known = self._trainer is not None or torch.compiler.is_compiling()
+        if known and x.shape[1:] == self.image_shape and x.is_floating_point():
+            return x  # a batch in training, or a graph being traced: nothing to do, and nothing to wait for
         shapes = [self.image_shape, *([self.image_shape[1:]] if self.image_shape[0] == 1 else [])]
         if not any(x.shape[-len(s) :] == s and x.ndim <= len(s) + 1 for s in shapes):
             raise ShapeError(f"images of shape {tuple(x.shape)}: the model takes {self.image_shape} or a batch of it")

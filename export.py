@@ -1,0 +1,13 @@
+"""Write the encoder and decoder of a trained run as ONNX and safetensors into its export/, checked against PyTorch.
+
+pip install -e '.[export]'
+python export.py run=outputs/…
+"""
+
+from vae_lightning.cli import command_line, one_line_errors
+from vae_lightning.exporting import export_run
+
+if __name__ == "__main__":
+    with one_line_errors("export"):
+        options = command_line("export", __doc__)
+        print(export_run(options["run"], options["trust"]))

@@ -1,0 +1,117 @@
+"""Encoder and decoder for use without this package: as ONNX graphs and as safetensors, each held against PyTorch.
+
+Needs the extra: pip install -e '.[export]'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_lightning.config import UserError
+from vae_lightning.model import ImageModel
+from vae_lightning.runs import open_run
+from vae_lightning.vae import VAE
+
+TOLERANCE = 1e-4  # between the graphs and PyTorch, absolute and relative: float32, kernels of another make
+
+
+class ExportError(UserError):
+    """An export that is not possible, or does not compute what the model does."""
+
+
+class Encoder(nn.Module):
+    """Images `[batch, *image_shape]` in [0, 1] → codes `[batch, latent_dim]`; of a VAE, mean and log variance."""
+
+    def __init__(self, model: ImageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.model, VAE):
+            posterior = self.model.encode(images)
+            return posterior.mean, posterior.log_variance
+        return (self.model.codes(images),)
+
+
+class Decoder(nn.Module):
+    """Latents `[batch, latent_dim]` → images `[batch, *image_shape]` in [0, 1]: of a VAE, the mean of p(x|z)."""
+
+    def __init__(self, model: ImageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.model.pictures(latents)
+
+
+def export_run(path: str | Path, trust: Iterable[str] = ()) -> Path:
+    """Write encoder and decoder of a run into its `export/`, as .onnx and .safetensors, and return that directory.
+
+    The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`. The
+    safetensors hold the networks' weights under their PyTorch names, and in their metadata the configuration.
+    Raises ExportError where the extra is not installed, or what was written does not compute what the model does.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+        import safetensors.torch
+    except ImportError as error:
+        raise ExportError(f"export needs {error.name}: pip install -e '.[export]'") from None
+    run = open_run(path, "cpu", trust)
+    model, directory = run.model, run.directory / "export"
+    directory.mkdir(exist_ok=True)
+    images = model.images(run.data.test_images[:7])
+    latents = torch.randn(7, model.latent_dim, generator=torch.Generator().manual_seed(0))
+    description = {
+        "model": json.dumps(model.config["model"]),
+        "pixels": run.data.pixels,
+        "data": str(run.data.name),
+    }
+    outputs: dict[str, list[str]] = {
+        "encoder": ["mean", "log_variance"] if isinstance(model, VAE) else ["codes"],
+        "decoder": ["images"],
+    }
+    wrapped: dict[str, tuple[nn.Module, str, Tensor]] = {
+        "encoder": (Encoder(model).eval(), "images", images),
+        "decoder": (Decoder(model).eval(), "latents", latents),
+    }
+    for name, (module, given, x) in wrapped.items():
+        weights = {key: value.contiguous() for key, value in getattr(model, name).state_dict().items()}
+        file = directory / f"{name}.safetensors"
+        safetensors.torch.save_file(weights, file, metadata=description)
+        saved = safetensors.torch.load_file(file)
+        if not all(torch.equal(saved[key], value) for key, value in weights.items()):
+            raise ExportError(f"{file}: does not hold the weights that were written")
+
+        graph = directory / f"{name}.onnx"
+        options: dict[str, Any] = {
+            "input_names": [given],
+            "output_names": outputs[name],
+            "external_data": False,
+            "verbose": False,
+        }
+        with torch.no_grad():
+            try:
+                torch.onnx.export(module, (x,), graph, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+            except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ExportError(f"{graph}: this network cannot be written as ONNX ({reason})") from error
+            session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+            for part in (x, x[:1]):
+                expected = module(part)
+                expected = expected if isinstance(expected, tuple) else (expected,)
+                _compare(graph, session.run(None, {given: part.numpy()}), expected)
+    return directory
+
+
+def _compare(graph: Path, found: list[Any], expected: tuple[Tensor, ...]) -> None:
+    for array, tensor in zip(found, expected, strict=True):
+        if not torch.allclose(torch.from_numpy(array), tensor, rtol=TOLERANCE, atol=TOLERANCE):
+            worst = (torch.from_numpy(array) - tensor).abs().max()
+            raise ExportError(f"{graph}: differs from PyTorch by up to {worst:.1e}")

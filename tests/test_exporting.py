@@ -1,0 +1,66 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from conftest import BRIEF, ROOT
+from safetensors import safe_open
+from torch import nn
+
+from vae_lightning import exporting
+from vae_lightning.exporting import ExportError, export_run
+from vae_lightning.runs import load_run
+from vae_lightning.training import train
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model/backbone=conv model.latent_dim=3 data.pixels=dynamic",
+        "model/likelihood=gaussian model/prior=vamp model.prior.pseudo_inputs=5 model.backbone.hidden=[16]",
+        "model=autoencoder model.output=tanh model.backbone.hidden=[16]",
+    ],
+)
+def test_what_is_exported_computes_what_the_model_does(words: str, config, tmp_path: Path, mnist) -> None:
+    train(config("figures.every=0", *words.split(), *BRIEF), tmp_path / "run")
+    directory = export_run(tmp_path / "run")
+    assert directory == tmp_path / "run" / "export"
+    model = load_run(tmp_path / "run")
+    encoder, decoder = (onnxruntime.InferenceSession(directory / f"{name}.onnx") for name in ("encoder", "decoder"))
+    codes = encoder.run(None, {"images": mnist[:50].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(codes), model.codes(mnist[:50]), rtol=1e-4, atol=1e-4)
+    (images,) = decoder.run(["images"], {"latents": codes})
+    torch.testing.assert_close(torch.from_numpy(images), model.reconstruct(mnist[:50]), rtol=1e-4, atol=1e-4)
+    with safe_open(directory / "decoder.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.decoder.state_dict())
+        assert json.loads(file.metadata()["model"])["latent_dim"] == model.latent_dim
+        assert file.metadata()["pixels"] == model.config["data"]["pixels"]
+
+
+def test_a_graph_that_computes_something_else_is_an_error(config, tmp_path: Path, monkeypatch) -> None:
+    train(config("model.backbone.hidden=[16]", "figures.every=0", *BRIEF), tmp_path / "run")
+    right = exporting.Decoder.forward
+    calls = []
+
+    def drifting(self: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return right(self, latents) + (0 if torch.compiler.is_compiling() else 0.01)
+
+    monkeypatch.setattr(exporting.Decoder, "forward", drifting)
+    with pytest.raises(ExportError, match=r"decoder\.onnx: differs from PyTorch by up to 1\.0e-02"):
+        export_run(tmp_path / "run")
+    assert calls
+
+
+def test_wrong_input_and_a_missing_extra_get_one_clear_line(monkeypatch, capsys, tmp_path: Path) -> None:
+    for words, line in ((["run=nowhere"], "nowhere: no whole run is there"), ([], "run: missing; say run=…")):
+        monkeypatch.setattr(sys, "argv", ["export.py", *words])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(ROOT / "export.py"), run_name="__main__")
+        assert capsys.readouterr().err.startswith(line)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match=r"export needs onnxruntime: pip install -e '\.\[export\]'"):
+        export_run(tmp_path)
