@@ -25,7 +25,9 @@ QUICK = ["trainer.limit_train_batches=5", "trainer.limit_val_batches=2", "traine
 
 
 def events(directory: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(directory / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0})
+    accumulator = EventAccumulator(
+        str(directory / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0, "histograms": 0}
+    )
     return accumulator.Reload()
 
 
@@ -75,6 +77,12 @@ def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
     assert wanted <= set(board.Tags()["scalars"])
     assert {"reconstructions", "samples", "points", "manifold", "scatter"} <= set(board.Tags()["images"])
     assert len(board.Images("samples")) == 2
+    assert len(board.Histograms("health/kl_per_dimension")) == 2
+    assert "config/text_summary" in board.Tags()["tensors"]
+    (projector,) = directory.glob("tensorboard/*/codes/tensors.tsv")
+    assert len(projector.read_text().splitlines()) == 1_000
+    assert (projector.parent / "sprite.png").exists()
+    assert "latent_dim: 2" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     hparams = [tag for tag in board.summary_metadata if tag.startswith("_hparams_")]
     assert "_hparams_/session_start_info" in hparams
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
@@ -96,6 +97,8 @@ class Health(Callback):
         kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
         figures = {"active_units": active.float(), "kl_max": kl.max(), "kl_min": kl.min()}
         module.log_dict({f"health/{name}": value for name, value in figures.items()}, sync_dist=True)
+        for board in boards(trainer):
+            board.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
         if not self.warned and active == 0:
             self.warned = True
             log.warning(
@@ -110,7 +113,8 @@ class Figures(Callback):
     """Pictures into TensorBoard every `every` epochs (0: never), and of the test set into `figures/` at the end.
 
     `pairs` originals above their reconstructions; `samples` = [rows, columns] of prior samples, from one fixed z so
-    that epochs compare; `points` to decode; with two latent dimensions also the posterior means and the manifold.
+    that epochs compare; `points` to decode; with two latent dimensions also the posterior means and the manifold. The
+    codes of `embedded` test images go into TensorBoard's projector at the end, with their pictures.
     """
 
     def __init__(
@@ -120,12 +124,14 @@ class Figures(Callback):
         pairs: PositiveInt = 8,
         samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8),
         points: Sequence[Sequence[float]] = (),
+        embedded: NonNegativeInt = 1_000,
     ) -> None:
         self.directory = directory
         self.every = every
         self.pairs = pairs
         self.samples = samples
         self.points = points
+        self.embedded = embedded
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -135,12 +141,12 @@ class Figures(Callback):
         # The test set waits for the end: pictures on the way are of held-out images, or else of training images.
         split = "val" if data.val_size else "train"
         pictures = self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"))
-        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
+        for board in boards(trainer):
             for name, picture in pictures.items():
                 if isinstance(picture, Figure):
-                    board.experiment.add_figure(name, picture, trainer.global_step)
+                    board.add_figure(name, picture, trainer.global_step)
                 else:
-                    board.experiment.add_image(name, picture, trainer.global_step)
+                    board.add_image(name, picture, trainer.global_step)
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -149,6 +155,12 @@ class Figures(Callback):
         self.directory.mkdir(exist_ok=True)
         for name, picture in self.draw(module, data.test_images, data.test_labels).items():
             figures.save(picture, self.directory / f"{name}.png")
+        if self.embedded:
+            assert isinstance(module, ImageModel)
+            images, labels = data.test_images[: self.embedded], data.test_labels[: self.embedded]
+            for board in boards(trainer):
+                codes = module.all_codes(images).cpu()
+                board.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
 
     @torch.inference_mode()
     def draw(self, module: LightningModule, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
@@ -173,3 +185,9 @@ class Figures(Callback):
                 pictures["manifold"] = figures.manifold_grid(module.pictures)
         module.train(was_training)
         return pictures
+
+
+def boards(trainer: Trainer) -> list[SummaryWriter]:
+    """TensorBoard's writers, of the one process that writes."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers] if trainer.is_global_zero else []

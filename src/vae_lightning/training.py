@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import yaml
 from hydra.core.config_store import ConfigStore
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -138,6 +139,7 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
                 log.info("remark: %s", results["remark"])
         if history.rows:  # none in Lightning's fast_dev_run
             board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
+            board.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
             board.finalize("success")
             (directory / "figures").mkdir(exist_ok=True)
             figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")

@@ -1,0 +1,194 @@
+"""A page on this machine to walk through latent space with the mouse: drag, hover, draw. explorer.html is the page.
+
+The page has one set of coordinates u `[latent_dim]`: z = center + Σ uᵢ axesᵢ, where the axes are the latent dimensions,
+most active first, or the principal directions of the test set's codes, each a standard deviation long. The map shows
+two of them, sliders the rest; the page computes z, and the server decodes it.
+
+Needs the extra: pip install -e '.[explore]'.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vae_lightning.config import ConfigError, PositiveInt, UserError, check_arguments
+from vae_lightning.figures import COLOURS
+from vae_lightning.generation import middle
+from vae_lightning.latents import by_activity, principal_directions
+from vae_lightning.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+SHOWN = 3_000  # test images on the map
+
+
+@dataclass
+class Options:
+    """What conf/explore.yaml composes."""
+
+    run: str
+    host: str
+    port: PositiveInt
+    trust: list[str]
+
+
+def explore_run(options: dict[str, Any]) -> None:
+    """Serve the page until interrupted. Raises UserError for a run that cannot be opened or a port that is taken."""
+    check_arguments(Options, options, "")
+    o = Options(**options)
+    try:
+        from aiohttp import web
+    except ImportError:
+        raise ConfigError("explore needs aiohttp: pip install -e '.[explore]'") from None
+    application = make_application(open_run(o.run, "cpu", o.trust), o.host)
+    try:
+        web.run_app(
+            application,
+            host=o.host,
+            port=o.port,
+            access_log=None,
+            print=lambda *_: print(f"http://{o.host}:{o.port}    (Ctrl-C stops it)", flush=True),
+        )
+    except OSError as error:
+        raise UserError(
+            f"host={o.host} port={o.port}: cannot be served there ({error.strerror}); try another port"
+        ) from None
+
+
+@torch.inference_mode()
+def make_application(run: Run, host: str) -> web.Application:
+    """The page and what it asks for: /state, /decode, /image/{index}, /encode. Answers only to its own host's name."""
+    from aiohttp import web
+
+    model, images, labels = run.model, run.data.test_images, run.data.test_labels
+    codes = model.all_codes(images)
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+        # A page from elsewhere that resolves its own name to this machine must not read along (DNS rebinding).
+        if request.host.rpartition(":")[0] not in {host, "127.0.0.1", "localhost"}:
+            raise web.HTTPForbidden(text=f"{request.host}: not a name of this server")
+        try:
+            with torch.inference_mode():
+                response: web.StreamResponse = await handler(request)
+        except (UserError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise web.HTTPBadRequest(text=" ".join(str(error).split())) from None
+        response.headers["Content-Security-Policy"] = "default-src 'self' 'unsafe-inline' data:"
+        return response
+
+    async def page(request: web.Request) -> web.Response:
+        return web.Response(text=files("vae_lightning").joinpath("explorer.html").read_text(), content_type="text/html")
+
+    async def state(request: web.Request) -> web.Response:
+        return web.json_response(describe(run, codes))
+
+    async def decode(request: web.Request) -> web.Response:
+        z = (await request.json())["z"]
+        return web.Response(body=as_bytes(model.pictures(z)), content_type="application/octet-stream")
+
+    async def image(request: web.Request) -> web.Response:
+        index = int(request.match_info["index"])
+        if not 0 <= index < len(images):
+            raise ConfigError(f"{index}: the test set has {len(images)}")
+        x = model.images(images[index])
+        return web.json_response({"image": as_base64(x[0]), "reconstruction": as_base64(model.reconstruct(x)[0])})
+
+    async def encode(request: web.Request) -> web.Response:
+        drawn = torch.tensor((await request.json())["image"], dtype=torch.float32)
+        x = model.images(as_digit(drawn.reshape(model.image_shape).clamp(0, 1)))
+        z = model.codes(x)[0]
+        nearest = (codes - z).square().sum(dim=1).topk(5, largest=False).indices.tolist()
+        return web.json_response(
+            {
+                "z": z.tolist(),
+                "seen": as_base64(x[0]),
+                "reconstruction": as_base64(model.pictures(z)),
+                "nearest": [{"image": as_base64(images[i]), "label": int(labels[i])} for i in nearest],
+            }
+        )
+
+    application = web.Application(middlewares=[guard], client_max_size=1_000_000)
+    application.add_routes(
+        [
+            web.get("/", page),
+            web.get("/state", state),
+            web.post("/decode", decode),
+            web.get("/image/{index}", image),
+            web.post("/encode", encode),
+        ]
+    )
+    return application
+
+
+def describe(run: Run, codes: Tensor) -> dict[str, Any]:
+    """What the page needs to know at first: the model, two sets of axes, and the test images' codes and digits."""
+    center, spread = middle(run, codes)
+    order = by_activity(codes)
+    directions, deviations = principal_directions(codes)
+    bases = {
+        "dimensions": {
+            "center": center.tolist(),
+            "axes": torch.diag(spread)[order].tolist(),
+            "names": [f"z{dimension + 1}" for dimension in order],
+        },
+        "principal": {
+            "center": codes.mean(dim=0).tolist(),
+            "axes": (directions * deviations.clamp_min(1e-6)[:, None]).tolist(),
+            "names": [f"direction {i + 1}" for i in range(len(directions))],
+        },
+    }
+    if codes.shape[1] == 2:  # nothing to order, and nothing to turn
+        bases = {"dimensions": {"center": center.tolist(), "axes": torch.diag(spread).tolist(), "names": ["z1", "z2"]}}
+    return {
+        "title": f"{run.directory.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
+        f"{run.data.name}, {run.data.pixels} pixels",
+        "shape": list(run.model.image_shape),
+        "bases": bases,
+        "codes": [[round(value, 4) for value in code] for code in codes[:SHOWN].tolist()],
+        "labels": run.data.test_labels[:SHOWN].tolist(),
+        "colours": COLOURS,
+    }
+
+
+def as_digit(drawing: Tensor) -> Tensor:
+    """A drawing `[channels, height, width]` in [0, 1], sized and placed as MNIST's digits are: the same shape.
+
+    They fill a box of 20 of the 28 pixels on their longer side, with their centre of mass on pixel (14, 14) (LeCun
+    et al. 1998). A blank drawing stays blank.
+    """
+    ink = (drawing.sum(dim=0) > 0.01).nonzero()
+    if not len(ink):
+        return drawing
+    (top, left), (bottom, right) = ink.amin(dim=0).tolist(), ink.amax(dim=0).tolist()
+    crop = drawing[:, top : bottom + 1, left : right + 1].unsqueeze(0)
+    height, width = drawing.shape[1:]
+    scale = 20 / 28 * min(height, width) / max(crop.shape[2:])
+    size = [max(1, round(side * scale)) for side in crop.shape[2:]]
+    small = interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+    mass = small.sum(dim=0)
+    row = (mass.sum(dim=1) * torch.arange(size[0])).sum() / mass.sum()
+    column = (mass.sum(dim=0) * torch.arange(size[1])).sum() / mass.sum()
+    y = min(max(round(height / 2 - row.item()), 0), height - size[0])
+    x = min(max(round(width / 2 - column.item()), 0), width - size[1])
+    placed = torch.zeros_like(drawing)
+    placed[:, y : y + size[0], x : x + size[1]] = small
+    return placed
+
+
+def as_bytes(image: Tensor) -> bytes:
+    """An image `[channels, height, width]`, bytes or floats in [0, 1], as one byte a value, row by row."""
+    if image.dtype != torch.uint8:
+        image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return bytes(image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes())
+
+
+def as_base64(image: Tensor) -> str:
+    return base64.b64encode(as_bytes(image)).decode()

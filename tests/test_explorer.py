@@ -1,0 +1,193 @@
+"""The explorer in a real browser, headless; and what its server answers."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BRIEF, ROOT
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from vae_lightning.explorer import as_bytes, as_digit, describe
+from vae_lightning.runs import open_run
+from vae_lightning.training import train
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
+    """explore.py in a process of its own, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "explore.py"), f"run={run}", f"port={port}", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    line = process.stdout.readline()
+    assert line.startswith(f"http://127.0.0.1:{port}"), process.communicate()
+    return process, line.split()[0]
+
+
+@pytest.fixture
+def served(config, tmp_path: Path) -> Iterator[str]:
+    """The address of an explorer of a small trained run."""
+    limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1"]
+    words = ["model.latent_dim=3", "model.backbone.hidden=[64]", "figures.every=0", *limits]
+    train(config(*words, "trainer.limit_test_batches=1"), tmp_path / "run")
+    process, address = start(tmp_path / "run")
+    yield address
+    process.terminate()
+    process.communicate(timeout=20)
+
+
+@pytest.fixture
+def browser() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1100"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def picture(browser: webdriver.Chrome, name: str) -> str:
+    return str(browser.execute_script(f"return document.getElementById('{name}').toDataURL()"))
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium and chromedriver to drive the page with")
+def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
+    browser.get(served)
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda b: "latent_dim 3" in b.title)
+    wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
+    time.sleep(0.5)
+    middle = picture(browser, "decoded")
+
+    latent_map = browser.find_element(By.ID, "map")
+    seen = []
+    drag = ActionChains(browser, duration=50).move_to_element_with_offset(latent_map, 0, 0).click_and_hold()
+    drag.perform()
+    for _ in range(3):
+        ActionChains(browser, duration=50).move_by_offset(60, 30).perform()
+        time.sleep(0.4)
+        seen.append(picture(browser, "decoded"))
+    ActionChains(browser).release().perform()
+    assert len({middle, *seen}) == 4  # the digit changed each time
+
+    before = picture(browser, "original")
+    place = browser.execute_script("return toPixel(projected.find(([x, y]) => Math.abs(x) < 1 && Math.abs(y) < 1))")
+    size = latent_map.size["width"] / 560
+    offset = [round((value - 280) * size) for value in place]
+    ActionChains(browser).move_to_element_with_offset(latent_map, *offset).perform()
+    wait.until(lambda b: picture(b, "original") != before)
+    assert picture(browser, "reconstruction") != before
+
+    slider = browser.find_element(By.CSS_SELECTOR, "#sliders input")
+    still = picture(browser, "decoded")
+    ActionChains(browser).move_to_element(slider).click_and_hold().move_by_offset(40, 0).release().perform()
+    wait.until(lambda b: picture(b, "decoded") != still)
+
+    paper = browser.find_element(By.ID, "draw")
+    strokes = ActionChains(browser, duration=50).move_to_element_with_offset(paper, 0, -70).click_and_hold()
+    strokes.move_by_offset(0, 70).move_by_offset(0, 70).release().perform()
+    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#nearest figure")) == 5)
+    assert browser.execute_script("return mark.length") == 3
+    time.sleep(0.5)
+    assert picture(browser, "seen") != picture(browser, "drawn")
+
+    browser.execute_script("setBasis('principal')")
+    assert browser.find_element(By.CSS_SELECTOR, "#across option").text == "direction 1"
+    time.sleep(0.5)
+    assert browser.find_element(By.ID, "problem").text == ""
+    problems = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert problems == []
+    if "EXPLORER_SCREENSHOT" in os.environ:
+        browser.save_screenshot(os.environ["EXPLORER_SCREENSHOT"])
+
+
+def request(url: str, body: str | None = None, host: str | None = None) -> tuple[int, bytes]:
+    asked = urllib.request.Request(url, body.encode() if body else None, {"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(asked) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: str, tmp_path: Path) -> None:
+    assert request(f"{served}/")[0] == 200
+    status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
+    assert (status, len(image)) == (200, 784)
+    for path, body, line in (
+        ("/decode", '{"z": [0, 0]}', b"latents of shape (2,): the model has latent_dim=3"),
+        ("/decode", '{"z": "x"}', b""),
+        ("/decode", "{", b""),
+        ("/encode", '{"image": [1, 2]}', b""),
+        ("/image/10000", None, b"10000: the test set has 10000"),
+        ("/image/x", None, b""),
+    ):
+        status, text = request(f"{served}{path}", body)
+        assert (status, text.count(b"\n")) == (400, 0), path
+        assert text.startswith(line)
+    assert request(f"{served}/state", host="evil.example:80")[0] == 403
+    assert request(f"{served}/../../etc/passwd")[0] == 404
+
+    port = served.rpartition(":")[2]
+    for words, line in (
+        ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot be served there"),
+        (["run=no"], "no whole run"),
+    ):
+        command = [sys.executable, ROOT / "explore.py", *words]
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+        assert line in refused.stderr
+
+
+def test_a_drawing_is_placed_as_mnist_s_digits_are() -> None:
+    drawing = torch.zeros(1, 28, 28)
+    drawing[:, 1:11, 2:6] = 1
+    placed = as_digit(drawing)
+    ink = (placed[0] > 0.1).nonzero()
+    assert (ink.amax(dim=0) - ink.amin(dim=0) + 1).tolist() == [20, 8]
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    assert (placed[0] * rows).sum() / placed.sum() == pytest.approx(14, abs=0.5)
+    assert (placed[0] * columns).sum() / placed.sum() == pytest.approx(14, abs=0.5)
+    assert torch.equal(as_digit(torch.zeros(1, 28, 28)), torch.zeros(1, 28, 28))
+    corner = torch.zeros(1, 28, 28)
+    corner[:, 0, 0] = 1
+    assert as_digit(corner).sum() > 0
+
+
+def test_a_test_digit_is_hardly_moved(mnist: torch.Tensor) -> None:
+    moved = torch.stack([as_digit(x) for x in mnist[:50]])
+    assert (moved - mnist[:50]).abs().mean() < 0.04  # a shift by one pixel changes it by 0.065
+
+
+def test_the_axes_span_latent_space(config, tmp_path: Path) -> None:
+    train(config("model.latent_dim=4", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF), tmp_path / "run")
+    run = open_run(tmp_path / "run", "cpu")
+    codes = run.model.all_codes(run.data.test_images[:500])
+    for basis in describe(run, codes)["bases"].values():
+        axes = torch.tensor(basis["axes"])
+        gram = axes @ axes.T
+        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=0, atol=1e-5)
+        assert (gram.diagonal() > 0).all()
+        assert len(basis["names"]) == 4
+
+
+def test_bytes_go_row_by_row() -> None:
+    assert as_bytes(torch.tensor([[[0.0, 1.0], [0.5, 2.0]]])) == bytes([0, 255, 128, 255])
+    assert as_bytes(torch.tensor([[[1]], [[2]], [[3]]], dtype=torch.uint8)) == bytes([1, 2, 3])
