@@ -70,7 +70,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*words: str) -> Finished:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"++data.root={DATA}"])
+        root = [] if any("data.root=" in word for word in words) else [f"++data.root={DATA}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, *root])
         GlobalHydra.instance().clear()
         capsys.readouterr()
         try:

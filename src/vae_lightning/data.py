@@ -92,9 +92,14 @@ class MNISTDataModule(LightningDataModule):
         self.train_labels, self.val_labels, self.test_labels = train_labels[:split], train_labels[split:], test_labels
         self.ready = True
 
+    @property
+    def dataset(self) -> str:
+        """What results say these images are: MNIST or another set's name, or the class of a data set of your own."""
+        return str(self.name) if type(self) is MNISTDataModule else type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the numbers in it: they are about these pixels of this data set."""
-        return {"name": self.name, "pixels": self.pixels}
+        return {"data.name": self.dataset, "data.pixels": self.pixels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ConfigError where a checkpoint is to be trained on, or tested, under another protocol than its own."""
@@ -102,7 +107,7 @@ class MNISTDataModule(LightningDataModule):
             theirs = state_dict.get(key, own)
             if theirs != own:
                 raise ConfigError(
-                    f"data.{key}={own}: the checkpoint is of data.{key}={theirs}, and numbers under the two cannot be "
+                    f"{key}={own}: the checkpoint is of {key}={theirs}, and numbers under the two cannot be "
                     f"compared. Allowed: {theirs}"
                 )
 

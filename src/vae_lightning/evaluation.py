@@ -201,7 +201,7 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         f"{o.split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
         "samples": o.samples,
         "pixels": data.pixels,
-        "data": data.name,
+        "data": data.dataset,
         "seed": o.seed,
         "seconds": round(time.monotonic() - started, 3),
         "remark": caution,

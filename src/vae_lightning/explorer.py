@@ -149,7 +149,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         bases = {"dimensions": {"center": center.tolist(), "axes": torch.diag(spread).tolist(), "names": ["z1", "z2"]}}
     return {
         "title": f"{run.directory.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
-        f"{run.data.name}, {run.data.pixels} pixels",
+        f"{run.data.dataset}, {run.data.pixels} pixels",
         "shape": list(run.model.image_shape),
         "bases": bases,
         "codes": [[round(value, 4) for value in code] for code in codes[:SHOWN].tolist()],

@@ -71,7 +71,7 @@ def export_run(path: str | Path, trust: Iterable[str] = ()) -> Path:
     description = {
         "model": json.dumps(model.config["model"]),
         "pixels": run.data.pixels,
-        "data": str(run.data.name),
+        "data": run.data.dataset,
     }
     outputs: dict[str, list[str]] = {
         "encoder": ["mean", "log_variance"] if isinstance(model, VAE) else ["codes"],

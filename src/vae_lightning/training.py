@@ -120,7 +120,7 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
     results = metrics | {
         "name": c.name,
-        "data": data.name,
+        "data": data.dataset,
         "pixels": data.pixels,
         "remark": remark(model.likelihood, data.pixels) if isinstance(model, VAE) else "",
         "checkpoint": "best" if chosen else "last",

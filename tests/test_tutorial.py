@@ -1,0 +1,25 @@
+"""docs/tutorial.py runs from top to bottom."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import DATA, ROOT
+
+
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    for name in ("train.py", "conf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    limits = ["trainer.limit_train_batches=20", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    words = [*limits, f"data.root={DATA}", "figures.every=0", "figures.embedded=0", "model.backbone.hidden=[32]"]
+    command = [sys.executable, ROOT / "docs" / "tutorial.py", *words]
+    finished = subprocess.run(command, cwd=tmp_path, env=os.environ | {"EPOCHS": "1"}, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    pictures = sorted((tmp_path / "outputs" / "tutorial").glob("*.png"))
+    assert len(pictures) == 11
+    assert all(str(picture.relative_to(tmp_path)) in finished.stdout for picture in pictures)
+    assert "dimensions with more than 0.01 nats" in finished.stdout
+    bounds = [float(line.rpartition(":")[2]) for line in finished.stdout.splitlines() if line.startswith("k = ")]
+    assert len(bounds) == 4
+    assert bounds == sorted(bounds)
