@@ -34,14 +34,16 @@ class Row:
     samples: int  # of the importance sampling there and here
 
 
+# As long as two cores allow: the paper trains these for up to 2,000 epochs.
+SHORTER = "trainer.max_epochs=70 model.objective.warmup_epochs=20 model/schedule=cosine"
 ROWS = [
     *(
         Row(f"davidson_{d}", f"experiment=davidson model.latent_dim={d}", printed, 500)
         for d, printed in ((2, 135.7), (5, 110.2), (10, 93.8), (20, 88.9), (40, 88.9))
     ),
     Row("iwae_5", "experiment=iwae_5", None, 500),
-    Row("gated_normal_40", "experiment=gated_vamp_40 model/prior=normal", 84.45, 5_000),
-    Row("gated_vamp_40", "experiment=gated_vamp_40", 82.43, 5_000),
+    Row("gated_normal_40", f"experiment=gated_vamp_40 model/prior=normal {SHORTER}", 84.45, 5_000),
+    Row("gated_vamp_40", f"experiment=gated_vamp_40 {SHORTER}", 82.43, 5_000),
 ]
 
 
