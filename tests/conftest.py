@@ -28,6 +28,7 @@ BRIEF = [
     "trainer.limit_train_batches=2",
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
+    "figures.embedded=0",
 ]
 
 

@@ -162,3 +162,15 @@ def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> No
     assert moved.data.pixels == "threshold"
     assert moved.data.root == DATA
     assert json.loads((moved.directory / "metrics.json").read_text())["pixels"] == "threshold"
+
+
+def test_code_of_one_s_own_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text("from vae_lightning.backbones import MLP as Own\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = directory("model.latent_dim=2")
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("vae_lightning.backbones.MLP", "own.Own"))
+    refused = generate_py(f"run={run}", "what=samples")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "trust=[own] allows it" in refused.err
+    assert generate_py(f"run={run}", "what=samples", "trust=[own]").code == 0

@@ -54,7 +54,7 @@ def test_guides(line: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_images(tmp_path)
     own = ["data.root=images"] if "data=folder" in line else []
     own += ["data.val_size=20"] if "data=cifar" in line else []
-    words = [*shlex.split(line), f"hydra.searchpath=[file://{tmp_path}/conf]", "figures.embedded=8", *BRIEF]
+    words = [*shlex.split(line), f"hydra.searchpath=[file://{tmp_path}/conf]", *BRIEF]
     result = command(*words, *own)
     assert result.code == 0, result.err
     directory = result.out.splitlines()[-1]
