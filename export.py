@@ -10,4 +10,4 @@ from vae_lightning.exporting import export_run
 if __name__ == "__main__":
     with one_line_errors("export"):
         options = command_line("export", __doc__)
-        print(export_run(options["run"], options["trust"]))
+        print(export_run(options["run"], options["trust"], options["data_root"]))

@@ -12,7 +12,7 @@ from vae_lightning.evaluation import evaluate_run
 from vae_lightning.training import train
 
 QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False}
-QUICK |= {"accelerator": "cpu", "trust": []}
+QUICK |= {"accelerator": "cpu", "trust": [], "data_root": None}
 
 
 @pytest.fixture

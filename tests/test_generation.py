@@ -162,6 +162,9 @@ def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> No
     assert moved.data.pixels == "threshold"
     assert moved.data.root == DATA
     assert json.loads((moved.directory / "metrics.json").read_text())["pixels"] == "threshold"
+    file = moved.directory / "config.yaml"
+    file.write_text(file.read_text().replace(f"root: {DATA}", f"root: {tmp_path}/of/another/machine"))
+    assert torch.equal(open_run(moved.directory, "cpu", data_root=str(DATA)).data.test_images, moved.data.test_images)
 
 
 def test_code_of_one_s_own_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

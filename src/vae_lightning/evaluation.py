@@ -174,6 +174,7 @@ class Options:
     probes: bool
     accelerator: Literal["auto", "cpu", "gpu"]
     trust: list[str]
+    data_root: str | None
 
 
 def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     """
     check_arguments(Options, options, "")
     o = Options(**options)
-    run = open_run(o.run, o.accelerator, o.trust)
+    run = open_run(o.run, o.accelerator, o.trust, o.data_root)
     vae, data = run.model, run.data
     if o.split == "val" and not data.val_size:
         raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")

@@ -38,6 +38,7 @@ class Options:
     host: str
     port: PositiveInt
     trust: list[str]
+    data_root: str | None
 
 
 def explore_run(options: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def explore_run(options: dict[str, Any]) -> None:
         from aiohttp import web
     except ImportError:
         raise ConfigError("explore needs aiohttp: pip install -e '.[explore]'") from None
-    application = make_application(open_run(o.run, "cpu", o.trust), o.host)
+    application = make_application(open_run(o.run, "cpu", o.trust, o.data_root), o.host)
     try:
         web.run_app(
             application,

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         return self.model.pictures(latents)
 
 
-def export_run(path: str | Path, trust: Iterable[str] = ()) -> Path:
+def export_run(path: str | Path, trust: Iterable[str] = (), data_root: str | None = None) -> Path:
     """Write encoder and decoder of a run into its `export/`, as .onnx and .safetensors, and return that directory.
 
     The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`. The
@@ -63,7 +63,7 @@ def export_run(path: str | Path, trust: Iterable[str] = ()) -> Path:
         import safetensors.torch
     except ImportError as error:
         raise ExportError(f"export needs {error.name}: pip install -e '.[export]'") from None
-    run = open_run(path, "cpu", trust)
+    run = open_run(path, "cpu", trust, data_root)
     model, directory = run.model, run.directory / "export"
     directory.mkdir(exist_ok=True)
     images = model.images(run.data.test_images[:7])

@@ -136,6 +136,7 @@ class Options:
     format: Literal["png", "pdf", "svg"]
     accelerator: Literal["auto", "cpu", "gpu"]
     trust: list[str]
+    data_root: str | None
 
 
 @torch.inference_mode()
@@ -153,7 +154,7 @@ def generate_run(options: dict[str, Any]) -> Path:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:
         raise ConfigError(f"what={o.what}: {error}") from None
-    run = open_run(o.run, o.accelerator, o.trust)
+    run = open_run(o.run, o.accelerator, o.trust, o.data_root)
     picture = function(run, **arguments)
     suffix = "gif" if isinstance(picture, list) else o.format
     path = run.directory / "figures" / f"{o.what}.{suffix}"

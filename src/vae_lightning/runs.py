@@ -123,16 +123,20 @@ class Run:
     data: MNISTDataModule
 
 
-def open_run(path: str | Path, accelerator: str = "auto", trust: Iterable[str] = ()) -> Run:
+def open_run(
+    path: str | Path, accelerator: str = "auto", trust: Iterable[str] = (), data_root: str | None = None
+) -> Run:
     """The model of a run, on `accelerator` (auto, cpu or gpu), with the data that it was trained on, of its protocol.
 
+    `data_root` says where the data lie on this machine, if not where the run found them.
     Raises what `load_run` does, ConfigError where there is no GPU, and DataError for data that are not whole.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
     model = load_run(path, trust)
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    data = build(model.config["data"], MNISTDataModule, "data", seed=model.config["seed"])
+    spec = model.config["data"] | ({"root": data_root} if data_root else {})
+    data = build(spec, MNISTDataModule, "data", seed=model.config["seed"])
     data.setup()
     return Run(run_directory(path), model, data)
 
