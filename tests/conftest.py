@@ -66,22 +66,32 @@ def config() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
-    """`command("model.latent_dim=2", ...)`: `python train.py …` in an empty directory, in this process."""
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """`script("report.py", "outputs", ...)`: `python report.py outputs …` in an empty directory, in this process."""
 
-    def run(*words: str) -> Finished:
+    def run(name: str, *words: object) -> Finished:
         monkeypatch.chdir(tmp_path)
-        root = [] if any("data.root=" in word for word in words) else [f"++data.root={DATA}"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *words, *root])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         GlobalHydra.instance().clear()
         capsys.readouterr()
         try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
+            code = int(stop.code or 0) if isinstance(stop.code, int | None) else 1
         captured = capsys.readouterr()
         return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def command(script: Callable[..., Any]) -> Callable[..., Any]:
+    """`command("model.latent_dim=2", ...)`: `python train.py …` on this repository's MNIST."""
+
+    def run(*words: str) -> Any:
+        root = [] if any("data.root=" in word for word in words) else [f"++data.root={DATA}"]
+        return script("train.py", *words, *root)
 
     return run
 

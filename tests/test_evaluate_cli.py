@@ -1,12 +1,12 @@
 """`python evaluate.py …`, as a user types it."""
 
 import json
-import runpy
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import BRIEF, ROOT, Finished
+from conftest import BRIEF, Finished
 
 from vae_lightning.evaluation import evaluate_run
 from vae_lightning.training import train
@@ -16,19 +16,8 @@ QUICK |= {"accelerator": "cpu", "trust": [], "data_root": None}
 
 
 @pytest.fixture
-def evaluate_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*words: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Finished(code, captured.out, captured.err)
-
-    return run
+def evaluate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "evaluate.py")
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
-from conftest import BRIEF, ROOT
+from conftest import BRIEF
 from safetensors import safe_open
 from torch import nn
 
@@ -55,12 +54,11 @@ def test_a_graph_that_computes_something_else_is_an_error(config, tmp_path: Path
     assert calls
 
 
-def test_wrong_input_and_a_missing_extra_get_one_clear_line(monkeypatch, capsys, tmp_path: Path) -> None:
+def test_wrong_input_and_a_missing_extra_get_one_clear_line(script, monkeypatch, tmp_path: Path) -> None:
     for words, line in ((["run=nowhere"], "nowhere: no whole run is there"), ([], "run: missing; say run=…")):
-        monkeypatch.setattr(sys, "argv", ["export.py", *words])
-        with pytest.raises(SystemExit, match="2"):
-            runpy.run_path(str(ROOT / "export.py"), run_name="__main__")
-        assert capsys.readouterr().err.startswith(line)
+        result = script("export.py", *words)
+        assert (result.code, len(result.err.splitlines())) == (2, 1)
+        assert result.err.startswith(line)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r"export needs onnxruntime: pip install -e '\.\[export\]'"):
         export_run(tmp_path)

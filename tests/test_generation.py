@@ -1,14 +1,14 @@
 """`python generate.py …`, as a user types it, and what the pictures show."""
 
 import json
-import runpy
 import shutil
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, DATA, ROOT, Finished
+from conftest import BRIEF, DATA, Finished
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,19 +19,8 @@ from vae_lightning.training import train
 
 
 @pytest.fixture
-def generate_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*words: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Finished(code, captured.out, captured.err)
-
-    return run
+def generate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "generate.py")
 
 
 @pytest.fixture

@@ -3,16 +3,16 @@
 import csv
 import json
 import os
-import runpy
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
 import yaml
-from conftest import BRIEF, ROOT, Finished
+from conftest import BRIEF, Finished
 
 from vae_lightning.reports import differing_keys, find_results, read_result, tables
 from vae_lightning.runs import RunError
@@ -24,20 +24,8 @@ CONV = {"_target_": "vae_lightning.backbones.Conv", "channels": [32, 64]}
 
 
 @pytest.fixture
-def report_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    def run(*words: object) -> Finished:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Finished(code, captured.out, captured.err)
-
-    return run
+def report_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "report.py")
 
 
 def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", **model: Any) -> Path:
