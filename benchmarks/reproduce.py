@@ -67,7 +67,8 @@ def trained(name: str, words: list[str]) -> dict[str, Any]:
 
 
 def machine(run: dict[str, Any]) -> str:
-    return f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}"
+    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    return f"{run['device']}, {threads}, torch {run['versions']['torch']}"
 
 
 def write_between(path: Path, start: str, end: str, lines: list[str]) -> None:
