@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+import torch.distributions as td
 from linear import SHAPE, linear_vae
 
 from vae_lightning.objectives import kl_divergence
-from vae_lightning.priors import StandardNormal, VampPrior
+from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.priors import Mixture, StandardNormal, VampPrior
 
 VAMP = {"_target_": "vae_lightning.priors.VampPrior", "pseudo_inputs": 7}
 
@@ -26,13 +28,25 @@ def test_priors_are_normalized() -> None:
 def test_vamp_is_the_mean_of_its_posteriors() -> None:
     vae, z = linear_vae(prior=VAMP), torch.randn(5, 3, 2)
     q = vae.encode(vae.prior.pseudo_inputs)
-    each = torch.stack(
-        [torch.distributions.Normal(m, s).log_prob(z).sum(-1) for m, s in zip(q.mean, q.stddev, strict=True)]
-    )
+    each = torch.stack([td.Normal(m, s).log_prob(z).sum(-1) for m, s in zip(q.mean, q.stddev, strict=True)])
     expected = each.logsumexp(0) - math.log(7)
     found = vae.prior(vae.encode).log_prob(z)
     assert found.shape == (5, 3)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_mixture_is_exact_for_narrow_components_far_from_the_origin() -> None:
+    mean, log_variance = 20 + 5 * torch.randn(50, 40), torch.empty(50, 40).uniform_(-15, 3)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn(50, 40)
+    each = torch.stack(
+        [
+            td.Normal(m, torch.exp(0.5 * v)).log_prob(z.double()).sum(-1)
+            for m, v in zip(mean.double(), log_variance.double(), strict=True)
+        ]
+    )
+    found = Mixture(DiagonalGaussian(mean, log_variance)).log_prob(z)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), each.logsumexp(0) - math.log(50), atol=1e-4, rtol=0)
 
 
 def test_vamp_starts_at_training_images_or_at_their_mean() -> None:
