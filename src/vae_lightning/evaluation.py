@@ -21,6 +21,7 @@ from vae_lightning.data import stream_seed
 from vae_lightning.likelihoods import remark
 from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.priors import Mixture
 from vae_lightning.runs import open_run, write_json
 from vae_lightning.vae import VAE
 
@@ -101,14 +102,9 @@ def aggregate_posterior(vae: VAE, posterior: DiagonalGaussian, seed: int = 0) ->
     noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
     z = posterior.mean + posterior.stddev * noise
     log_conditional = posterior.log_prob(z)
-    log_aggregate = torch.cat([log_mixture(part, posterior) for part in z.split(max(1, 20_000_000 // z.numel()))])
+    log_aggregate = torch.cat([Mixture(posterior).log_prob(part) for part in z.split(1_000)])
     log_prior = vae.prior(vae.encode).log_prob(z)
     return (log_conditional - log_aggregate).mean().item(), (log_aggregate - log_prior).mean().item()
-
-
-def log_mixture(z: Tensor, posterior: DiagonalGaussian) -> Tensor:
-    """log (1/N) Σₙ q(z|xₙ) at z `[m, latent_dim]`: `[m]`."""
-    return posterior.log_prob(z.unsqueeze(1)).logsumexp(dim=1) - math.log(len(posterior.mean))
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
