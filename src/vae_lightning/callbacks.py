@@ -31,12 +31,13 @@ class TrainingError(UserError):
 class NonFiniteGuard(Callback):
     """Stops a run whose loss becomes NaN or infinite, before a checkpoint could be written from it.
 
-    On the CPU every step is checked. On an accelerator a check makes it wait, so there it is one in 50 steps and the
-    end of each epoch; the step that is named is the right one all the same. Raises TrainingError.
+    A check looks at all steps since the last one, and names the right step. On an accelerator it makes the device wait,
+    so there it is at the steps that Lightning logs, and at the end of each epoch. Raises TrainingError.
     """
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        if trainer.strategy.root_device.type == "cpu" or i % 50 == 49:
+        logged = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
+        if trainer.strategy.root_device.type == "cpu" or trainer.global_step % logged == 0:
             self._check(trainer, module, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import time
 import warnings
@@ -39,6 +40,7 @@ from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import count_parameters, describe_environment, start_run, write_json
+from vae_lightning.stepping import ManySteps
 from vae_lightning.vae import VAE
 
 log = logging.getLogger(__name__)
@@ -157,7 +159,7 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
     if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
         options["enable_progress_bar"] = sys.stderr.isatty()
     if options["enable_progress_bar"]:
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=20)]  # each refresh costs a tenth of a step
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
     if options["enable_model_summary"] is not False:
         callbacks = [*callbacks, ModelSummary(max_depth=-1)]
     if options["enable_checkpointing"] is False:
@@ -165,11 +167,13 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
     try:
         # The guard comes first, so that nothing else acts on a loss that is not finite.
-        return Trainer(
+        trainer = Trainer(
             **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    trainer.fit_loop.epoch_loop = ManySteps(trainer, trainer.min_steps, trainer.max_steps)
+    return trainer
 
 
 def trainer_limits(
@@ -212,7 +216,7 @@ def check_accelerator(name: str) -> None:
 
 
 def steady_cpu() -> None:
-    """Two settings of the process that make the CPU's pace steady, and change no result worth having."""
+    """Settings of the process that make the CPU's pace steady, and change no result worth having."""
     # Denormal numbers slow arithmetic many times over, and small models drift into them after a few epochs.
     torch.set_flush_denormal(True)
     # glibc hands the memory of each step's gradients back to the kernel, and pays for it in page faults at the next.
@@ -221,6 +225,10 @@ def steady_cpu() -> None:
         m_trim_threshold, m_mmap_threshold, never = -1, -3, 2**31 - 1  # <malloc.h>
         mallopt(m_trim_threshold, never)
         mallopt(m_mmap_threshold, never)
+    # Optimizers ask for a GPU at each step. Lightning has that answered by searching the disk for NVIDIA's library, so
+    # that processes may still be forked; where there is no GPU, the driver's own answer is two hundred times quicker.
+    if not torch.cuda.is_available():
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
 def share_log() -> None:

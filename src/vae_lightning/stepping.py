@@ -1,0 +1,139 @@
+"""Optimizer steps that nobody watches, one straight after the other.
+
+Around every optimizer step Lightning calls some twenty hooks. For a small model they take a good part of the time, and
+between two of the steps that it logs, one in `trainer.log_every_n_steps`, most of them do nothing. So those steps run
+here in a plain loop, with the same arithmetic and the same counters, to the bit; the last of each stretch is
+Lightning's own, with all that hangs on it. A run in which something does act at each step, a callback or a hook of the
+model, takes Lightning's road throughout, and says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from inspect import signature
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from vae_lightning.callbacks import NonFiniteGuard
+from vae_lightning.data import DeviceBatches
+
+log = logging.getLogger(__name__)
+
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+STEP_HOOKS = (
+    *BATCH_HOOKS,
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+MODULE_HOOKS = (*STEP_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping")
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class ManySteps(_TrainingEpochLoop):
+    """Lightning's loop over an epoch's batches, with the steps between two that are logged in a loop of its own."""
+
+    reason: str | None = None  # why each step is Lightning's
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        super().on_run_start(data_fetcher)
+        before, self.reason = self.reason, watched(self.trainer)
+        if self.reason and self.reason != before:
+            log.info("steps run one at a time: %s", self.reason)
+
+    def advance(self, data_fetcher: Any) -> None:
+        if not (self.reason or self.restarting):
+            self._run_unwatched(data_fetcher)
+        super().advance(data_fetcher)
+
+    def _run_unwatched(self, data_fetcher: Any) -> None:
+        trainer: Any = self.trainer
+        module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+        progress = self.automatic_optimization.optim_progress.optimizer
+        clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
+        for _ in range(self._steps_until_watched()):
+            batch, _, _ = next(data_fetcher)
+            trainer._logger_connector.on_batch_start(batch)
+            output = trainer.strategy.training_step(batch, self.batch_idx + 1)
+            loss = output["loss"] if isinstance(output, dict) else output
+            optimizer.zero_grad()
+            loss.backward()
+            if clip:
+                module.clip_gradients(optimizer, clip, algorithm)
+            optimizer.step()
+            self.batch_progress.increment_by(1)
+            progress.step.increment_by(1)
+            progress.zero_grad.increment_by(1)
+            self._batches_that_stepped += 1
+        module._current_fx_name = None
+
+    def _steps_until_watched(self) -> int:
+        """How many steps there are before the next one that is logged, ends the epoch or training, or is validated."""
+        trainer: Any = self.trainer
+        done = self.batch_idx + 1  # batches of this epoch
+        last = [int(trainer.num_training_batches) - done]
+        if trainer.log_every_n_steps:
+            last.append(trainer.log_every_n_steps - self._batches_that_stepped % trainer.log_every_n_steps)
+        if self.max_steps != -1:
+            last.append(self.max_steps - self.global_step)
+        if trainer.val_check_batch not in (None, float("inf")):
+            batches = self.total_batch_idx + 1 if trainer.check_val_every_n_epoch is None else done
+            last.append(int(trainer.val_check_batch) - batches % int(trainer.val_check_batch))
+        return max(0, min(last) - 1)
+
+
+def watched(trainer: Any) -> str | None:
+    """What acts at each step of a trainer's training, which is about to run; None if nothing does."""
+    module, precision, optimizers = trainer.lightning_module, trainer.precision_plugin, trainer.optimizers
+    data = trainer.datamodule
+    own = [hook for hook in MODULE_HOOKS + TRANSFER_HOOKS if overrides(module, LightningModule, hook)]
+    own += [hook for hook in TRANSFER_HOOKS if data and overrides(data, LightningDataModule, hook)]
+    listening = [type(callback).__name__ for callback in trainer.callbacks if listens(callback)]
+    by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"]
+    reasons = {
+        f"the callback {' and '.join(listening)} acts at each": listening,
+        f"the model's or data's {' and '.join(own)} acts at each": own,
+        "optimization is manual": not module.automatic_optimization,
+        "there is more than one optimizer": len(optimizers) != 1,
+        "the optimizer wants a closure": any(needs_closure(optimizer) for optimizer in optimizers),
+        "the learning rate changes at each": by_step,
+        f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches != 1,
+        "the batches come from a loader of their own": not isinstance(trainer.train_dataloader, DeviceBatches),
+        f"trainer.precision={trainer.precision} scales the loss": overrides(precision, Precision, "optimizer_step")
+        and getattr(precision, "scaler", True) is not None,
+        f"trainer.profiler={type(trainer.profiler).__name__}": not isinstance(trainer.profiler, PassThroughProfiler),
+        f"trainer.strategy={type(trainer.strategy).__name__}": type(trainer.strategy)
+        not in (SingleDeviceStrategy, DDPStrategy),
+        "validation is timed": trainer._val_check_time_interval is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def listens(callback: Callback) -> bool:
+    """Whether a callback acts at each step: NaNs are looked for, and a bar is moved, after any number of them."""
+    if isinstance(callback, NonFiniteGuard | ProgressBar):
+        return False
+    if isinstance(callback, ModelCheckpoint):
+        return bool(callback._every_n_train_steps or callback._train_time_interval)
+    if isinstance(callback, LearningRateMonitor):
+        return callback.logging_interval != "epoch"
+    return any(overrides(callback, Callback, hook) for hook in STEP_HOOKS)
+
+
+def overrides(instance: object, base: type, method: str) -> bool:
+    """Whether `instance` has a `method` that is not its base class's."""
+    return getattr(getattr(instance, method), "__func__", None) is not getattr(base, method)
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty

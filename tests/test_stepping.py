@@ -1,0 +1,127 @@
+import csv
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from test_training import events
+
+from vae_lightning.callbacks import NonFiniteGuard
+from vae_lightning.training import train
+from vae_lightning.vae import VAE
+
+SMALL = [
+    "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
+    "trainer.max_epochs=2", "figures.every=0", "figures.embedded=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def guarded(monkeypatch) -> list[int]:
+    """The steps after which Lightning calls its callbacks."""
+    steps: list[int] = []
+    original = NonFiniteGuard.on_train_batch_end
+
+    def noted(self, trainer, *rest):
+        steps.append(trainer.global_step)
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(NonFiniteGuard, "on_train_batch_end", noted)
+    return steps
+
+
+class Watcher(Callback):
+    steps: ClassVar[list[int]] = []
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        self.steps.append(trainer.global_step)
+
+
+class Logging(VAE):
+    """A model that logs something of its own at each step."""
+
+    def training_step(self, batch, batch_index):
+        self.log("mine", float(self.trainer.global_step), on_step=True, on_epoch=True)
+        return {"loss": super().training_step(batch, batch_index)}
+
+
+class Hooked(VAE):
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self.seen = getattr(self, "seen", 0) + 1
+
+
+def left(directory: Path) -> tuple[dict, list[dict[str, str]]]:
+    """The last checkpoint and the history of a run, less what time and place decide."""
+    checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["callbacks"]  # paths
+    with (directory / "history.csv").open() as file:
+        return checkpoint, [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """Where two nested dictionaries and lists differ, tensors to the bit."""
+    if isinstance(a, dict | list) and type(a) is type(b) and len(a) == len(b):
+        keys = a if isinstance(a, dict) else range(len(a))
+        return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.pixels=dynamic", "model.objective.warmup_epochs=1.5", "model/schedule=steps"],
+        ["trainer.val_check_interval=7", "trainer.gradient_clip_val=0.1"],
+        ["trainer.max_steps=31", "model.objective.warmup_epochs=3", "model/prior=vamp", "model.prior.pseudo_inputs=4"],
+        ["trainer.precision=bf16-mixed"],
+    ],
+)
+def test_steps_together_are_the_same_to_the_bit(config, tmp_path: Path, guarded: list[int], overrides) -> None:
+    found, counts = [], []
+    for together in (1, 50):
+        run = tmp_path / str(together)
+        train(config(*SMALL, *overrides, f"trainer.log_every_n_steps={together}"), run)
+        found.append(left(run))
+        counts.append(len(guarded))
+        guarded.clear()
+    (alone, rows), (many, rows_of_many) = found
+    assert rows == rows_of_many
+    assert differences(alone, many) == []
+    assert alone["global_step"] == counts[0] in (46, 31)
+    assert counts[1] < 10  # Lightning's hooks ran a few times, and not at each step
+
+
+def test_lightning_sees_the_steps_that_it_logs_and_the_last_of_each_epoch(config, tmp_path, guarded) -> None:
+    train(config(*SMALL, "trainer.log_every_n_steps=10"), tmp_path / "run")
+    assert guarded == [10, 20, 23, 30, 40, 46]
+
+
+def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
+    for together in (1, 10):
+        train(
+            config(*SMALL, "model._target_=test_stepping.Logging", f"trainer.log_every_n_steps={together}"),
+            tmp_path / str(together),
+        )
+    alone, many = (events(tmp_path / run) for run in ("1", "10"))
+    assert [(e.step, e.value) for e in many.Scalars("mine_step")] == [(n, n) for n in (9, 19, 29, 39)]
+    assert [e.value for e in many.Scalars("mine_epoch")] == [e.value for e in alone.Scalars("mine_epoch")] == [11, 34]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["trainer.callbacks=[{_target_: test_stepping.Watcher}]"], "the callback Watcher acts at each"),
+        (["trainer=ema"], "the callback EMAWeightAveraging acts at each"),
+        (["model._target_=test_stepping.Hooked"], "the model's or data's on_before_optimizer_step acts at each"),
+        (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2"),
+        (["trainer.profiler=simple"], "trainer.profiler=SimpleProfiler"),
+    ],
+)
+def test_who_watches_each_step_sees_each_step(config, tmp_path, guarded, caplog, overrides, reason) -> None:
+    Watcher.steps.clear()
+    with caplog.at_level("INFO"):
+        train(config(*SMALL, *overrides), tmp_path / "run")
+    assert len(guarded) == 46
+    assert not Watcher.steps or list(range(1, 47)) == Watcher.steps
+    assert [r.message for r in caplog.records if "one at a time" in r.message] == [f"steps run one at a time: {reason}"]
