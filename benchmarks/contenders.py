@@ -1,0 +1,305 @@
+"""Ways to train the same VAE on the same images, each a process of its own that trains an epoch when it is asked to.
+
+    textbook    what tutorials do: torchvision's data set, a DataLoader, Adam as it comes, three `.item()` and three
+                TensorBoard scalars a step
+    plain       the best that one writes by hand: images in memory, index look-ups, fused Adam, no logging
+    train.py    this project's own path, with all of it on: metrics, TensorBoard, history, health, checkpoints, pictures
+    jax         a whole epoch in one jitted scan, where jax is installed
+    pythae      Pythae's trainer, where pythae is installed
+    limit       the matrix products of the MLP and fused Adam, and nothing else
+
+    python benchmarks/contenders.py plain mlp_200 100 cpu   # answers each line on stdin with the seconds of an epoch
+
+All have the same networks, batch size, learning rate and loss, and `steady_cpu`, which the others owe to this project.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Callback
+from omegaconf import open_dict
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from vae_lightning.backbones import MLP, Backbone, Conv
+from vae_lightning.cli import plain as as_plain_values
+from vae_lightning.data import load_images
+from vae_lightning.training import steady_cpu, train
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20)}
+Epoch = Callable[[], object]  # trains for one epoch
+
+
+def networks(system: str) -> Backbone:
+    """784-400-400-2d / d-400-400-784, or two convolutions, 32 and 64, with a hidden layer of 256."""
+    backbone, latent_dim = SYSTEMS[system]
+    return (MLP if backbone == "mlp" else Conv)(latent_dim=latent_dim, encoder_outputs=2 * latent_dim)
+
+
+class PlainVAE(nn.Module):
+    """As one writes it in twenty lines."""
+
+    def __init__(self, system: str) -> None:
+        super().__init__()
+        built = networks(system)
+        self.encoder, self.decoder = built.encoder, built.decoder
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        reconstruction = binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum") / len(x)
+        kl = -0.5 * torch.sum(1 + log_variance - mean.square() - log_variance.exp()) / len(x)
+        return reconstruction + kl, reconstruction, kl
+
+
+def mnist() -> Tensor:
+    """The training images, `[60000, 1, 28, 28]`, bytes."""
+    (images, _), _ = load_images("MNIST", (ROOT / "data").resolve())
+    return images
+
+
+def plain(system: str, batch: int, device: str) -> Epoch:
+    images, model = mnist().to(device), PlainVAE(system).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def epoch() -> None:
+        for index in torch.randperm(len(images), device=device).split(batch):
+            loss, _, _ = model.loss(images[index].float().div_(255))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch
+
+
+def textbook(system: str, batch: int, device: str) -> Epoch:
+    from torch.utils.data import DataLoader
+    from torch.utils.tensorboard import SummaryWriter
+    from torchvision import datasets, transforms
+
+    model = PlainVAE(system).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    scratch = tempfile.mkdtemp()
+    raw = Path(scratch) / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (ROOT / "data" / "MNIST" / "raw").glob("*.gz"):
+        (raw / path.name).symlink_to(path)
+    data = datasets.MNIST(scratch, download=True, transform=transforms.ToTensor())
+    loader = DataLoader(data, batch_size=batch, shuffle=True)
+    writer = SummaryWriter(scratch)
+    steps = iter(range(10**9))
+
+    def epoch() -> None:
+        for x, _ in loader:
+            optimizer.zero_grad()
+            terms = model.loss(x.to(device))
+            terms[0].backward()
+            optimizer.step()
+            step = next(steps)
+            for name, term in zip(("loss", "reconstruction", "kl"), terms, strict=True):
+                writer.add_scalar(name, term.item(), step)
+
+    return epoch
+
+
+def pythae(system: str, batch: int, device: str) -> Epoch:
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    built, latent_dim = networks(system), SYSTEMS[system][1]
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = built.encoder
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            mean, log_variance = self.layers(x).chunk(2, dim=1)
+            return ModelOutput(embedding=mean, log_covariance=log_variance)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(built.decoder, nn.Sigmoid())  # its loss takes probabilities
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=self.layers(z))
+
+    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=latent_dim, reconstruction_loss="bce")
+    options = BaseTrainerConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        learning_rate=1e-3,
+        no_cuda=device == "cpu",
+        keep_best_on_train=True,
+    )
+    images = mnist().float() / 255
+    trainer = BaseTrainer(
+        VAE(config, Encoder(), Decoder()), BaseDataset(images, torch.zeros(len(images))), None, options
+    )
+    trainer.prepare_training()
+    return lambda: trainer.train_step(1)
+
+
+def jax(system: str, batch: int, device: str) -> Epoch:
+    import jax
+    import jax.numpy as jnp
+
+    linear = mlp_layers(system)
+    weights = [[(jnp.array(m.weight.detach().T), jnp.array(m.bias.detach())) for m in part] for part in linear]
+    images = jnp.array(mnist().flatten(1).numpy())
+
+    def mlp(part, x):
+        for w, b in part[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        return x @ part[-1][0] + part[-1][1]
+
+    def loss(weights, x, key):
+        mean, log_variance = jnp.split(mlp(weights[0], x), 2, axis=1)
+        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        logits = mlp(weights[1], z)
+        reconstruction = jnp.sum(jax.nn.softplus(logits) - x * logits)
+        kl = -0.5 * jnp.sum(1 + log_variance - mean**2 - jnp.exp(log_variance))
+        return (reconstruction + kl) / batch
+
+    def step(carry, inputs):
+        weights, first, second, n = carry
+        index, key = inputs
+        gradient = jax.grad(loss)(weights, images[index].astype(jnp.float32) / 255, key)
+        n = n + 1
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second, gradient)
+        rate = 1e-3 * jnp.sqrt(1 - 0.999**n) / (1 - 0.9**n)
+        weights = jax.tree.map(lambda w, m, v: w - rate * m / (jnp.sqrt(v) + 1e-8), weights, first, second)
+        return (weights, first, second, n), None
+
+    @jax.jit
+    def scan(carry, key):
+        order, noise = jax.random.split(key)
+        steps = len(images) // batch
+        indices = jax.random.permutation(order, len(images))[: steps * batch].reshape(steps, batch)
+        return jax.lax.scan(step, carry, (indices, jax.random.split(noise, steps)))[0]
+
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    state = [(weights, zeros, zeros, jnp.float32(0)), jax.random.key(0)]
+
+    def epoch() -> None:
+        state[1], key = jax.random.split(state[1])
+        state[0] = jax.block_until_ready(scan(state[0], key))
+
+    return epoch
+
+
+def mlp_layers(system: str) -> list[list[nn.Linear]]:
+    if SYSTEMS[system][0] != "mlp":
+        raise SystemExit("written for the MLP only")
+    built = networks(system)
+    return [[m for m in part.modules() if isinstance(m, nn.Linear)] for part in (built.encoder, built.decoder)]
+
+
+def limit(system: str, batch: int, device: str) -> Epoch:
+    """Forward, weight and input gradients of every layer as matrix products on tensors that are there already."""
+    encoder, decoder = mlp_layers(system)
+    layers = [layer.to(device) for layer in encoder + decoder]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    inputs = [torch.randn(batch, layer.in_features, device=device) for layer in layers]
+    outputs = [torch.randn(batch, layer.out_features, device=device) for layer in layers]
+
+    @torch.no_grad()
+    def epoch() -> None:
+        for _ in range(60_000 // batch):
+            for layer, x, g in zip(layers, inputs, outputs, strict=True):
+                torch.mm(x, layer.weight.T)
+                torch.mm(g.T, x)
+                if layer is not layers[0]:
+                    torch.mm(g, layer.weight)
+            optimizer.step()
+
+    return epoch
+
+
+class Turns(Callback):
+    """Lets `train.py` wait for its turn before each epoch, and say how long the last took, checkpoints included."""
+
+    started = 0.0
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if self.started:
+            finish(trainer.strategy.root_device.type)
+            answer(time.perf_counter() - self.started)
+        if not sys.stdin.readline():
+            sys.exit()
+        self.started = time.perf_counter()
+
+
+class FirstStep(Callback):
+    """Prints the time of day after the first step, and stops."""
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        print("first step", time.time(), flush=True)
+        sys.exit()
+
+
+def train_py(system: str, batch: int, device: str) -> None:
+    backbone, latent_dim = SYSTEMS[system]
+    overrides = [f"model/backbone={backbone}", f"model.latent_dim={latent_dim}", f"data.batch_size={batch}"]
+    overrides += ["data.val_size=0", "trainer.max_epochs=1000", f"trainer.accelerator={device.replace('cuda', 'gpu')}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    with open_dict(composed):
+        del composed["hydra"]
+    config = as_plain_values(composed)
+    config["data"]["root"] = str(ROOT / "data")
+    config["trainer"]["callbacks"] = [{"_target_": "contenders.Turns"}]
+    config["trainer"]["enable_progress_bar"] = False
+    with tempfile.TemporaryDirectory() as directory:
+        train(config, Path(directory) / "run")
+
+
+def finish(device: str) -> None:
+    """Wait for what a GPU has still to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def answer(seconds: float) -> None:
+    """One line to the process that asked: an epoch's seconds, and this process's peak memory so far."""
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "megabytes": megabytes}), file=sys.__stdout__, flush=True)
+
+
+CONTENDERS = {"textbook": textbook, "plain": plain, "train.py": train_py, "jax": jax, "pythae": pythae, "limit": limit}
+
+
+def main() -> None:
+    name, system, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    steady_cpu()
+    torch.manual_seed(0)
+    epoch = CONTENDERS[name](system, batch, device)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        epoch()
+        finish(device)
+        answer(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
