@@ -5,9 +5,11 @@ python export.py run=outputs/…
 """
 
 from vae_lightning.cli import command_line, one_line_errors
+from vae_lightning.config import check_arguments
 from vae_lightning.exporting import export_run
 
 if __name__ == "__main__":
     with one_line_errors("export"):
         options = command_line("export", __doc__)
-        print(export_run(options["run"], options["trust"], options["data_root"]))
+        check_arguments(export_run, options, "")
+        print(export_run(**options))

@@ -1,107 +1,193 @@
-"""Seconds an epoch: `train.py`'s own path, everything on, beside the best plain loop, in turn in one process.
+"""How fast an epoch is, beside what one would run instead: all at once, and each in its turn.
 
-    python benchmarks/speed.py                 # leaky_mlp_200, five rounds of each
-    python benchmarks/speed.py --rounds 10
+    python benchmarks/speed.py                                       # every row, five rounds: about half an hour
+    python benchmarks/speed.py --rows mlp_200/100 --rounds 10
+    python benchmarks/speed.py --contenders plain train.py
+    python benchmarks/speed.py --device cuda
 
-The plain loop is what one would write by hand: the images in memory, index look-ups, fused Adam, no logging. The other
-trains `experiment=leaky_mlp_200` with metrics, TensorBoard, history and a checkpoint each epoch.
+Each contender (contenders.py) is a process that sleeps until it is its turn; a round is one epoch of each, so that what
+slows the machine for a while slows them all. Ratios are taken round by round. Also: seconds from the start of
+`train.py` to its first step, and what share of the decoder's matrix products evaluate.py reaches. Writes
+docs/speed.json and docs/images/speed.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import ClassVar
+from statistics import median
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import Callback
-from omegaconf import open_dict
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from contenders import CONTENDERS, ROOT, SYSTEMS
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
-from vae_lightning.cli import plain
-from vae_lightning.data import load_images
-from vae_lightning.training import steady_cpu, train
+from vae_lightning import figures
+from vae_lightning.evaluation import importance_sampling, posteriors
+from vae_lightning.runs import device_name
+from vae_lightning.training import steady_cpu
+from vae_lightning.vae import VAE
 
-ROOT = Path(__file__).resolve().parents[1]
-BATCH = 100
-
-
-class Stopwatch(Callback):
-    """Seconds from the start of one epoch to the start of the next, checkpoints and logging included."""
-
-    epochs: ClassVar[list[float]] = []
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.started = time.perf_counter()
-
-    def on_fit_end(self, trainer, module) -> None:
-        self.epochs.append(time.perf_counter() - self.started)
+ROWS = [f"{system}/{batch}" for system in SYSTEMS for batch in (100, 1000)]
+SLOW = ("textbook", "pythae")  # these sit out all but the first rounds
 
 
-class PlainVAE(nn.Module):
-    """784-400-400-(200,200) / 200-400-400-784, leaky ReLU 0.2."""
+class Contender:
+    """A process that trains an epoch when it is told to."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        act = nn.LeakyReLU(0.2)
-        self.encoder = nn.Sequential(nn.Linear(784, 400), act, nn.Linear(400, 400), act, nn.Linear(400, 400))
-        self.decoder = nn.Sequential(nn.Linear(200, 400), act, nn.Linear(400, 400), act, nn.Linear(400, 784))
+    def __init__(self, name: str, row: str, device: str) -> None:
+        system, batch = row.split("/")
+        command = [sys.executable, ROOT / "benchmarks" / "contenders.py", name, system, batch, device]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        self.seconds: list[float] = []
+        self.megabytes = 0.0
 
-    def loss(self, x: Tensor) -> Tensor:
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        reconstruction = binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
-        kl = -0.5 * torch.sum(1 + log_variance - mean.square() - log_variance.exp())
-        return (reconstruction + kl) / len(x)
+    def epoch(self) -> bool:
+        """Whether it trained one; a contender that is not installed, or not written for this row, does not."""
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            self.process.stdin.write("epoch\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            while line and not line.startswith("{"):  # what others print
+                line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            found = json.loads(line)
+            self.seconds.append(found["seconds"])
+            self.megabytes = found["megabytes"]
+        return bool(line)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def plain_epoch(model: PlainVAE, optimizer: torch.optim.Optimizer, images: Tensor) -> float:
-    started = time.perf_counter()
-    for index in torch.randperm(len(images)).split(BATCH):
-        loss = model.loss(images[index].float().div_(255))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return time.perf_counter() - started
+def measure(row: str, names: list[str], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    """Seconds of each epoch, and peak memory, of every contender that runs here; the first epoch warms up."""
+    contenders = {name: Contender(name, row, device) for name in names}
+    contenders = {name: contender for name, contender in contenders.items() if contender.epoch()}
+    for contender in contenders.values():
+        contender.seconds.clear()
+    for n in range(rounds):
+        for name, contender in contenders.items():
+            if name not in SLOW or n < 2:
+                contender.epoch()
+    for contender in contenders.values():
+        contender.stop()
+    return {name: {"seconds": c.seconds, "megabytes": c.megabytes} for name, c in contenders.items()}
 
 
-def template_epoch() -> float:
-    with tempfile.TemporaryDirectory() as directory:
-        overrides = ["experiment=leaky_mlp_200", "trainer.max_epochs=1", "figures.every=0", "trainer.accelerator=cpu"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("train", overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(composed)
-        with open_dict(composed):
-            del composed["hydra"]
-        config = plain(composed)
-        config["data"]["root"] = str(ROOT / "data")
-        config["trainer"]["callbacks"] = [{"_target_": "__main__.Stopwatch"}]
-        config["trainer"]["enable_progress_bar"] = False
-        train(config, Path(directory) / "run")
-    return Stopwatch.epochs[-1]
+def summary(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A line for each contender: seconds, images a second, ratio to the plain loop round by round, memory."""
+    lines = []
+    plain = found.get("plain", {}).get("seconds", [])
+    for name, figures_of in found.items():
+        seconds = figures_of["seconds"]
+        ratios = [s / p for s, p in zip(seconds, plain, strict=False)]
+        lines.append(
+            [name]
+            + [f"{f(seconds):.2f}" for f in (min, median, max)]
+            + [f"{60_000 / median(seconds):,.0f}"]
+            + ([f"{f(ratios):.2f}" for f in (min, median, max)] if ratios else [""] * 3)
+            + [f"{figures_of['megabytes']:,.0f}"]
+        )
+    return lines
+
+
+HEADING = ["contender", "min s", "median s", "max s", "images/s", "min ×", "median ×", "max ×", "MB"]
+
+
+def first_step(accelerator: str, times: int = 3) -> list[float]:
+    """Seconds from the start of `python train.py` to the end of its first step."""
+    found = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as scratch:
+            words = ["trainer.callbacks=[{_target_: contenders.FirstStep}]", f"hydra.run.dir={scratch}/run"]
+            command = [sys.executable, "train.py", *words, f"trainer.accelerator={accelerator}"]
+            path = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+            started = time.time()
+            finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        found.append(float(finished.stdout.partition("first step ")[2].split()[0]) - started)
+    return found
+
+
+@torch.inference_mode()
+def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
+    """Importance samples a second of a 784-400-20 VAE, and what its decoder's matrix products alone would allow."""
+    vae = VAE(latent_dim=20, backbone={"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}).eval().to(device)
+    images = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8, device=device)
+    posterior, samples, chunk = posteriors(vae, images), 500, 1_000
+    layers = [layer for layer in vae.decoder if isinstance(layer, torch.nn.Linear)]
+    inputs = [torch.randn(chunk, layer.in_features, device=device) for layer in layers]
+    found: dict[str, list[float]] = {"evaluate": [], "products": []}
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        importance_sampling(vae, images, posterior, samples)
+        found["evaluate"].append(len(images) * samples / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for _ in range(len(images) * samples // chunk):
+            for layer, x in zip(layers, inputs, strict=True):
+                torch.mm(x, layer.weight.T)
+        found["products"].append(len(images) * samples / (time.perf_counter() - started))
+    return {name: values[1:] for name, values in found.items()}
+
+
+def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Median images a second of every contender, a group a row."""
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for n, (name, colour) in enumerate(zip(names, figures.COLOURS, strict=False)):
+        rows = [(i, found[name]["seconds"]) for i, found in enumerate(results.values()) if name in found]
+        x = [i + (n - len(names) / 2) * 0.8 / len(names) for i, _ in rows]
+        axes.bar(x, [60_000 / median(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
+    axes.set_xticks(range(len(results)), [row.replace("/", ", batch ") for row in results], fontsize="small")
+    figures.finish(axes, ylabel="images a second", yscale="log")
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options = parser.parse_args()
 
-    steady_cpu()  # for both
-    (images, _), _ = load_images("MNIST", (ROOT / "data").resolve())
-    model = PlainVAE()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    pixels = images.flatten(1)
-    plain_epoch(model, optimizer, pixels)  # warm-up
-    pairs = [(plain_epoch(model, optimizer, pixels), template_epoch()) for _ in range(rounds)]
-    plain, template = zip(*pairs, strict=True)
-    for name, values in (("plain loop", plain), ("train.py", template), ("ratio", [t / p for p, t in pairs])):
-        print(f"{name:12}  min {min(values):6.3f}  median {statistics.median(values):6.3f}  max {max(values):6.3f}")
+    steady_cpu()
+    machine = (
+        f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(machine)
+    results = {}
+    for row in options.rows:
+        results[row] = measure(row, options.contenders, options.rounds, options.device)
+        print(f"\n{row}: seconds an epoch, and × the plain loop\n")
+        print(tabulate(summary(results[row]), HEADING, tablefmt="pipe", disable_numparse=True), flush=True)
+    start = first_step("cpu" if options.device == "cpu" else "gpu")
+    print(f"\ntrain.py to its first step: {', '.join(f'{s:.1f}' for s in start)} s")
+    share = evaluation_share(options.device, options.rounds)
+    ratios = [a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
+    print(
+        f"evaluate: {median(share['evaluate']):,.0f} importance samples a second, {100 * median(ratios):.0f} % "
+        f"({100 * min(ratios):.0f} to {100 * max(ratios):.0f}) of what the decoder's matrix products allow"
+    )
+    if options.rows == ROWS:
+        content = {"machine": machine, "epochs": results, "first_step": start, "evaluation": share}
+        (ROOT / "docs" / "speed.json").write_text(json.dumps(content) + "\n")
+        figures.save(plot(results), ROOT / "docs" / "images" / "speed.png")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@
 # (Kingma & Welling 2014) makes of that a model of how images come about: draw z from a prior p(z), then an image from
 # p(x|z). This tutorial trains some on MNIST and looks at them.
 #
-# It is a Python script in cells. `python docs/tutorial.py`, from the repository's root, runs it and leaves its pictures
-# in `outputs/tutorial/`; VS Code, PyCharm and Jupyter with jupytext open it as a notebook. EPOCHS=1 is quick.
+# It is a Python script in cells. `python docs/tutorial.py` runs it and leaves its pictures in `outputs/tutorial/`; VS
+# Code and PyCharm open it as a notebook, and so does Jupyter with jupytext (`pip install jupytext notebook`, then
+# `jupytext --to notebook docs/tutorial.py`). The text is about ten epochs; EPOCHS=1 is quick, and learns less.
 
 # %%
 import os
+import re
 import subprocess
 import sys
 from itertools import count
@@ -28,8 +30,11 @@ from vae_lightning import figures, generation
 from vae_lightning.objectives import importance_weighted_bound, kl_divergence
 from vae_lightning.runs import open_run
 
+here = Path.cwd()
+os.chdir(next(folder for folder in (here, *here.parents) if (folder / "train.py").exists()))  # the repository's root
 EPOCHS = int(os.environ.get("EPOCHS", "10"))
-HERE = Path("outputs/tutorial")
+OVERRIDES = os.environ.get("OVERRIDES", "")  # further words for train.py
+HERE = Path("outputs/tutorial") / re.sub(r"[^\w.]+", "-", f"{EPOCHS}_epochs {OVERRIDES}".strip())[:100]
 number = count(1)
 
 
@@ -54,8 +59,10 @@ def show(picture: torch.Tensor | Figure) -> None:
 
 # %%
 def train(*words: str) -> None:
-    """`python train.py …`, with what this script was called with besides."""
-    subprocess.run([sys.executable, "train.py", *words, f"trainer.max_epochs={EPOCHS}", *sys.argv[1:]], check=True)
+    """`python train.py …`"""
+    command = [sys.executable, "train.py", *words, f"trainer.max_epochs={EPOCHS}", *OVERRIDES.split()]
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"{' '.join(command)} failed: what it printed says why")
 
 
 if not (HERE / "vae_200" / "metrics.json").exists():
@@ -99,7 +106,7 @@ for d, run in vaes.items():
     )
 
 # %% [markdown]
-# The KL of each dimension shows which ones are used: at 200, most of them stay at the prior, with a KL of 0.
+# The KL of each dimension shows which ones are used: at 200, many stay near the prior, with a KL near 0.
 
 # %%
 with torch.no_grad():
@@ -165,5 +172,5 @@ show(generation.interpolations(vaes[20]))
 show(generation.traversals(vaes[20]))
 
 # %% [markdown]
-# From here: `python explore.py run=outputs/tutorial/vae_2` walks over the map with the mouse, `python evaluate.py
-# run=outputs/tutorial/vae_20` measures what a model is worth, and docs/guides.md changes it.
+# From here: `python explore.py run=outputs/tutorial/10_epochs/vae_2` walks over the map with the mouse, `python
+# evaluate.py run=outputs/tutorial/10_epochs/vae_20` measures what a model is worth, and docs/guides.md changes it.

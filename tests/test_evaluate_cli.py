@@ -43,6 +43,20 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert f"{content['val/nll']:.4f}" in result.out
 
 
+def test_another_checkpoint_s_numbers_do_not_pass_for_the_run_s(evaluate_py, run_directory: Path) -> None:
+    words = ["samples=2", "split=val", "probes=false"]
+    assert evaluate_py(f"run={run_directory}/checkpoints/last.ckpt", *words).code == 0
+    assert not (run_directory / "evaluation.json").exists()
+    assert json.loads((run_directory / "evaluation_last.json").read_text())["checkpoint"] == "last"
+
+
+def test_memory_that_is_not_there_gets_one_line(evaluate_py, run_directory: Path) -> None:
+    result = evaluate_py(f"run={run_directory}", "samples=100000000000", "split=val")
+    assert result.code == 2
+    assert result.err.startswith("out of memory: ")
+    assert len(result.err.splitlines()) == 1
+
+
 def test_a_likelihood_proper_needs_no_remark(config, tmp_path: Path) -> None:
     overrides = ["data.pixels=dynamic", "model.backbone.hidden=[16]", "data.val_size=200", *BRIEF]
     train(config(*overrides), tmp_path / "run")

@@ -115,8 +115,8 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
         browser.save_screenshot(os.environ["EXPLORER_SCREENSHOT"])
 
 
-def request(url: str, body: str | None = None, host: str | None = None) -> tuple[int, bytes]:
-    asked = urllib.request.Request(url, body.encode() if body else None, {"Host": host} if host else {})
+def request(url: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
+    asked = urllib.request.Request(url, body.encode() if body else None, headers)
     try:
         with urllib.request.urlopen(asked) as response:
             return response.status, response.read()
@@ -129,23 +129,31 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
     assert (status, len(image)) == (200, 784)
     for path, body, line in (
-        ("/decode", '{"z": [0, 0]}', b"latents of shape (2,): the model has latent_dim=3"),
-        ("/decode", '{"z": "x"}', b""),
-        ("/decode", "{", b""),
-        ("/encode", '{"image": [1, 2]}', b""),
+        ("/decode", '{"z": [0, 0]}', b"z: should be a list of 3 numbers"),
+        ("/decode", '{"z": "abc"}', b"z: should be"),
+        ("/decode", '{"z": [[0, 0, 0], [0, 0, 0], [0, 0, 0]]}', b"z: should be"),
+        ("/decode", '{"z": [0, 0, NaN]}', b"z: should be"),
+        ("/decode", f'{{"z": [0, 0, {10**400}]}}', b"z: should be"),
+        ("/decode", "{", b"z: should be"),
+        ("/decode", "[" * 100_000, b"z: should be"),
+        ("/encode", '{"image": [1, 2]}', b"image: should be a list of 784 numbers"),
         ("/image/10000", None, b"10000: the test set has 10000"),
-        ("/image/x", None, b""),
+        ("/image/x", None, b"x: the test set has"),
     ):
         status, text = request(f"{served}{path}", body)
         assert (status, text.count(b"\n")) == (400, 0), path
         assert text.startswith(line)
     assert request(f"{served}/state", host="evil.example:80")[0] == 403
+    assert request(f"{served}/decode", '{"z": [0, 0, 0]}', origin="http://evil.example")[0] == 403
+    assert request(f"{served}/decode", '{"z": [0, 0, 0]}', origin=served)[0] == 200
     assert request(f"{served}/../../etc/passwd")[0] == 404
 
     port = served.rpartition(":")[2]
     for words, line in (
         ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot be served there"),
         (["run=no"], "no whole run"),
+        ([f"run={tmp_path / 'run'}", "port=99999"], "port=99999: should be less than or equal to 65535"),
+        ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot be served there"),
     ):
         command = [sys.executable, ROOT / "explore.py", *words]
         refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

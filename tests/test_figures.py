@@ -48,7 +48,7 @@ def test_scatter_names_every_digit() -> None:
     figure = figures.latent_scatter(torch.randn(300, 2), torch.arange(300) % 10)
     (axes,) = figure.axes
     assert sorted(text.get_text() for text in axes.texts) == list("0123456789")
-    assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 10
+    assert len({tuple(colour) for colour in axes.collections[0].get_facecolor()}) == 10
 
 
 def test_loss_curves_have_a_panel_a_term_and_a_line_a_split() -> None:

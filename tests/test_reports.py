@@ -68,12 +68,14 @@ def test_protocols_are_kept_apart(tmp_path: Path) -> None:
 def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Path) -> None:
     for name, samples in (("a", 500), ("b", 5000)):
         run = fake_run(tmp_path / name, 100.0, latent_dim=samples)
-        evaluation = {"test/nll": 95.0, "test/nll_stderr": 0.2, "samples": samples, "pixels": "grey"}
+        evaluation = {"test/nll": 95.0, "test/nll_stderr": 0.2, "samples": samples, "data": "MNIST", "pixels": "grey"}
         (run / "evaluation.json").write_text(json.dumps(evaluation))
     (table,) = tables(find_results([tmp_path])[0])
     assert table.metrics[-2:] == ["test/nll (k=500)", "test/nll (k=5000)"]
     run = tmp_path / "a"
-    (run / "evaluation.json").write_text(json.dumps({"test/nll": 95.0, "samples": 500, "pixels": "dynamic"}))
+    (run / "evaluation.json").write_text(
+        json.dumps({"test/nll": 95.0, "samples": 500, "data": "MNIST", "pixels": "dynamic"})
+    )
     with pytest.raises(RunError, match=r"metrics.json and evaluation.json are of different pixels"):
         read_result(run)
 
@@ -87,6 +89,41 @@ def test_arguments_of_other_classes_are_no_difference_of_their_own() -> None:
     assert differing_keys([config(MLP), config(CONV), config(CONV | {"channels": [8]}, d=5)]) == [
         "model.latent_dim", "model.backbone._target_", "model.backbone.channels",
     ]  # fmt: skip
+
+
+def test_one_bad_file_does_not_spoil_a_report(report_py, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for n in range(3):
+        fake_run(runs / f"good_{n}", 100.0 + n, n)
+    spoilt = {
+        "nan": ("metrics.json", '{"test/loss": NaN, "data": "MNIST", "pixels": "grey"}'),
+        "deep": ("metrics.json", "[" * 100_000),
+        "likelihood": ("config.yaml", "{seed: 7, data: {}, model: {likelihood: [1], latent_dim: 2, x: $\\frac$}}"),
+        "date": ("config.yaml", "{seed: 7, data: {}, model: {}, x: 2020-99-99}"),
+        "huge": ("evaluation.json", f'{{"data": "MNIST", "pixels": "grey", "test/nll": {10**400}}}'),
+        "history": ("history.csv", "epoch,val/loss\n1,1e308\n2,-1e308\n"),
+        "short": ("history.csv", "val/loss,epoch\n1.0\n"),
+        "long": ("history.csv", f"epoch,val/loss\n1,{'1' * 200_000}\n"),
+    }
+    for n, (name, (file, content)) in enumerate(spoilt.items()):
+        fake_run(runs / name, 200.0 + n, 10 + n, latent_dim=3 + n)
+        (runs / name / file).write_text(content)
+    result = report_py(runs, "--to", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "101.00 ± 1.00" in result.out
+    for name in ("deep", "date", "huge"):
+        assert f"left out: {runs / name}: " in result.out
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(report_py, tmp_path: Path) -> None:
+    for n in range(2):
+        fake_run(tmp_path / "runs" / str(n), 100.0 + n, latent_dim=2 + n)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.png").touch()
+    assert report_py(tmp_path / "runs", "--to", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "1_rate_distortion.png").exists()
+    assert report_py(tmp_path / "runs" / "0", "--to", tmp_path / "out").code == 0
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"mine.png", "1_learning_curves.png"}
 
 
 def test_the_later_of_two_equal_runs_counts(tmp_path: Path) -> None:
@@ -106,7 +143,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
             spec = MLP if backbone == "MLP" else CONV
             fake_run(tmp_path / "sweep" / f"{backbone}_{d}_{seed}", float(loss), seed, latent_dim=d, backbone=spec)
     (tmp_path / "sweep" / "unfinished").mkdir()
-    (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("model: {latent_dim: 3}\n")
+    (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("{model: {latent_dim: 3}, data: {}, seed: 0}\n")
     damaged = fake_run(tmp_path / "sweep" / "damaged", 1.0)
     (damaged / "metrics.json").write_text('{"test/loss": 1')
     result = report_py("sweep", "--to", "out")
@@ -116,7 +153,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     assert lines[-1] == "out"
     assert any("98.00" not in line and "Conv" in line and "97.00 ± 2.83" in line for line in lines)
     assert any(line.startswith("left out: sweep/unfinished: not finished") for line in lines)
-    assert any(line.startswith("left out: sweep/damaged: metrics.json is damaged") for line in lines)
+    assert any(line.startswith("left out: sweep/damaged: metrics.json: cannot be read") for line in lines)
     with (tmp_path / "out" / "report.csv").open() as file:
         rows = {(row["model.backbone"], row["model.latent_dim"]): row for row in csv.DictReader(file)}
     assert len(rows) == 4
@@ -125,7 +162,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
         assert (float(row["test/loss"]), float(row["test/loss std"])) == pytest.approx((mean(values), stdev(values)))
         assert row["runs"] == "2"
     markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "| model.latent_dim" in markdown
+    assert "model.latent_dim |" in markdown
     assert "\\toprule" in (tmp_path / "out" / "report.tex").read_text()
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"1_test_loss_against_model.latent_dim.png", "1_learning_curves.png", "1_rate_distortion.png"} <= pictures

@@ -1,4 +1,4 @@
-import json
+import re
 import sys
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 import yaml
 from conftest import BRIEF
+from PIL import Image
 
+from vae_lightning.config import ConfigError, UserError
 from vae_lightning.model import ShapeError
-from vae_lightning.runs import RunError, load_run, start_run, write_json
+from vae_lightning.runs import RunError, load_run, open_run, start_run
 from vae_lightning.training import train
 
 
@@ -17,13 +19,6 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds a run"):
         start_run(tmp_path / "run", {"seed": 2})
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
 def test_load_run_gives_the_trained_model(config, tmp_path: Path, mnist) -> None:
@@ -45,6 +40,9 @@ def test_load_run_refuses_what_is_not_a_whole_run(tmp_path: Path) -> None:
         load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(RunError, match=r"config\.yaml: is not the configuration of a run: data=None"):
+        load_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {}\ndata: {}\nseed: 0\n")
     for content in (b"", b"not a checkpoint"):
         (tmp_path / "checkpoints" / "best.ckpt").write_bytes(content)
         with pytest.raises(RunError, match=r"best\.ckpt: damaged"):
@@ -60,7 +58,7 @@ class Payload:
 
 def test_load_run_unpickles_nothing(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.yaml").write_text("model: {}\n")
+    (tmp_path / "config.yaml").write_text("{model: {}, data: {}, seed: 0}\n")
     torch.save({"state_dict": Payload()}, tmp_path / "checkpoints" / "best.ckpt")
     with pytest.raises(RunError, match="holds more than weights"):
         load_run(tmp_path)
@@ -76,6 +74,77 @@ def run(config, tmp_path: Path) -> Path:
 
 def test_a_model_has_the_configuration_of_its_run_at_hand(run: Path) -> None:
     assert load_run(run).config == yaml.safe_load((run / "config.yaml").read_text())
+
+
+def rewrite(run: Path, **changes: object) -> None:
+    """Change keys of config.yaml, or remove those that are None: `data__pixels="grey"`."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in changes.items():
+        *parents, name = key.split("__")
+        tree = config
+        for parent in parents:
+            tree = tree[parent]
+        tree[name] = value
+        if value is None:
+            del tree[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("pixels", ["threshold", None])  # None: the default, grey
+def test_a_configuration_cannot_pass_a_run_off_for_another_protocol(config, tmp_path: Path, pixels) -> None:
+    train(config("data.pixels=dynamic", "model.backbone.hidden=[8]", *BRIEF), tmp_path / "run")
+    rewrite(tmp_path / "run", data__pixels=pixels)
+    with pytest.raises(RunError, match=r"says data\.pixels=(threshold|grey), and its checkpoint data.pixels=dynamic"):
+        open_run(tmp_path / "run", "cpu")
+
+
+def test_a_string_is_no_list_of_trusted_modules(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trust=os: should be a list of modules, \[os\]"):
+        load_run(run, trust="os")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("model__prior", {"_target_": "vae_lightning.priors.Prior"}, "abstract class Prior"),
+        (
+            "model__backbone",
+            {"_target_": "vae_lightning.backbones.Backbone"},
+            "vae_lightning.backbones.Backbone cannot be made of",
+        ),
+        ("model__latent_dim", 10**12, "cannot be made of this"),
+        ("model__latent_dim", 10**30, "no plain value"),
+        ("model__backbone", {"_target_": "torch.utils.model_dump.__main__.X"}, "not in vae_lightning or torch.optim"),
+        ("model___target_", "vae_lightning.model.ImageModel", "no such key"),
+        ("seed", "x", "seed=x"),
+    ],
+)
+def test_a_configuration_of_what_cannot_be_built_gets_one_line(run: Path, key: str, value, line: str) -> None:
+    rewrite(run, **{key: value})
+    with pytest.raises(UserError, match=re.escape(line)) as error:
+        open_run(run, "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda w: w * float("nan"), "NaN or infinite"),
+        (lambda w: w.to(torch.complex64), "of another type"),
+        (lambda w: w.double(), "of another type"),
+        (lambda w: w[:1], "not the weights of the model"),
+    ],
+)
+def test_weights_that_are_no_weights_are_refused(run: Path, spoil, line: str) -> None:
+    file = run / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["state_dict"]["encoder.1.weight"] = spoil(checkpoint["state_dict"]["encoder.1.weight"])
+    torch.save(checkpoint, file)
+    with pytest.raises(RunError, match=line):
+        load_run(run)
+    torch.save(torch.zeros(3), file)
+    with pytest.raises(RunError, match="damaged"):
+        load_run(run)
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(run: Path) -> None:
@@ -117,6 +186,10 @@ def test_a_loaded_model_takes_what_a_person_would_pass(run: Path, mnist: torch.T
     grey = (mnist[:2] * 255).round().to(torch.uint8)
     for same in (grey, grey[:, 0], grey.numpy(), mnist[:2, 0], mnist[:2].tolist(), mnist[:2].double()):
         torch.testing.assert_close(vae.reconstruct(same), expected)
+    array = grey.numpy()
+    for same in (array[::-1][::-1], array[..., ::-1].copy()[..., ::-1], (array / 255).astype(">f4"), list(array)):
+        torch.testing.assert_close(vae.reconstruct(same), expected)
+    torch.testing.assert_close(vae.reconstruct(Image.fromarray(array[0, 0])), expected[:1])
     for one in (grey[0], grey[0, 0], mnist[0]):
         torch.testing.assert_close(vae.reconstruct(one), expected[:1])
         assert vae.encode(one).mean.shape == (1, 3)
@@ -134,9 +207,17 @@ def test_images_of_the_wrong_shape_are_said_to_be_so(shape: tuple[int, ...], run
 
 
 def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so(run: Path) -> None:
-    vae = load_run(run)
+    vae, mnist_like = load_run(run), torch.zeros(28, 28)
     for wrong in (torch.full((28, 28), 255.0), torch.full((28, 28), -1.0), torch.full((28, 28), float("nan"))):
         with pytest.raises(ShapeError, match=r"floats are in \[0, 1\]"):
             vae.reconstruct(wrong)
     with pytest.raises(ShapeError, match=r"latents of shape \(2,\): the model has latent_dim=3"):
         vae.decode([0.5, 0])
+    for ragged in ([[1], [2, 3]], "abc", None, [10**400, 0, 0]):
+        with pytest.raises(ShapeError, match=r"latents: \w+ is no array of numbers"):
+            vae.decode(ragged)
+    for call in (lambda: vae.sample(-1), lambda: vae.sample(1.5), lambda: vae.log_weights(mnist_like, k=0)):
+        with pytest.raises(ShapeError, match="should be a whole number from 1"):
+            call()
+    with pytest.raises(ShapeError, match="NaN or infinite"):
+        vae.decode([float("nan"), 0, 0])

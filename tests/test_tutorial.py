@@ -13,10 +13,12 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     limits = ["trainer.limit_train_batches=20", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     words = [*limits, f"data.root={DATA}", "figures.every=0", "figures.embedded=0", "model.backbone.hidden=[32]"]
-    command = [sys.executable, ROOT / "docs" / "tutorial.py", *words]
-    finished = subprocess.run(command, cwd=tmp_path, env=os.environ | {"EPOCHS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "docs" / "tutorial.py"]
+    environment = os.environ | {"EPOCHS": "1", "OVERRIDES": " ".join(words)}
+    (tmp_path / "docs").mkdir()  # where a notebook would run
+    finished = subprocess.run(command, cwd=tmp_path / "docs", env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    pictures = sorted((tmp_path / "outputs" / "tutorial").glob("*.png"))
+    pictures = sorted((tmp_path / "outputs" / "tutorial").glob("1_epochs*/*.png"))
     assert len(pictures) == 11
     assert all(str(picture.relative_to(tmp_path)) in finished.stdout for picture in pictures)
     assert "dimensions with more than 0.01 nats" in finished.stdout

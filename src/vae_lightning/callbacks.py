@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.tensorboard import SummaryWriter
 
 from vae_lightning import figures
@@ -141,7 +142,10 @@ class Figures(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         # The test set waits for the end: pictures on the way are of held-out images, or else of training images.
         split = "val" if data.val_size else "train"
-        pictures = self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"))
+        self.show(trainer, self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")))
+
+    def show(self, trainer: Trainer, pictures: Mapping[str, Tensor | Figure]) -> None:
+        """Add pictures to TensorBoard."""
         for board in boards(trainer):
             for name, picture in pictures.items():
                 if isinstance(picture, Figure):
@@ -154,13 +158,16 @@ class Figures(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.directory.mkdir(exist_ok=True)
-        for name, picture in self.draw(module, data.test_images, data.test_labels).items():
+        pictures = self.draw(module, data.test_images, data.test_labels)
+        self.show(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
+        for name, picture in pictures.items():
             figures.save(picture, self.directory / f"{name}.png")
         if self.embedded:
             assert isinstance(module, ImageModel)
             images, labels = data.test_images[: self.embedded], data.test_labels[: self.embedded]
             for board in boards(trainer):
                 codes = module.all_codes(images).cpu()
+                codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector draws nothing in fewer dimensions
                 board.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,6 +45,14 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     except MENDABLE as error:
         print(one_line(error, config_name), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"out of memory: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        raise SystemExit(2) from None
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # model=null: Hydra has no class of its own for it
             raise
@@ -52,6 +61,11 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         raise SystemExit(2) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is PyTorch's way, or Python's, to say that memory ran out; for the CPU, PyTorch has no class."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
@@ -116,7 +130,8 @@ def one_line(error: Exception, config_name: str) -> str:
         return unknown_key(unknown[1], config_name)
     if isinstance(error, OSError) and error.filename:
         where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
-        return f"{where[-1] if where else 'run directory'}: cannot write {error.filename} ({error.strerror})"
+        what = f"{where[-1]}: cannot write" if where else "cannot read or write"
+        return f"{what} {error.filename} ({error.strerror})"
     return " ".join(str(error).split())
 
 

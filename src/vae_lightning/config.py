@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every library's generator takes
 ImageShape = Annotated[Sequence[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
 
@@ -84,8 +85,13 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
     check_arguments(target, arguments, path, given)
     try:
         return target(**{**arguments, **given})
+    except UserError:
+        raise
     except ValueError as error:  # what the class itself has to say of its arguments
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # an argument that trips it up; HYDRA_FULL_ERROR=1 shows where, for who writes the class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path}: {spec['_target_']} cannot be made of this ({reason[:300]})") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

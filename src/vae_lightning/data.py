@@ -239,7 +239,8 @@ def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
             sets = [dataset_class(scratch, train=train, download=True, **options) for train in (True, False)]
         except (RuntimeError, URLError, OSError) as error:
             raise DataError(
-                f"{raw}: {name} is not there whole and cannot be downloaded ({' '.join(str(error).split())})"
+                f"{raw}: {name} is not there whole and cannot be downloaded ({' '.join(str(error).split())}); "
+                "where it lies is data.root=…, or, for a run that is finished, data_root=…"
             ) from error
         _keep(
             [path for path in work.iterdir() if not path.is_symlink() and path.name in (checksums or {path.name})], raw

@@ -6,6 +6,7 @@ Every estimator here is a function of the model and images; `evaluate` puts them
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, check_arguments
+from vae_lightning.config import ConfigError, PositiveInt, Seed, check_arguments
 from vae_lightning.data import stream_seed
+from vae_lightning.files import write_json
 from vae_lightning.likelihoods import remark
 from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian
 from vae_lightning.priors import Mixture
-from vae_lightning.runs import open_run, write_json
+from vae_lightning.runs import open_run
 from vae_lightning.vae import VAE
 
 
@@ -164,7 +166,7 @@ class Options:
     run: str
     split: Literal["test", "val"]
     samples: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
     batch_size: PositiveInt
     chunk: PositiveInt
     probes: bool
@@ -186,6 +188,8 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
     if not isinstance(vae, VAE):
         raise ConfigError(f"run={o.run}: its model, {type(vae).__name__}, has no likelihood to measure")
+    if not os.access(run.directory, os.W_OK):
+        raise ConfigError(f"run={o.run}: cannot be written to, and evaluation.json belongs there")
     images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
 
     started = time.monotonic()
@@ -201,15 +205,17 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         "data": data.dataset,
         "seed": o.seed,
         "seconds": round(time.monotonic() - started, 3),
+        "checkpoint": run.checkpoint.stem,
         "remark": caution,
     }
-    write_json(run.directory / "evaluation.json", content)
+    print(table(results, o, data.pixels, caution), flush=True)  # first: it took minutes, and a disk can be full
+    # The numbers of another checkpoint than the best must not pass for the run's.
+    name = "evaluation" if run.checkpoint.stem == "best" else f"evaluation_{run.checkpoint.stem}"
+    write_json(run.directory / f"{name}.json", content)
     (run.directory / "figures").mkdir(exist_ok=True)
     unit = "cross-entropy" if caution else "−log p(x)"
-    figures.save(
-        figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels"), run.directory / "figures/nll_curve.png"
-    )
-    print(table(results, o, data.pixels, caution))
+    curve = figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels")
+    figures.save(curve, run.directory / "figures" / "nll_curve.png")
     return content
 
 
@@ -219,11 +225,11 @@ def table(results: dict[str, Any], o: Options, pixels: str, caution: str) -> str
     for name, value in results.items():
         if isinstance(value, float):
             label = f"{name} (cross-entropy)" if caution and name in ("nll", "elbo", "reconstruction") else name
-            lines.append(f"  {label:28} {value:10.4f}")
+            lines.append(f"  {label:32} {value:10.4f}")
         elif isinstance(value, int):
-            lines.append(f"  {name:28} {value:10d}")
+            lines.append(f"  {name:32} {value:10d}")
         elif value is not None:
-            lines.append(f"  {name:28} {' '.join(f'{v:.2f}' for v in value[:12])}{' …' if len(value) > 12 else ''}")
+            lines.append(f"  {name:32} {' '.join(f'{v:.2f}' for v in value[:12])}{' …' if len(value) > 12 else ''}")
     return "\n".join(lines)
 
 

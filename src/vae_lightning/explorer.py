@@ -10,16 +10,20 @@ Needs the extra: pip install -e '.[explore]'.
 from __future__ import annotations
 
 import base64
+import json
+import math
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vae_lightning.config import ConfigError, PositiveInt, UserError, check_arguments
-from vae_lightning.figures import COLOURS
+from vae_lightning.config import ConfigError, UserError, check_arguments
+from vae_lightning.figures import DIGIT_COLOURS
 from vae_lightning.generation import middle
 from vae_lightning.latents import by_activity, principal_directions
 from vae_lightning.runs import Run, open_run
@@ -27,6 +31,7 @@ from vae_lightning.runs import Run, open_run
 if TYPE_CHECKING:
     from aiohttp import web
 
+LOCAL = {"127.0.0.1", "localhost", "::1"}
 SHOWN = 3_000  # test images on the map
 
 
@@ -35,8 +40,8 @@ class Options:
     """What conf/explore.yaml composes."""
 
     run: str
-    host: str
-    port: PositiveInt
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)]
     trust: list[str]
     data_root: str | None
 
@@ -56,12 +61,11 @@ def explore_run(options: dict[str, Any]) -> None:
             host=o.host,
             port=o.port,
             access_log=None,
-            print=lambda *_: print(f"http://{o.host}:{o.port}    (Ctrl-C stops it)", flush=True),
+            print=lambda *_: print(f"http://{url_host(o.host)}:{o.port}    (Ctrl-C stops it)", flush=True),
         )
-    except OSError as error:
-        raise UserError(
-            f"host={o.host} port={o.port}: cannot be served there ({error.strerror}); try another port"
-        ) from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such host"
+        raise UserError(f"host={o.host} port={o.port}: cannot be served there ({reason}); try another port") from None
 
 
 @torch.inference_mode()
@@ -74,13 +78,17 @@ def make_application(run: Run, host: str) -> web.Application:
 
     @web.middleware
     async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
-        # A page from elsewhere that resolves its own name to this machine must not read along (DNS rebinding).
-        if request.host.rpartition(":")[0] not in {host, "127.0.0.1", "localhost"}:
+        # A page from elsewhere must not read along, by resolving its own name to this machine (DNS rebinding), nor set
+        # this one to work.
+        name = urlsplit(f"//{request.host}").hostname
+        if host in LOCAL and name not in LOCAL:
             raise web.HTTPForbidden(text=f"{request.host}: not a name of this server")
+        if urlsplit(request.headers.get("Origin", f"//{request.host}")).netloc != request.host:
+            raise web.HTTPForbidden(text="a page from elsewhere has no business here")
         try:
             with torch.inference_mode():
                 response: web.StreamResponse = await handler(request)
-        except (UserError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except UserError as error:
             raise web.HTTPBadRequest(text=" ".join(str(error).split())) from None
         response.headers["Content-Security-Policy"] = "default-src 'self' 'unsafe-inline' data:"
         return response
@@ -92,18 +100,19 @@ def make_application(run: Run, host: str) -> web.Application:
         return web.json_response(describe(run, codes))
 
     async def decode(request: web.Request) -> web.Response:
-        z = (await request.json())["z"]
+        z = await numbers(request, "z", model.latent_dim)
         return web.Response(body=as_bytes(model.pictures(z)), content_type="application/octet-stream")
 
     async def image(request: web.Request) -> web.Response:
-        index = int(request.match_info["index"])
+        given = request.match_info["index"]
+        index = int(given) if given.isdecimal() and len(given) < 10 else -1
         if not 0 <= index < len(images):
-            raise ConfigError(f"{index}: the test set has {len(images)}")
+            raise ConfigError(f"{given[:20]}: the test set has {len(images)} images, numbered from 0")
         x = model.images(images[index])
         return web.json_response({"image": as_base64(x[0]), "reconstruction": as_base64(model.reconstruct(x)[0])})
 
     async def encode(request: web.Request) -> web.Response:
-        drawn = torch.tensor((await request.json())["image"], dtype=torch.float32)
+        drawn = await numbers(request, "image", math.prod(model.image_shape))
         x = model.images(as_digit(drawn.reshape(model.image_shape).clamp(0, 1)))
         z = model.codes(x)[0]
         nearest = (codes - z).square().sum(dim=1).topk(5, largest=False).indices.tolist()
@@ -127,6 +136,22 @@ def make_application(run: Run, host: str) -> web.Application:
         ]
     )
     return application
+
+
+async def numbers(request: web.Request, name: str, n: int) -> Tensor:
+    """The n finite numbers, `[n]`, that a request's JSON has under `name`. Raises UserError for anything else."""
+    try:
+        given = json.loads(await request.read())[name]
+        values = torch.tensor(given, dtype=torch.float32) if len(given) == n else torch.empty(0)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError, RecursionError):
+        values = torch.empty(0)
+    if values.shape != (n,) or not values.isfinite().all():
+        raise UserError(f"{name}: should be a list of {n} numbers")
+    return values
+
+
+def url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def describe(run: Run, codes: Tensor) -> dict[str, Any]:
@@ -155,7 +180,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         "bases": bases,
         "codes": [[round(value, 4) for value in code] for code in codes[:SHOWN].tolist()],
         "labels": run.data.test_labels[:SHOWN].tolist(),
-        "colours": COLOURS,
+        "colours": DIGIT_COLOURS,
     }
 
 

@@ -6,7 +6,7 @@ Needs the extra: pip install -e '.[export]'.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_lightning.config import UserError
+from vae_lightning.files import together
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import open_run
 from vae_lightning.vae import VAE
@@ -50,7 +51,7 @@ class Decoder(nn.Module):
         return self.model.pictures(latents)
 
 
-def export_run(path: str | Path, trust: Iterable[str] = (), data_root: str | None = None) -> Path:
+def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None = None) -> Path:
     """Write encoder and decoder of a run into its `export/`, as .onnx and .safetensors, and return that directory.
 
     The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`. The
@@ -63,15 +64,14 @@ def export_run(path: str | Path, trust: Iterable[str] = (), data_root: str | Non
         import safetensors.torch
     except ImportError as error:
         raise ExportError(f"export needs {error.name}: pip install -e '.[export]'") from None
-    run = open_run(path, "cpu", trust, data_root)
-    model, directory = run.model, run.directory / "export"
-    directory.mkdir(exist_ok=True)
-    images = model.images(run.data.test_images[:7])
+    opened = open_run(run, "cpu", trust, data_root)
+    model, data, directory = opened.model, opened.data, opened.directory / "export"
+    images = model.images(data.test_images[:7])
     latents = torch.randn(7, model.latent_dim, generator=torch.Generator().manual_seed(0))
     description = {
         "model": json.dumps(model.config["model"]),
-        "pixels": run.data.pixels,
-        "data": run.data.dataset,
+        "pixels": data.pixels,
+        "data": data.dataset,
     }
     outputs: dict[str, list[str]] = {
         "encoder": ["mean", "log_variance"] if isinstance(model, VAE) else ["codes"],
@@ -81,32 +81,33 @@ def export_run(path: str | Path, trust: Iterable[str] = (), data_root: str | Non
         "encoder": (Encoder(model).eval(), "images", images),
         "decoder": (Decoder(model).eval(), "latents", latents),
     }
-    for name, (module, given, x) in wrapped.items():
-        weights = {key: value.contiguous() for key, value in getattr(model, name).state_dict().items()}
-        file = directory / f"{name}.safetensors"
-        safetensors.torch.save_file(weights, file, metadata=description)
-        saved = safetensors.torch.load_file(file)
-        if not all(torch.equal(saved[key], value) for key, value in weights.items()):
-            raise ExportError(f"{file}: does not hold the weights that were written")
+    with together(directory) as scratch:
+        for name, (module, given, x) in wrapped.items():
+            weights = {key: value.contiguous() for key, value in getattr(model, name).state_dict().items()}
+            file = scratch / f"{name}.safetensors"
+            file.write_bytes(safetensors.torch.save(weights, metadata=description))
+            saved = safetensors.torch.load_file(file)
+            if not all(torch.equal(saved[key], value) for key, value in weights.items()):
+                raise ExportError(f"{file.name}: does not hold the weights that were written")
 
-        graph = directory / f"{name}.onnx"
-        options: dict[str, Any] = {
-            "input_names": [given],
-            "output_names": outputs[name],
-            "external_data": False,
-            "verbose": False,
-        }
-        with torch.no_grad():
-            try:
-                torch.onnx.export(module, (x,), graph, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
-            except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ExportError(f"{graph}: this network cannot be written as ONNX ({reason})") from error
-            session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-            for part in (x, x[:1]):
-                expected = module(part)
-                expected = expected if isinstance(expected, tuple) else (expected,)
-                _compare(graph, session.run(None, {given: part.numpy()}), expected)
+            graph = scratch / f"{name}.onnx"
+            options: dict[str, Any] = {
+                "input_names": [given],
+                "output_names": outputs[name],
+                "external_data": False,
+                "verbose": False,
+            }
+            with torch.no_grad():
+                try:
+                    torch.onnx.export(module, (x,), graph, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+                except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+                    reason = " ".join(str(error).split())[:300]
+                    raise ExportError(f"{graph.name}: this network cannot be written as ONNX ({reason})") from error
+                session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+                for part in (x, x[:1]):
+                    expected = module(part)
+                    expected = expected if isinstance(expected, tuple) else (expected,)
+                    _compare(graph, session.run(None, {given: part.numpy()}), expected)
     return directory
 
 
@@ -114,4 +115,4 @@ def _compare(graph: Path, found: list[Any], expected: tuple[Tensor, ...]) -> Non
     for array, tensor in zip(found, expected, strict=True):
         if not torch.allclose(torch.from_numpy(array), tensor, rtol=TOLERANCE, atol=TOLERANCE):
             worst = (torch.from_numpy(array) - tensor).abs().max()
-            raise ExportError(f"{graph}: differs from PyTorch by up to {worst:.1e}")
+            raise ExportError(f"{graph.name}: differs from PyTorch by up to {worst:.1e}")

@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
+from vae_lightning.files import whole
+
 # Ten colours told apart by colour-blind readers (Petroff 2021, arXiv:2107.02270).
 COLOURS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadb".split()
+# The same, dealt to the digits so that those that lie side by side in latent space (3, 5, 8; 4, 7, 9) differ most.
+DIGIT_COLOURS = "#e76300 #a96b59 #b9ac70 #bd1f01 #832db6 #92dadb #94a4a2 #3f90da #717581 #ffa90e".split()
 SCALE = 3  # screen pixels for each image pixel in a saved grid
 
 
@@ -58,13 +63,15 @@ def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     axes = figure.subplots()
     digits = labels.unique().tolist()
-    for digit in digits:
-        points = means[labels == digit].cpu()
-        axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, linewidths=0, color=COLOURS[digit % 10], label=digit)
+    order = torch.randperm(len(means), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    colours = [DIGIT_COLOURS[digit % 10] for digit in labels[order].tolist()]  # in turn, so that none covers the rest
+    size = 3 * max(1.0, (10_000 / len(means)) ** 0.5)
+    x, y = means[order].T.cpu()
+    axes.scatter(x, y, s=size, alpha=0.6, linewidths=0, c=colours)
     medians = torch.stack([means[labels == digit].median(dim=0).values for digit in digits]).cpu()
     extent = (means.amax(dim=0) - means.amin(dim=0)).max().item()
     for digit, (x, y) in zip(digits, pushed_apart(medians, 0.05 * extent).tolist(), strict=True):
-        box = {"fc": "white", "ec": COLOURS[digit % 10], "boxstyle": "round,pad=0.2"}
+        box = {"fc": "white", "ec": DIGIT_COLOURS[digit % 10], "boxstyle": "round,pad=0.2"}
         axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox=box)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     axes.spines[["top", "right"]].set_visible(False)
@@ -119,6 +126,7 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, marker="." if len(points) < 2 else "")
         axes.set(title=term, xlabel="epoch", ylabel="" if term == "mse" else "nats per image")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     return figure
@@ -140,7 +148,7 @@ def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str,
     axes = figure.subplots()
     for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
         x, y, deviation = zip(*sorted(points), strict=True)
-        axes.errorbar(x, y, deviation, label=name or None, color=colour, marker="o", markersize=4, capsize=3)
+        axes.errorbar(x, y, deviation, label=verbatim(name) or None, color=colour, marker="o", markersize=4, capsize=3)
     ticks = sorted({point[0] for points in lines.values() for point in points})
     if ticks[0] > 0 and ticks[-1] / ticks[0] > 8:
         axes.set_xscale("log")
@@ -155,11 +163,13 @@ def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker="." if len(points) < 2 else "")
+        axes.plot(*zip(*points, strict=True), label=verbatim(name), color=colour, marker="." if len(points) < 2 else "")
     settled = [value for _, points in curves.values() for _, value in points[len(points) // 20 :]]
     room = 0.05 * (max(settled) - min(settled)) or 1.0
     axes.set_ylim(min(settled) - room, max(settled) + room)  # the fall of the first epochs would flatten the rest
-    finish(axes, xlabel="epoch", ylabel=" or ".join(sorted({metric for metric, _ in curves.values()})))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    metrics = " or ".join(sorted({metric for metric, _ in curves.values()}))
+    finish(axes, xlabel="epoch", ylabel=f"{metrics}, nats per image")
     return figure
 
 
@@ -168,10 +178,16 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
     figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     for (name, (rate, distortion)), colour in zip(points.items(), COLOURS, strict=False):
-        axes.plot(rate, distortion, marker="o", linestyle="", label=name, color=colour)
+        axes.plot(rate, distortion, marker="o", linestyle="", label=verbatim(name), color=colour)
         axes.axline((rate, distortion), slope=-1, color=colour, linewidth=0.6, linestyle=":")
+    axes.plot([], [], color="grey", linewidth=0.6, linestyle=":", label="equal ELBO")
     finish(axes, xlabel="kl: rate, nats per image", ylabel="reconstruction: distortion, nats per image")
     return figure
+
+
+def verbatim(text: str) -> str:
+    """Text from a configuration, of which matplotlib must not make formulas."""
+    return text.replace("$", r"\$")
 
 
 def finish(axes: Axes, **labels: str) -> None:
@@ -184,6 +200,11 @@ def finish(axes: Axes, **labels: str) -> None:
 
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
+    with whole(path) as partial:
+        _save(picture, partial)
+
+
+def _save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     if isinstance(picture, Figure):
         picture.savefig(path, dpi=120)
     elif not isinstance(picture, Tensor):

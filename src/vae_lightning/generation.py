@@ -9,6 +9,7 @@ run's own pixel protocol.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,18 +23,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, check_arguments
+from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed, check_arguments
 from vae_lightning.latents import arc, by_activity, principal_directions
 from vae_lightning.runs import Run, open_run
 from vae_lightning.vae import VAE
 
 Plane = Literal["principal"] | Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]
 Images = Annotated[Sequence[NonNegativeInt], Field(min_length=1)]  # indices into the test set
+Image = Annotated[Sequence[NonNegativeInt], Field(min_length=1, max_length=1)]
 Points = Annotated[Sequence[float | Sequence[float]], Field(min_length=1)]
 
 
 def samples(
-    run: Run, n: PositiveInt = 64, columns: PositiveInt = 8, temperature: Positive = 1.0, seed: NonNegativeInt = 0
+    run: Run, n: PositiveInt = 64, columns: PositiveInt = 8, temperature: Positive = 1.0, seed: Seed = 0
 ) -> Tensor:
     """A grid of n images decoded from the prior, whose standard deviations `temperature` scales."""
     torch.manual_seed(seed)
@@ -42,7 +44,7 @@ def samples(
 
 def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
     """Test images, the first n or those of the given indices, above their reconstructions."""
-    x = run.model.images(chosen(run, images or range(n)))
+    x = run.model.images(chosen(run, images or range(min(n, len(run.data.test_images)))))
     return figures.reconstruction_grid(x, run.model.reconstruct(x))
 
 
@@ -62,14 +64,14 @@ def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Fi
     return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
 
 
-def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images: Images | None = None) -> Figure:
+def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images: Image | None = None) -> Figure:
     """One latent dimension a row, the n most active first, from −3 to 3 standard deviations, the others held still.
 
     They are held at the middle of latent space, or at the code of the test image whose index is given.
     """
     codes = run.model.all_codes(run.data.test_images)
     center, spread = middle(run, codes)
-    still = run.model.codes(chosen(run, images[:1]))[0] if images else center
+    still = run.model.codes(chosen(run, images))[0] if images else center
     rows = by_activity(codes)[:n]
     values = torch.linspace(-3, 3, columns, device=codes.device)
     z = still.repeat(len(rows), columns, 1)
@@ -84,15 +86,21 @@ def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images:
 def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
     """From test image to test image, along the straight line and along the arc: two rows for each of n pairs.
 
-    `images` are the indices of the pairs, one after the other; by default the first of each digit.
+    `images` are the indices of the pairs, one after the other; by default the first of each digit. At both ends of a
+    row stands the image itself.
     """
-    indices = list(images or first_of_each_digit(run)[: 2 * n])
+    indices = list(images or first_of_each_digit(run))[: 2 * n]
     if len(indices) % 2:
         raise ConfigError(f"images={indices}: pairs are needed, and these are {len(indices)}")
     x = run.model.images(chosen(run, indices))
-    paths = [run.model.interpolate(x[::2], x[1::2], columns, spherical) for spherical in (False, True)]
+    ends = x.unflatten(0, (-1, 2)).movedim(1, 0)  # [2, pairs, …]
+    paths = [
+        torch.cat([ends[:1], run.model.interpolate(ends[0], ends[1], columns, spherical), ends[1:]])
+        for spherical in (False, True)
+    ]
     rows = torch.stack(paths).movedim(2, 0).flatten(0, 1)  # line and arc of the first pair, of the second, …
-    return figures.labelled_rows(rows, ["line", "arc"] * (len(indices) // 2))
+    names = ["image", *[""] * columns, "image"]
+    return figures.labelled_rows(rows, ["line", "arc"] * (len(indices) // 2), names)
 
 
 def decode(run: Run, z: Points, columns: PositiveInt = 10) -> Tensor:
@@ -102,14 +110,17 @@ def decode(run: Run, z: Points, columns: PositiveInt = 10) -> Tensor:
     return figures.image_grid(pictures, min(columns, len(pictures)))
 
 
-def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: NonNegativeInt = 0) -> Figure:
-    """n samples above the training images nearest to them, with their distance: have digits been learnt by heart?"""
+def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Seed = 0) -> Figure:
+    """n samples above the training images nearest to them: have digits been learnt by heart?
+
+    Above each sample stands the Euclidean distance to the nearest.
+    """
     torch.manual_seed(seed)
     x = prior_samples(run, n, temperature)
     distances, neighbours = nearest_images(x, run.data.train_images, k=3)
     rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (3, n))])
     names = ["sample", "nearest", "second", "third"]
-    return figures.labelled_rows(rows, names, [f"d = {distance:.1f}" for distance in distances[0].tolist()])
+    return figures.labelled_rows(rows, names, [f"{distance:.1f}" for distance in distances[0].tolist()])
 
 
 def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
@@ -143,21 +154,28 @@ class Options:
 def generate_run(options: dict[str, Any]) -> Path:
     """Draw one picture of a run into its figures/, and return the file's path. Raises UserError for what does not fit.
 
-    An option that this picture has no use for is refused, as is one out of range: the functions' type hints say so.
+    An option that this picture has no use for is refused, as is one out of range: the functions' type hints say so. The
+    options are part of the file's name, manifold_plane=principal.png, so that no picture takes the place of another.
     """
     common = {name: options[name] for name in Options.__annotations__}
     check_arguments(Options, common, "")
     o = Options(**common)
     function = PICTURES[o.what]
+    if o.what == "decode" and options["z"] is None:
+        raise ConfigError("what=decode: wants latents to decode, such as z=[0.5,0] or z=[[0.5,0],[2,0]]")
     arguments = {name: value for name, value in options.items() if name not in common and value is not None}
     try:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:
         raise ConfigError(f"what={o.what}: {error}") from None
+    if o.what == "walk" and o.format != "png":
+        raise ConfigError(f"what=walk: is an animated GIF, and not format={o.format}")
     run = open_run(o.run, o.accelerator, o.trust, o.data_root)
     picture = function(run, **arguments)
     suffix = "gif" if isinstance(picture, list) else o.format
-    path = run.directory / "figures" / f"{o.what}.{suffix}"
+    given = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
+    name = "_".join([o.what, *given])
+    path = run.directory / "figures" / f"{name[:100]}.{suffix}"
     path.parent.mkdir(exist_ok=True)
     figures.save(picture, path)
     return path
@@ -198,7 +216,8 @@ def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[s
     """
     d = run.model.latent_dim
     if plane is None and d != 2:
-        raise ConfigError(f"what=manifold: the run has latent_dim={d}, and not 2; say plane=principal, or plane=[1,2]")
+        others = "; say plane=principal, or plane=[1,2]" if d > 2 else ", and a plane needs two"
+        raise ConfigError(f"run={run.directory}: has latent_dim={d}, and not 2{others}")
     codes = run.model.all_codes(run.data.test_images)
     if plane == "principal":
         directions, deviations = principal_directions(codes)

@@ -7,6 +7,7 @@ show. To add one, write a class with a `forward`, and a YAML file in conf/model/
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ CROSS_ENTROPY = (
 LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which would else shrink without end on images that fit exactly
 
 
-class Likelihood(nn.Module):
+class Likelihood(nn.Module, ABC):
     """From decoder outputs `[..., channels, height, width]` to p(x|z), with `log_prob(x)` of shape `[...]`.
 
     `binary` says that it is a probability of binary images, which grey ones are not.
@@ -32,8 +33,9 @@ class Likelihood(nn.Module):
 
     binary = False
 
+    @abstractmethod
     def forward(self, outputs: Tensor) -> td.Distribution:
-        raise NotImplementedError
+        """p(x|z)."""
 
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
         """Further per-image figures `[...]` that this likelihood is usually judged by."""

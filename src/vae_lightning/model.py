@@ -5,8 +5,10 @@ A model says what an image costs, `terms(x)`; the rest of training is the same f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from numpy.typing import ArrayLike
@@ -25,13 +27,32 @@ class ShapeError(UserError):
     """Images or latents that the model cannot take."""
 
 
-class ImageModel(LightningModule):
+def as_tensor(values: Array, what: str) -> Tensor:
+    """Numbers that a person passes, as a tensor. Raises ShapeError for what is none."""
+    if isinstance(values, Tensor) and not (values.is_complex() or values.is_sparse or values.is_meta):
+        return values
+    try:
+        array = np.array(values, order="C")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise ShapeError(f"{what}: {type(values).__name__} is no array of numbers, all rows of one length") from None
+
+
+def check_counts(**counts: object) -> None:
+    """Raise ShapeError for a number of samples or steps that is no whole number from 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ShapeError(f"{name}={count}: should be a whole number from 1")
+
+
+class ImageModel(LightningModule, ABC):
     """A model of images, trained on `terms(x)["loss"]`, which logs the mean over images of every term each epoch."""
 
     encoder: nn.Module
     decoder: nn.Module
     latent_dim: int
-    config: dict[str, Any]  # of the run that it was loaded from
+    config: dict[str, Any]  # of the run that it was loaded from,
+    protocol: dict[str, str]  # and what its checkpoint says of the data: data.name, data.pixels
 
     def __init__(
         self,
@@ -49,9 +70,9 @@ class ImageModel(LightningModule):
         # In a plain dictionary: they hold no weights, and do not belong in checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
 
+    @abstractmethod
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         """Per-image figures `[batch]` by name; `"loss"` is minimised, all are logged."""
-        raise NotImplementedError
 
     def images(self, x: Array) -> Tensor:
         """What a person calls images as the batch that the model takes: `[batch, *image_shape]` in [0, 1].
@@ -59,7 +80,7 @@ class ImageModel(LightningModule):
         Bytes or floats, a tensor, array or list on any device, one image or many, with or without a channel axis of 1.
         Raises ShapeError for another shape, and for floats that are no pixels.
         """
-        x = torch.as_tensor(x)
+        x = as_tensor(x, "images")
         known = self._trainer is not None or torch.compiler.is_compiling()
         if known and x.shape[1:] == self.image_shape and x.is_floating_point():
             return x  # a batch in training, or a graph being traced: nothing to do, and nothing to wait for
@@ -74,23 +95,27 @@ class ImageModel(LightningModule):
 
     def latents(self, z: Array) -> Tensor:
         """Latents `[..., latent_dim]`, given as a tensor, array or list, on the model's device. Raises ShapeError."""
-        z = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+        if not isinstance(z, Tensor):
+            z = as_tensor(z, "latents")
+            if not z.isfinite().all():
+                raise ShapeError("latents that are NaN or infinite")
+        z = z.to(self.device, torch.float32)
         if z.shape[-1:] != (self.latent_dim,):
             raise ShapeError(f"latents of shape {tuple(z.shape)}: the model has latent_dim={self.latent_dim}")
         return z
 
+    @abstractmethod
     def codes(self, x: Array) -> Tensor:
         """Where images lie in latent space, `[batch, latent_dim]`: of a VAE, the posterior means."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def all_codes(self, images: Tensor) -> Tensor:
         """`codes` of many images `[n, *image_shape]`, a thousand at a time: `[n, latent_dim]`."""
         return torch.cat([self.codes(self.images(batch)) for batch in images.split(1_000)])
 
+    @abstractmethod
     def pictures(self, z: Array) -> Tensor:
         """Latents `[..., latent_dim]` as images to show, `[..., *image_shape]` in [0, 1]: of a VAE, p(x|z)'s mean."""
-        raise NotImplementedError
 
     def forward(self, x: Array) -> Tensor:
         """Images through the model and back, `[batch, *image_shape]` in [0, 1]."""
@@ -107,6 +132,7 @@ class ImageModel(LightningModule):
 
         On the straight line between their codes, or along the arc that `latents.arc` describes.
         """
+        check_counts(steps=steps)
         path = arc if spherical else line
         return self.pictures(path(self.codes(start), self.codes(end), steps))
 

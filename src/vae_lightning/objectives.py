@@ -8,6 +8,7 @@ which is minimised, and `elbo`, always the lower bound on log p(x) with β = 1. 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -52,14 +53,15 @@ def active_units(means: Tensor) -> Tensor:
     return (means.var(dim=0) > 0.01).sum()
 
 
-class Objective:
+class Objective(ABC):
     """What training minimises. `epoch` is how far training is, in epochs and fractions of one."""
 
-    def check(self, vae: VAE) -> None:
+    def check(self, vae: VAE) -> None:  # noqa: B027 (most are defined for all)
         """Raise ConfigError for a model that this objective is not defined for."""
 
+    @abstractmethod
     def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The terms of each image."""
 
 
 class ELBO(Objective):

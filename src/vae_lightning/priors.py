@@ -8,6 +8,7 @@ file in conf/model/prior/ that names it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -21,14 +22,14 @@ from vae_lightning.posterior import DiagonalGaussian
 Encode = Callable[[Tensor], DiagonalGaussian]
 
 
-class Prior(nn.Module):
+class Prior(nn.Module, ABC):
     """p(z). `has_analytic_kl` says that it is N(0, I), whose KL from a diagonal Gaussian has a closed form."""
 
     has_analytic_kl = False
 
+    @abstractmethod
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
         """`temperature` scales the standard deviations, for samples; at 1 it is the prior."""
-        raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:
         """Look at the training images `[n, channels, height, width]`, uint8, once before training."""

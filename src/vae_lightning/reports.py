@@ -6,7 +6,6 @@ Runs of different data, pixel protocols or likelihoods stand in tables of their 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from tabulate import tabulate
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
+from vae_lightning.files import read_json, together
 from vae_lightning.runs import RunError, load_run, open_run, read_config
 
 EVALUATED = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")  # of evaluation.json
@@ -86,7 +86,7 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
             try:
                 results[directory] = read_result(Path(folder))
             except UserError as error:
-                broken[Path(folder)] = str(error).removeprefix(f"{folder}: ")
+                broken[Path(folder)] = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     return [results[directory] for directory in sorted(results)], broken
 
 
@@ -96,30 +96,21 @@ def read_result(directory: Path) -> Result:
     if not (directory / "metrics.json").exists():
         raise RunError(f"{directory}: not finished, it has no metrics.json")
     measured = read_json(directory / "metrics.json")
-    metrics = {key: value for key, value in measured.items() if key.startswith("test/") and isinstance(value, float)}
+    metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_finite(value)}
     if (directory / "evaluation.json").exists():
         evaluated = read_json(directory / "evaluation.json")
-        if evaluated.get("pixels") != measured.get("pixels"):
-            raise RunError(f"{directory}: metrics.json and evaluation.json are of different pixels")
+        for key in ("data", "pixels"):
+            if evaluated.get(key) != measured.get(key):
+                raise RunError(f"{directory}: metrics.json and evaluation.json are of different {key}")
         for key, value in evaluated.items():
             name = key.partition("/")[2]
-            if name in EVALUATED and isinstance(value, int | float):
+            if name in EVALUATED and is_finite(value):
                 metrics[f"{key} (k={evaluated.get('samples')})" if name == "nll" else key] = float(value)
     model = config["model"]
-    likelihood = model.get("likelihood") or {"_target_": model.get("_target_")}
-    protocol = f"{measured.get('data')}, {measured.get('pixels')} pixels, {short(likelihood.get('_target_'))}"
+    likelihood = model.get("likelihood")
+    kind = likelihood if isinstance(likelihood, dict) else model
+    protocol = f"{measured.get('data')}, {measured.get('pixels')} pixels, {short(kind.get('_target_'))}"
     return Result(directory, flatten(config), metrics, protocol)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A flat dictionary from a file of ours. Raises RunError."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file.parent}: {file.name} is damaged ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file.parent}: {file.name} is damaged (it holds no dictionary)")
-    return content
 
 
 def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table]:
@@ -201,7 +192,7 @@ def as_rows(table: Table) -> list[list[str]]:
 STYLES = {  # tabulate's name, and how a heading is written
     "terminal": ("simple", "{}"),
     "markdown": ("pipe", "## {}\n"),
-    "latex": ("latex_booktabs", "% {}"),
+    "latex": ("latex_booktabs", "% {}; needs \\usepackage{{booktabs}}"),
 }
 
 
@@ -211,7 +202,9 @@ def as_text(tables: Sequence[Table], style: str) -> str:
     parts = []
     for table in tables:
         heading, *rows = as_rows(table)
-        text = tabulate(rows, heading, tablefmt=kind, disable_numparse=True)
+        numbers = [all(is_number(row.settings[key]) for row in table.rows) for key in table.keys]
+        align = ["right" if number else "left" for number in numbers] + ["right"] * (1 + len(table.metrics))
+        text = tabulate(rows, heading, tablefmt=kind, disable_numparse=True, colalign=align)
         parts.append(f"{head.format(table.protocol)}\n{text}")
     return "\n\n".join(parts) + "\n"
 
@@ -276,9 +269,9 @@ def learning_curve(directory: Path) -> tuple[str, list[tuple[int, float]]] | Non
             rows = list(csv.DictReader(file))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
-            if points:
+            if points and all(abs(value) < 1e9 for _, value in points):
                 return metric, points
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, csv.Error):
         pass  # a picture less; the table stands
     return None
 
@@ -309,31 +302,45 @@ def report(
         reason = next((f"; {directory}: {reason}" for directory, reason in broken.items()), "")
         raise RunError(f"{', '.join(map(str, paths))}: no finished run is there{reason}")
     found = tables(results, metrics)
-    destination.mkdir(parents=True, exist_ok=True)
     notes = [f"left out: {directory}: {reason}" for directory, reason in broken.items()]
     repeated = [directory for table in found for directory in table.repeated]
     notes += [f"left out: {directory}: a later run has the same configuration and seed" for directory in repeated]
     markdown = as_text(found, "markdown")
-    (destination / "report.tex").write_text(as_text(found, "latex"))
-    write_csv(found, destination / "report.csv")
-    for number, table in enumerate(found, start=1):
-        drawn = plots(table)
-        try:
-            picture = reconstructions(table, trust)
-            drawn |= {"reconstructions": picture} if picture else {}
-        except UserError as error:
-            notes.append(f"no picture of reconstructions: {error}")
-        for name, figure in drawn.items():
-            file = f"{number}_{name}.png"
-            figures.save(figure, destination / file)
-            markdown += f"\n![{table.protocol}: {name}]({file})\n"
-    (destination / "report.md").write_text("\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n")
-    text = (destination / "report.csv").read_text() if style == "csv" else as_text(found, style)
+    stale = pictures_of(destination / "report.md")
+    with together(destination) as scratch:
+        (scratch / "report.tex").write_text(as_text(found, "latex"))
+        write_csv(found, scratch / "report.csv")
+        for number, table in enumerate(found, start=1):
+            drawn = plots(table)
+            try:
+                picture = reconstructions(table, trust)
+                drawn |= {"reconstructions": picture} if picture else {}
+            except UserError as error:
+                notes.append(f"no picture of reconstructions: {error}")
+            for name, figure in drawn.items():
+                file = f"{number}_{name}.png"
+                figures.save(figure, scratch / file)
+                markdown += f"\n![{table.protocol}: {name}]({file})\n"
+        (scratch / "report.md").write_text("\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n")
+        stale = [old for old in stale if not (scratch / old.name).exists()]
+        text = (scratch / "report.csv").read_text() if style == "csv" else as_text(found, style)
+    for old in stale:
+        old.unlink(missing_ok=True)
     return "\n".join([text.rstrip(), *notes, str(destination)])
+
+
+def pictures_of(markdown: Path) -> list[Path]:
+    """The pictures that an earlier report in the same place shows."""
+    text = markdown.read_text() if markdown.exists() else ""
+    return [markdown.parent / name for name in re.findall(r"\]\(([^/()]+\.png)\)", text)]
 
 
 def shown(key: str, value: Any) -> Any:
     return short(value) if key.endswith("_target_") else "" if value is None else value
+
+
+def is_finite(value: object) -> bool:
+    return is_number(value) and abs(value) < float("inf")  # type: ignore[arg-type]
 
 
 def short(target: object) -> str:

@@ -8,7 +8,6 @@ history.csv, train.log, checkpoints/, figures/, tensorboard/
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -17,21 +16,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from vae_lightning.config import ConfigError, UserError, build
 from vae_lightning.data import MNISTDataModule
+from vae_lightning.files import FileError, as_yaml, read_yaml
 from vae_lightning.model import ImageModel
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
-
-
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it was built so: ten times quicker
 
 
 class RunError(UserError):
@@ -43,16 +38,9 @@ def start_run(directory: Path, config: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with (directory / "config.yaml").open("x") as file:  # "x": of two jobs that choose one directory, one wins
-            yaml.safe_dump(config, file, sort_keys=False)
+            file.write(as_yaml(config))
     except FileExistsError:
         raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, so that `path` holds the old text or the new one and never a part of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def describe_environment(model: ImageModel, device: torch.device, seed: int) -> dict[str, Any]:
@@ -92,26 +80,52 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
     """The trained model of a run directory (its best checkpoint) or of one checkpoint in it, in evaluation mode.
 
     Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only. A configuration
-    that names code outside vae_lightning and torch is refused, unless `trust` has the module or package: a backbone of
-    your own in wide.py loads with `trust=["wide"]`. The whole configuration of the run is `model.config`.
+    that names code outside vae_lightning and torch.optim is refused, unless `trust` has the module or package: a
+    backbone of your own in wide.py loads with `trust=["wide"]`. The whole configuration of the run is `model.config`.
     Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
     """
-    directory = run_directory(path)
-    checkpoint = Path(path) if Path(path).suffix == ".ckpt" else directory / "checkpoints" / "best.ckpt"
     config = load_config(path, trust)
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except OSError as error:
-        raise RunError(f"{checkpoint}: no whole run is there ({error.strerror})") from error
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{checkpoint}: damaged, or holds more than weights; it was not loaded") from error
+    checkpoint = checkpoint_of(path)
+    content = read_checkpoint(checkpoint)
     model = build(config["model"], ImageModel, "model")
+    weights = content["state_dict"]
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise RunError(f"{checkpoint}: not the weights of the model in {directory / 'config.yaml'}") from error
+        same = all(weights[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
+        finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise RunError(f"{checkpoint}: not the weights of the model in {path}'s config.yaml") from error
+    if not (same and finite):
+        raise RunError(f"{checkpoint}: has weights that are {'NaN or infinite' if same else 'of another type'}")
     model.config = config
+    model.protocol = {key: value for key, value in content.items() if key.startswith("data.")}
     return model.eval()
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """The checkpoint that `path` is, or the best one of the run at `path`."""
+    path = Path(path)
+    return path if is_checkpoint(path) else path / "checkpoints" / "best.ckpt"
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".ckpt" and not path.is_dir()
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint's `state_dict`, and what its data said of themselves, by key: `data.name`, `data.pixels`.
+
+    Raises RunError for a file that is damaged, or holds anything but tensors and plain values.
+    """
+    if not file.is_file():
+        raise RunError(f"{file}: no whole run is there (no such file)")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
+        return {"state_dict": dict(content["state_dict"])} | data
+    # torch.load has errors of many kinds for a file that was altered, and none of them is a bug here.
+    except Exception as error:
+        raise RunError(f"{file}: damaged, or holds more than weights; it was not loaded") from error
 
 
 @dataclass
@@ -119,6 +133,7 @@ class Run:
     """A trained run, opened for use: where it lies, its model on a device, and its data."""
 
     directory: Path
+    checkpoint: Path
     model: ImageModel
     data: MNISTDataModule
 
@@ -137,38 +152,44 @@ def open_run(
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})
     data = build(spec, MNISTDataModule, "data", seed=model.config["seed"])
+    for key, own in data.state_dict().items():
+        if model.protocol.get(key, own) != own:
+            raise RunError(f"{path}: config.yaml says {key}={own}, and its checkpoint {key}={model.protocol[key]}")
     data.setup()
-    return Run(run_directory(path), model, data)
+    return Run(run_directory(path), checkpoint_of(path), model, data)
 
 
 def run_directory(path: str | Path) -> Path:
     """The run directory that `path` is, or that a checkpoint at `path` belongs to."""
     path = Path(path)
-    return path.resolve().parent.parent if path.suffix == ".ckpt" else path
+    return path.resolve().parent.parent if is_checkpoint(path) else path
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The configuration of the run at `path`. Raises RunError where there is none."""
     file = run_directory(path) / "config.yaml"
     try:
-        config = yaml.load(file.read_text(), Loader=SafeLoader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: no whole run is there ({' '.join(str(error).split())})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise RunError(f"{file}: is not the configuration of a run")
+        config = read_yaml(file)
+    except FileError as error:
+        raise RunError(f"{path}: no whole run is there ({error})") from error
+    for key, kind in (("model", dict), ("data", dict), ("seed", int)):
+        if not isinstance(config.get(key), kind):
+            raise RunError(f"{file}: is not the configuration of a run: {key}={config.get(key)}")
     return config
 
 
 def load_config(path: str | Path, trust: Iterable[str] = ()) -> dict[str, Any]:
     """The configuration of the run at `path`, to build things from. Raises RunError if it names code not trusted."""
     config = read_config(path)
-    allowed = ("vae_lightning", "torch", *trust)
+    if isinstance(trust, str):
+        raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
+    allowed = ("vae_lightning", "torch.optim", *trust)
     for key, target in _targets({name: config.get(name) for name in ("model", "data")}):
         if not any(f"{target}.".startswith(f"{name}.") for name in allowed):
             module = str(target).rpartition(".")[0] or target
             raise RunError(
-                f"{run_directory(path) / 'config.yaml'}: {key}={target}: not in vae_lightning or torch, so to load "
-                f"it is to run code that was named by the run; where you know it, trust=[{module}] allows it"
+                f"{run_directory(path) / 'config.yaml'}: {key}={target}: not in vae_lightning or torch.optim, so "
+                f"to load it is to run code that was named by the run; where you know it, trust=[{module}] allows it"
             )
     return config
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from hydra.core.config_store import ConfigStore
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -29,6 +28,7 @@ from vae_lightning.config import (
     ConfigError,
     NonNegative,
     PositiveInt,
+    Seed,
     Spec,
     build,
     check_arguments,
@@ -36,10 +36,11 @@ from vae_lightning.config import (
     flatten,
 )
 from vae_lightning.data import MNISTDataModule, stream_seed
+from vae_lightning.files import as_yaml, write_json
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
-from vae_lightning.runs import count_parameters, describe_environment, start_run, write_json
+from vae_lightning.runs import count_parameters, describe_environment, start_run
 from vae_lightning.stepping import ManySteps
 from vae_lightning.vae import VAE
 
@@ -52,8 +53,6 @@ TRAINER_DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
-
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 @dataclass
@@ -141,7 +140,7 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
                 log.info("remark: %s", results["remark"])
         if history.rows:  # none in Lightning's fast_dev_run
             board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
-            board.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+            board.experiment.add_text("config", f"```yaml\n{as_yaml(config)}```")
             board.finalize("success")
             (directory / "figures").mkdir(exist_ok=True)
             figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vae_lightning.backbones import Backbone, set_output_bias
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.likelihoods import Likelihood
-from vae_lightning.model import Array, ImageModel
+from vae_lightning.model import Array, ImageModel, check_counts
 from vae_lightning.objectives import Objective, kl_divergence
 from vae_lightning.posterior import DiagonalGaussian, diagonal_gaussian
 from vae_lightning.priors import Prior
@@ -118,6 +118,7 @@ class VAE(ImageModel):
 
     def log_weights(self, x: Array, k: int) -> Tensor:
         """log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
+        check_counts(k=k)
         posterior = self.encode(x)
         z = self.reparameterize(posterior, samples=k)
         return self.log_joint(x, z) - posterior.log_prob(z)
@@ -150,4 +151,5 @@ class VAE(ImageModel):
 
         `temperature` scales the prior's standard deviations: below 1, images are more typical and less varied.
         """
+        check_counts(n=n)
         return self.decode(self.prior(self.encode, temperature).sample((n,))).mean

@@ -1,0 +1,115 @@
+"""Files: what is written is there whole or not at all, and what is read is plain values of a sensible size.
+
+A run directory may come from someone else. So nothing is written through a link that lies in it, and a file that would
+fill the memory or hang its reader is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vae_lightning.config import UserError
+
+LARGEST = 2_000_000  # bytes of a file of ours: a hundred times what they have
+DEEPEST = 50  # lists and dictionaries in each other
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it was built so: ten times quicker
+
+
+class FileError(UserError):
+    """A file that is not what it should be."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path`, with its suffix, to write to: it becomes `path` at the end, and goes if it fails."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(directory: Path) -> Iterator[Path]:
+    """An empty directory to write to, whose files move into `directory` when the block ends; none do if it fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
+        yield Path(scratch)
+        for file in Path(scratch).iterdir():
+            os.replace(file, directory / file.name)
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Writes a list that stands in two places twice, and not as an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A dictionary of plain values. Raises FileError for anything else."""
+    return _read(path, json.loads)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A dictionary of plain values. Raises FileError for anything else."""
+    return _read(path, _load_yaml)
+
+
+def _read(path: Path, load: Any) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path.stat().st_size} bytes are not a file of this kind")
+        content = load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dictionary")
+        _check_plain(content)
+    # The loaders have errors of many kinds for values that are none (dates, numbers), and none of them is a bug here.
+    except Exception as error:
+        raise FileError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+    return content
+
+
+def _load_yaml(text: str) -> Any:
+    depth = 0
+    for event in yaml.parse(text, Loader=SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for gigabytes
+            raise ValueError("it nests too deeply, or has aliases")
+    return yaml.load(text, Loader=SafeLoader)
+
+
+def _check_plain(tree: Any, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise ValueError("it nests too deeply")
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{key} is no name")
+            _check_plain(value, depth + 1)
+    elif isinstance(tree, list):
+        for value in tree:
+            _check_plain(value, depth + 1)
+    elif not isinstance(tree, str | int | float | None) or (isinstance(tree, int) and abs(tree) >= 2**63):
+        raise ValueError(f"{str(tree)[:30]} is no plain value")

@@ -1,0 +1,76 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vae_lightning.files import FileError, as_yaml, read_json, read_yaml, together, whole, write_json
+
+
+def test_plain_values_come_back(tmp_path: Path) -> None:
+    shared = [1, 2.5, "ü", None, True]
+    content = {"a": shared, "b": {"c": shared, "d": {}}}
+    (tmp_path / "x.yaml").write_text(as_yaml(content))
+    write_json(tmp_path / "x.json", content)
+    assert read_yaml(tmp_path / "x.yaml") == read_json(tmp_path / "x.json") == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]", "", "x: 2020-99-99", "x: 2020-01-01", "x: !!int abc", "x: !!python/object:os.system {}", "1: 2",
+        f"x: {10**30}", "x: &m {a: *m}", "x: &a [1]\ny: *a", "x: " + "[" * 100_000 + "]" * 100_000,
+        "x: " + "[" * 60 + "]" * 60, "x: '" + "a" * 2_000_000 + "'", "x: 0x_",
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(FileError, match=r"x\.yaml: cannot be read"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "{", f'{{"a": {10**400}}}', '{"a": ' + "[" * 60 + "]" * 60 + "}"]
+)
+def test_what_is_no_json_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FileError, match=r"x\.json: cannot be read"):
+        read_json(tmp_path / "x.json")
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "missing"):
+        with pytest.raises(FileError, match="no such file"):
+            read_yaml(tmp_path / name)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fails(context, name: str) -> None:
+        with context as partial:
+            (partial / name).write_text("ne")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails(whole(path), "")
+    assert path.read_text() == "old"
+    with pytest.raises(RuntimeError):
+        fails(together(tmp_path / "folder"), "a")
+    assert list((tmp_path / "folder").iterdir()) == []
+    with together(tmp_path / "folder") as scratch:
+        (scratch / "a").write_text("a")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["a"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "x.json"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "x.json").symlink_to(victim)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert victim.read_text() == "precious"
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
