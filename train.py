@@ -9,10 +9,9 @@ python train.py --cfg job                                           # show the c
 """
 
 import hydra
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from vae_lightning.cli import job, one_line_errors, plain
+from vae_lightning.cli import job, one_line_errors, plain, print_once
 from vae_lightning.training import train
 
 
@@ -20,7 +19,7 @@ from vae_lightning.training import train
 def main(config: DictConfig) -> None:
     with job("train") as directory:
         train(plain(config), directory)
-        rank_zero_only(print)(directory)
+        print_once(directory)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,14 @@ def answer(seconds: float) -> None:
     print(json.dumps({"seconds": seconds, "megabytes": megabytes}), file=sys.__stdout__, flush=True)
 
 
-CONTENDERS = {"textbook": textbook, "plain": plain, "train.py": train_py, "jax": jax, "pythae": pythae, "limit": limit}
+CONTENDERS = {
+    "textbook": textbook,
+    "plain": plain,
+    "train.py": train_py,
+    "jax": jax,
+    "pythae": pythae,
+    "limit": limit,
+}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from statistics import median
+from subprocess import PIPE
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Contender:
         system, batch = row.split("/")
         command = [sys.executable, ROOT / "benchmarks" / "contenders.py", name, system, batch, device]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+            command, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
         )
         self.seconds: list[float] = []
         self.megabytes = 0.0

@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -111,6 +112,12 @@ def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
     return plain(config)
+
+
+@rank_zero_only
+def print_once(line: object) -> None:
+    """Print, in one process of many."""
+    print(line)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

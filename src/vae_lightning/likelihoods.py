@@ -56,7 +56,21 @@ class Bernoulli(Likelihood):
     binary = True
 
     def forward(self, outputs: Tensor) -> td.Distribution:
-        return td.Independent(td.Bernoulli(logits=outputs, validate_args=False), IMAGE_DIMS, validate_args=False)
+        return BinaryImages(outputs)
+
+
+class BinaryImages(td.Independent[td.Bernoulli]):
+    """Independent Bernoulli pixels with `logits` `[..., channels, height, width]`; `log_prob` takes grey ones, too."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(td.Bernoulli(logits=logits, validate_args=False), IMAGE_DIMS, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # td.Bernoulli's own takes its sign from every pixel before they are summed: two passes more, there and back.
+        logits, value = torch.broadcast_tensors(self.logits, value)
+        cross_entropy = binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return -cross_entropy.flatten(-IMAGE_DIMS).sum(dim=-1)
 
 
 class ContinuousBernoulli(Likelihood):

@@ -57,6 +57,7 @@ class ManySteps(_TrainingEpochLoop):
     def _run_unwatched(self, data_fetcher: Any) -> None:
         trainer: Any = self.trainer
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         progress = self.automatic_optimization.optim_progress.optimizer
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
@@ -65,7 +66,8 @@ class ManySteps(_TrainingEpochLoop):
             trainer._logger_connector.on_batch_start(batch)
             output = trainer.strategy.training_step(batch, self.batch_idx + 1)
             loss = output["loss"] if isinstance(output, dict) else output
-            optimizer.zero_grad()
+            for parameter in parameters:  # optimizer.zero_grad(), without its bookkeeping
+                parameter.grad = None
             loss.backward()
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
