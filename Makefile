@@ -32,7 +32,7 @@ train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2 …
 	@$(BIN)/python train.py $(ARGS)
 
 test: lint types  ## lint, types and tests, offline
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)  ## ruff: style and format
 	@$(BIN)/ruff check .

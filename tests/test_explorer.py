@@ -124,7 +124,7 @@ def request(url: str, body: str | None = None, **headers: str) -> tuple[int, byt
         return error.code, error.read()
 
 
-def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: str, script, tmp_path: Path) -> None:
     assert request(f"{served}/")[0] == 200
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
     assert (status, len(image)) == (200, 784)
@@ -155,10 +155,9 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
         ([f"run={tmp_path / 'run'}", "port=99999"], "port=99999: should be less than or equal to 65535"),
         ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot be served there"),
     ):
-        command = [sys.executable, ROOT / "explore.py", *words]
-        refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-        assert line in refused.stderr
+        refused = script("explore.py", *words)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert line in refused.err
 
 
 def test_a_drawing_is_placed_as_mnist_s_digits_are() -> None:
