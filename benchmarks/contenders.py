@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -257,7 +258,8 @@ class FirstStep(Callback):
         sys.exit()
 
 
-def train_py(system: str, batch: int, device: str) -> None:
+def train_config(system: str, batch: int, device: str, callback: str) -> dict[str, Any]:
+    """What `python train.py …` would train, on all 60,000 images, with one callback more."""
     backbone, latent_dim = SYSTEMS[system]
     overrides = [f"model/backbone={backbone}", f"model.latent_dim={latent_dim}", f"data.batch_size={batch}"]
     overrides += ["data.val_size=0", "trainer.max_epochs=1000", f"trainer.accelerator={device.replace('cuda', 'gpu')}"]
@@ -268,10 +270,14 @@ def train_py(system: str, batch: int, device: str) -> None:
         del composed["hydra"]
     config = as_plain_values(composed)
     config["data"]["root"] = str(ROOT / "data")
-    config["trainer"]["callbacks"] = [{"_target_": "contenders.Turns"}]
+    config["trainer"]["callbacks"] = [{"_target_": callback}]
     config["trainer"]["enable_progress_bar"] = False
+    return config
+
+
+def train_py(system: str, batch: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        train(config, Path(directory) / "run")
+        train(train_config(system, batch, device, "contenders.Turns"), Path(directory) / "run")
 
 
 def finish(device: str) -> None:

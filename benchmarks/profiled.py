@@ -1,0 +1,77 @@
+"""Where the time of an epoch of `train.py` goes: torch.profiler's operations, in groups.
+
+    python benchmarks/profiled.py                   # mlp_200 at batch 100
+    python benchmarks/profiled.py conv_20/100
+
+The profiler itself costs time at every operation, so the shares of short ones are upper bounds.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from contenders import train_config
+from lightning.pytorch import Callback
+from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile
+
+from vae_lightning.training import train
+
+GROUPS = {  # by the end of an operation's name; the first that fits
+    "matrix products": ("::mm", "::addmm", "::bmm", "onvolution", "onvolution_backward", "mkldnn_convolution"),
+    "Adam, all parameters in one kernel": ("_fused_adam_",),
+    "Adam, in Python": ("Adam.step", "Adam.zero_grad", "::_foreach_add_"),
+    "cross-entropy and its gradient": ("log_sigmoid_forward", "log_sigmoid_backward", "sigmoid", "::rsub"),
+    "images by index, as floats": ("::index_select", "::index", "::copy_", "::_to_copy", "::to", "::div_"),
+    "activations and their gradients": ("relu", "relu_", "relu_backward", "threshold_backward"),
+    "noise": ("::normal_", "::randn", "::bernoulli_", "::random_"),
+    "sums": ("::sum", "::mean"),
+}
+
+
+class OneEpoch(Callback):
+    """Profiles the second epoch, when everything is warm."""
+
+    table = ""
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if trainer.current_epoch == 1:
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.__enter__()
+            self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        if trainer.current_epoch == 1:
+            seconds = time.perf_counter() - self.started
+            self.profiler.__exit__(None, None, None)
+            OneEpoch.table = grouped(self.profiler, seconds, int(trainer.num_training_batches))
+
+
+def grouped(profiler: profile, seconds: float, steps: int) -> str:
+    """A line for each group: milliseconds a step, and its share of the epoch."""
+    times = dict.fromkeys([*GROUPS, "other operations"], 0.0)
+    for event in profiler.key_averages():
+        fits = [group for group, ends in GROUPS.items() if event.key.endswith(ends)]
+        times[fits[0] if fits else "other operations"] += event.self_cpu_time_total / 1e6
+    times["Python, Lightning, and what happens once an epoch"] = seconds - sum(times.values())
+    rows = [[name, f"{1e3 * t / steps:.2f}", f"{100 * t / seconds:.0f} %"] for name, t in times.items()]
+    return tabulate(rows, ["", "ms a step", "share"], tablefmt="pipe", colalign=["left", "right", "right"])
+
+
+def main() -> None:
+    system, batch = (sys.argv[1:] or ["mlp_200/100"])[0].split("/")
+    config = train_config(system, int(batch), "cpu", "profiled.OneEpoch")
+    config["trainer"]["max_epochs"] = 2
+    with tempfile.TemporaryDirectory() as directory:
+        train(config, Path(directory) / "run")
+    from profiled import OneEpoch as profiled  # the copy that the configuration named
+
+    print(f"\n{system}, batch {batch}, {torch.get_num_threads()} threads\n\n{profiled.table}")
+
+
+if __name__ == "__main__":
+    main()
