@@ -47,7 +47,7 @@ reproduce: $(STAMP)  ## train every published system and write docs/results.md (
 published: $(STAMP)  ## train the systems of papers that print likelihoods: docs/published.md (hours on two cores)
 	@$(BIN)/python benchmarks/published.py $(ARGS)
 
-benchmark: $(STAMP)  ## seconds an epoch beside a plain PyTorch loop, in turn
+benchmark: $(STAMP)  ## seconds an epoch beside what one would run instead, in turn (half an hour)
 	@$(BIN)/python benchmarks/speed.py $(ARGS)
 
 tensorboard: $(STAMP)  ## look at all runs

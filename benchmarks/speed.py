@@ -8,7 +8,7 @@
 Each contender (contenders.py) is a process that sleeps until it is its turn; a round is one epoch of each, so that what
 slows the machine for a while slows them all. Ratios are taken round by round. Also: seconds from the start of
 `train.py` to its first step, and what share of the decoder's matrix products evaluate.py reaches. Writes
-docs/speed.json and docs/images/speed.png.
+the tables in docs/speed.md, docs/speed.json and docs/images/speed.png.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, ROOT, SYSTEMS
 from matplotlib.figure import Figure
+from reproduce import write_between
 from tabulate import tabulate
 
 from vae_lightning import figures
@@ -106,6 +107,8 @@ def summary(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+START, END = "<!-- speed: written by make benchmark -->", "<!-- end of speed -->"
+ALIGN = ["left", *["right"] * 8]
 HEADING = ["contender", "min s", "median s", "max s", "images/s", "min ×", "median ×", "max ×", "MB"]
 
 
@@ -171,21 +174,28 @@ def main() -> None:
     machine = (
         f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(machine)
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    say(machine)
     results = {}
     for row in options.rows:
         results[row] = measure(row, options.contenders, options.rounds, options.device)
-        print(f"\n{row}: seconds an epoch, and × the plain loop\n")
-        print(tabulate(summary(results[row]), HEADING, tablefmt="pipe", disable_numparse=True), flush=True)
+        say(f"\n{row.replace('/', ', batch ')}: seconds an epoch of 60,000 images, and × the plain loop\n")
+        say(tabulate(summary(results[row]), HEADING, tablefmt="pipe", disable_numparse=True, colalign=ALIGN))
     start = first_step("cpu" if options.device == "cpu" else "gpu")
-    print(f"\ntrain.py to its first step: {', '.join(f'{s:.1f}' for s in start)} s")
+    say(f"\nFrom the start of `python train.py` to its first step: {', '.join(f'{s:.1f}' for s in start)} s.")
     share = evaluation_share(options.device, options.rounds)
     ratios = [a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
-    print(
-        f"evaluate: {median(share['evaluate']):,.0f} importance samples a second, {100 * median(ratios):.0f} % "
-        f"({100 * min(ratios):.0f} to {100 * max(ratios):.0f}) of what the decoder's matrix products allow"
+    say(
+        f"\nevaluate.py, 784-400-20: {median(share['evaluate']):,.0f} importance samples a second, "
+        f"{100 * median(ratios):.0f} % ({100 * min(ratios):.0f} to {100 * max(ratios):.0f}) of what the decoder's matrix products allow."
     )
     if options.rows == ROWS:
+        write_between(ROOT / "docs" / "speed.md", START, END, lines)
         content = {"machine": machine, "epochs": results, "first_step": start, "evaluation": share}
         (ROOT / "docs" / "speed.json").write_text(json.dumps(content) + "\n")
         figures.save(plot(results), ROOT / "docs" / "images" / "speed.png")

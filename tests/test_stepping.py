@@ -46,6 +46,14 @@ class Logging(VAE):
         return {"loss": super().training_step(batch, batch_index)}
 
 
+class OfBatchAlone(VAE):
+    """A training_step without the batch's index, which leaves out every fifth batch."""
+
+    def training_step(self, batch):
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().training_step(batch, 0) if self.seen % 5 else None
+
+
 class Hooked(VAE):
     def on_before_optimizer_step(self, optimizer) -> None:
         self.seen = getattr(self, "seen", 0) + 1
@@ -75,6 +83,7 @@ def differences(a, b, where: str = "") -> list[str]:
         ["trainer.val_check_interval=7", "trainer.gradient_clip_val=0.1"],
         ["trainer.max_steps=31", "model.objective.warmup_epochs=3", "model/prior=vamp", "model.prior.pseudo_inputs=4"],
         ["trainer.precision=bf16-mixed"],
+        ["model._target_=test_stepping.OfBatchAlone"],
     ],
 )
 def test_steps_together_are_the_same_to_the_bit(config, tmp_path: Path, guarded: list[int], overrides) -> None:

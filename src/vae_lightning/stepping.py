@@ -10,6 +10,7 @@ model, takes Lightning's road throughout, and says why.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from inspect import signature
 from typing import Any
 
@@ -59,16 +60,19 @@ class ManySteps(_TrainingEpochLoop):
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         progress = self.automatic_optimization.optim_progress.optimizer
+        takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1  # training_step(batch) or (batch, batch_idx)
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
         for _ in range(self._steps_until_watched()):
             batch, _, _ = next(data_fetcher)
+            batch = trainer.precision_plugin.convert_input(batch)
             trainer._logger_connector.on_batch_start(batch)
-            output = trainer.strategy.training_step(batch, self.batch_idx + 1)
+            output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
             loss = output["loss"] if isinstance(output, dict) else output
             for parameter in parameters:  # optimizer.zero_grad(), without its bookkeeping
                 parameter.grad = None
-            loss.backward()
+            if loss is not None:  # None is a model's way to leave a batch out
+                loss.backward()
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
             optimizer.step()
