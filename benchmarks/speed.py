@@ -189,10 +189,10 @@ def main() -> None:
     start = first_step("cpu" if options.device == "cpu" else "gpu")
     say(f"\nFrom the start of `python train.py` to its first step: {', '.join(f'{s:.1f}' for s in start)} s.")
     share = evaluation_share(options.device, options.rounds)
-    ratios = [a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
+    ratios = [100 * a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
     say(
         f"\nevaluate.py, 784-400-20: {median(share['evaluate']):,.0f} importance samples a second, "
-        f"{100 * median(ratios):.0f} % ({100 * min(ratios):.0f} to {100 * max(ratios):.0f}) of what the decoder's matrix products allow."
+        f"{median(ratios):.0f} % ({min(ratios):.0f} to {max(ratios):.0f}) of what the decoder's matrix products allow."
     )
     if options.rows == ROWS:
         write_between(ROOT / "docs" / "speed.md", START, END, lines)
