@@ -157,7 +157,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         rows = [(i, found[name]["seconds"]) for i, found in enumerate(results.values()) if name in found]
         x = [i + (n - len(names) / 2) * 0.8 / len(names) for i, _ in rows]
         axes.bar(x, [60_000 / median(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
-    axes.set_xticks(range(len(results)), [row.replace("/", ", batch ") for row in results], fontsize="small")
+    axes.set_xticks(range(len(results)), [row.replace("/", "\nbatch ") for row in results], fontsize="small")
     figures.finish(axes, ylabel="images a second", yscale="log")
     return figure
 

@@ -103,9 +103,12 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The checkpoint that `path` is, or the best one of the run at `path`."""
+    """The checkpoint that `path` is, or the best one of the run at `path`: the last, of one that has none yet."""
     path = Path(path)
-    return path if is_checkpoint(path) else path / "checkpoints" / "best.ckpt"
+    if is_checkpoint(path):
+        return path
+    best, last = (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return last if last.exists() and not best.exists() else best
 
 
 def is_checkpoint(path: Path) -> bool:

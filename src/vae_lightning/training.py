@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -36,7 +37,7 @@ from vae_lightning.config import (
     flatten,
 )
 from vae_lightning.data import MNISTDataModule, stream_seed
-from vae_lightning.files import as_yaml, write_json
+from vae_lightning.files import as_yaml, whole, write_json
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
@@ -96,12 +97,12 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     best = ModelCheckpoint(
         directory / "checkpoints",
         filename="best",
-        monitor="val/loss" if validates else "epoch",  # without validation, the last is the best there is
-        mode="min" if validates else "max",
+        monitor="val/loss",
         enable_version_counter=False,
     )
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
-    trainer = make_trainer(options, directory, [pictures, last, best, *schedule_monitor(c.model)], [board, history])
+    kept = [last, best] if validates else [last]
+    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
 
     if trainer.global_rank:  # processes start from the same weights, and draw different noise
         torch.manual_seed(stream_seed(c.seed, trainer.global_rank))
@@ -113,8 +114,11 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     trainer.fit(model, data)
     seconds = time.monotonic() - started
     for callback in trainer.checkpoint_callbacks:  # a run too short for an epoch or a validation is saved all the same
-        if callback in (last, best) and not callback.best_model_path:
+        if callback in kept and not callback.best_model_path:
             trainer.save_checkpoint(directory / "checkpoints" / f"{callback.filename}.ckpt")
+    if not validates and last in trainer.checkpoint_callbacks and trainer.is_global_zero:
+        with whole(directory / "checkpoints" / "best.ckpt") as partial:  # the last is the best there is
+            shutil.copyfile(directory / "checkpoints" / "last.ckpt", partial)
     chosen = best.best_model_path if validates else ""
     trainer.test(model, data, ckpt_path=chosen or None, weights_only=True, verbose=False)
 
