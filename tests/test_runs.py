@@ -213,6 +213,8 @@ def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so
             vae.reconstruct(wrong)
     with pytest.raises(ShapeError, match=r"latents of shape \(2,\): the model has latent_dim=3"):
         vae.decode([0.5, 0])
+    with pytest.raises(ShapeError, match="images: Tensor is no array of numbers"):
+        vae.reconstruct(torch.zeros(28, 28, dtype=torch.complex64))
     for ragged in ([[1], [2, 3]], "abc", None, [10**400, 0, 0]):
         with pytest.raises(ShapeError, match=r"latents: \w+ is no array of numbers"):
             vae.decode(ragged)

@@ -104,7 +104,8 @@ def aggregate_posterior(vae: VAE, posterior: DiagonalGaussian, seed: int = 0) ->
     noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
     z = posterior.mean + posterior.stddev * noise
     log_conditional = posterior.log_prob(z)
-    log_aggregate = torch.cat([Mixture(posterior).log_prob(part) for part in z.split(1_000)])
+    aggregate = Mixture(posterior)
+    log_aggregate = torch.cat([aggregate.log_prob(part) for part in z.split(1_000)])
     log_prior = vae.prior(vae.encode).log_prob(z)
     return (log_conditional - log_aggregate).mean().item(), (log_aggregate - log_prior).mean().item()
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 LOCAL = {"127.0.0.1", "localhost", "::1"}
+EVERYWHERE = {"0.0.0.0", "::"}  # hosts that mean every address of this machine: it may go by any name then
 SHOWN = 3_000  # test images on the map
 
 
@@ -80,10 +81,9 @@ def make_application(run: Run, host: str) -> web.Application:
     async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
         # A page from elsewhere must not read along, by resolving its own name to this machine (DNS rebinding), nor set
         # this one to work.
-        name = urlsplit(f"//{request.host}").hostname
-        if host in LOCAL and name not in LOCAL:
+        if host not in EVERYWHERE and name_in(f"//{request.host}") not in {host.lower(), *LOCAL}:
             raise web.HTTPForbidden(text=f"{request.host}: not a name of this server")
-        if urlsplit(request.headers.get("Origin", f"//{request.host}")).netloc != request.host:
+        if "Origin" in request.headers and request.headers["Origin"].partition("//")[2] != request.host:
             raise web.HTTPForbidden(text="a page from elsewhere has no business here")
         try:
             with torch.inference_mode():
@@ -148,6 +148,14 @@ async def numbers(request: web.Request, name: str, n: int) -> Tensor:
     if values.shape != (n,) or not values.isfinite().all():
         raise UserError(f"{name}: should be a list of {n} numbers")
     return values
+
+
+def name_in(url: str) -> str | None:
+    """The host's name in a URL, without its port; None where there is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 def url_host(host: str) -> str:

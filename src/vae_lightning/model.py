@@ -32,7 +32,11 @@ def as_tensor(values: Array, what: str) -> Tensor:
     if isinstance(values, Tensor) and not (values.is_complex() or values.is_sparse or values.is_meta):
         return values
     try:
+        if isinstance(values, Tensor):
+            raise TypeError
         array = np.array(values, order="C")
+        if array.dtype.kind not in "biuf":  # complex numbers would lose a part, and the rest are none
+            raise TypeError
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except (ValueError, TypeError, RuntimeError, OverflowError):
         raise ShapeError(f"{what}: {type(values).__name__} is no array of numbers, all rows of one length") from None

@@ -66,6 +66,7 @@ class Mixture(td.MixtureSameFamily):
         self.components = components
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """`[...]` of latents `[..., latent_dim]`, in nats."""
         exact = torch.float32 if value.device.type == "mps" else torch.float64
         z, mean, log_variance = value.to(exact), self.components.mean.to(exact), self.components.log_variance.to(exact)
         precision = torch.exp(-log_variance)

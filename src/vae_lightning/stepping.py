@@ -27,9 +27,9 @@ from vae_lightning.data import DeviceBatches
 
 log = logging.getLogger(__name__)
 
-BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 STEP_HOOKS = (
-    *BATCH_HOOKS,
+    "on_train_batch_start",
+    "on_train_batch_end",
     "on_before_zero_grad",
     "on_before_backward",
     "on_after_backward",

@@ -229,7 +229,7 @@ def steady_cpu() -> None:
         mallopt(m_trim_threshold, never)
         mallopt(m_mmap_threshold, never)
     # Optimizers ask for a GPU at each step. Lightning has that answered by searching the disk for NVIDIA's library, so
-    # that processes may still be forked; where there is no GPU, the driver's own answer is two hundred times quicker.
+    # that processes may still be forked; where there is no GPU, the driver's own answer is many times quicker.
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
