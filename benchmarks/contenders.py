@@ -36,6 +36,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from vae_lightning.backbones import MLP, Backbone, Conv
 from vae_lightning.cli import plain as as_plain_values
 from vae_lightning.data import load_images
+from vae_lightning.resuming import run_config
 from vae_lightning.training import steady_cpu, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,7 +270,7 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
     HydraConfig.instance().set_config(composed)
     with open_dict(composed):
         del composed["hydra"]
-    config = as_plain_values(composed)
+    config = run_config(as_plain_values(composed))
     config["data"]["root"] = str(ROOT / "data")
     config["trainer"]["callbacks"] = [{"_target_": callback}]
     config["trainer"]["enable_progress_bar"] = False

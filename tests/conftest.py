@@ -19,6 +19,7 @@ from omegaconf import open_dict
 
 from vae_lightning.cli import plain
 from vae_lightning.data import load_images
+from vae_lightning.resuming import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -60,7 +61,7 @@ def config() -> Callable[..., dict[str, Any]]:
         HydraConfig.instance().set_config(whole)
         with open_dict(whole):
             del whole["hydra"]
-        return plain(whole)
+        return run_config(plain(whole))
 
     return composed
 
@@ -74,11 +75,13 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         GlobalHydra.instance().clear()
         capsys.readouterr()
+        handlers = logging.root.handlers.copy()
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0) if isinstance(stop.code, int | None) else 1
+        logging.root.handlers[:] = handlers  # Hydra's write to streams that end with this command
         captured = capsys.readouterr()
         return Finished(code, captured.out, captured.err)
 

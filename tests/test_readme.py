@@ -34,7 +34,11 @@ def test_train_commands(line: str, command, tmp_path: Path, monkeypatch: pytest.
 
         load = data.load_images
         monkeypatch.setattr(data, "load_images", lambda name, root: load("MNIST", root))
-    result = command(*words, *BRIEF)
+    if words[0].startswith("resume="):  # there is a run to go on with, and a little longer
+        assert command(f"hydra.run.dir={words[0].removeprefix('resume=')}", *BRIEF).code == 0
+        result = command(*words, *([] if len(words) == 1 else ["trainer.max_epochs=2"]))
+    else:
+        result = command(*words, *BRIEF)
     assert result.code == 0, result.err
     if "--cfg" in words:
         assert "latent_dim: 20" in result.out

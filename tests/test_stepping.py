@@ -62,7 +62,7 @@ class Hooked(VAE):
 def left(directory: Path) -> tuple[dict, list[dict[str, str]]]:
     """The last checkpoint and the history of a run, less what time and place decide."""
     checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
-    del checkpoint["callbacks"]  # paths
+    del checkpoint["callbacks"], checkpoint["progress"]  # paths and times
     with (directory / "history.csv").open() as file:
         return checkpoint, [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 

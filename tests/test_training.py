@@ -101,7 +101,7 @@ def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path
     assert float(rows[0]["val/loss"]) * 2 < float(rows[1]["val/loss"])
     assert metrics["test/loss"] == pytest.approx(float(rows[0]["val/loss"]), rel=0.05)
     assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 0
-    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2  # the next
 
 
 def test_health_is_logged_each_epoch_and_a_collapse_is_said_once(config, tmp_path: Path, caplog) -> None:

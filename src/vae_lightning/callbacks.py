@@ -42,6 +42,10 @@ class NonFiniteGuard(Callback):
             self._check(trainer, module, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.check_training(trainer, module)
+
+    def check_training(self, trainer: Trainer, module: LightningModule) -> None:
+        """Look at all steps so far, and at the weights that they led to."""
         self._check(trainer, module, "train")
         # The loss of a step is that of the weights before it: the last step's update shows in the weights alone.
         for name, parameter in module.named_parameters():
@@ -65,12 +69,60 @@ class NonFiniteGuard(Callback):
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
 
     def _stop(self, trainer: Trainer, what: str) -> NoReturn:
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")  # of the first one, last.ckpt
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        checkpoint = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise TrainingError(
             f"{what} (epoch {trainer.current_epoch + 1}); {kept}. "
             "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
         )
+
+
+class SkipNonFinite(Callback):
+    """Leaves out updates whose gradient is not finite, and says in `train/skipped` how many an epoch had.
+
+    The model and the optimizer stay as they were before the step, and the epoch's means leave the batch out. Looking at
+    each gradient makes a GPU wait at each step. Raises TrainingError after too many in a row.
+    """
+
+    IN_A_ROW = 20
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, ImageModel)
+        module.means["train"].leave_out_non_finite = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        if torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        log.warning("the gradient of step %d is not finite; its update is left out", trainer.global_step + 1)
+        if self.in_a_row == self.IN_A_ROW:
+            raise TrainingError(f"{self.IN_A_ROW} updates in a row were not finite, the last at {place(trainer)}")
+        for parameter in module.parameters():
+            parameter.grad = None  # the optimizer passes over what has no gradient
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module.log("train/skipped", float(self.skipped), sync_dist=True)
+        self.skipped = 0
+
+
+def place(trainer: Trainer) -> str:
+    """Where training is, and what is kept of it."""
+    checkpoint = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+    return f"step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1}); {kept}"
 
 
 class Health(Callback):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import re
@@ -15,6 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_lightning.config import ConfigError, UserError, did_you_mean
+from vae_lightning.resuming import Assignment, assign, find_run, run_config
+from vae_lightning.stopping import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,71 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def assigned(config: dict[str, Any], directory: Path) -> Assignment:
+    """The run that this command, or this job of a sweep, is about: a new one in `directory`, or one that is there.
+
+    A job of a sweep is known by its configuration: one that the sweep's directory has already is gone on with, or left
+    alone where it is finished. Raises UserError.
+    """
+    hydra = HydraConfig.get()
+    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(hydra.overrides.task)]
+    if rank() and RUN in os.environ:  # the first process has decided
+        theirs = json.loads(os.environ[RUN])
+        run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
+    elif hydra.mode == RunMode.MULTIRUN:
+        if config["resume"]:
+            raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
+        sweep = directory.parent
+        others = sweep.parent.glob("*/*") if config["autoresume"] else []
+        places = [*siblings(directory), *sorted(others, reverse=True)]
+        for n in itertools.count(2):  # job 3 of another sweep is there, and this one's job 3 is something else
+            if not (directory / "config.yaml").exists() or find_run(run_config(config), [directory]):
+                break
+            directory = sweep / f"{hydra.job.num}_{n}"
+        run = assign(config | {"autoresume": True}, directory, given, places)
+    else:
+        run = assign(config, directory, given, siblings(directory) if config["autoresume"] else [])
+    write_log_to(run.directory)
+    if run.finished:
+        log.info("%s: finished already; nothing to do", run.directory)
+    else:
+        content = {"config": run.config, "directory": str(run.directory), "resume": run.resume}
+        os.environ[RUN] = json.dumps(content)
+    return run
+
+
+RUN = "VAE_LIGHTNING_RUN"  # what the first process of several tells those that it starts
+
+
+def siblings(directory: Path) -> list[Path]:
+    """The directories beside `directory`, the latest name first."""
+    return sorted(directory.parent.iterdir(), reverse=True) if directory.parent.is_dir() else []
+
+
+def write_log_to(directory: Path) -> None:
+    """Have train.log written in the run's directory, by the first process alone; nothing was written to it yet."""
+    for handler in list(logging.root.handlers):
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+            handler.baseFilename = str(directory / "train.log")
+            if rank():
+                logging.root.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def resumable(directory: Path) -> Iterator[None]:
+    """Around training: where a signal asked to stop, say how to go on, and exit with a status of its own."""
+    try:
+        yield
+    except Interrupted as stop:
+        if rank():  # Lightning takes another status of a process for a crash, and kills the rest
+            raise SystemExit(0) from None
+        there = (directory / "config.yaml").exists()
+        what = f"to go on: python train.py resume={directory}" if there else "before anything was written"
+        print(f"{stop}; {what}", file=sys.stderr)
+        raise SystemExit(stop.status) from None
+
+
 @contextlib.contextmanager
 def job(config_name: str) -> Iterator[Path]:
     """Inside a `@hydra.main` function: the run directory of this job, removed again if nothing came to stand in it.
@@ -89,12 +159,14 @@ def job(config_name: str) -> Iterator[Path]:
             log.error("job %s: %s", hydra.job.num, line)
         if ours and {path.name for path in directory.iterdir()} <= {"train.log"}:
             (directory / "train.log").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                directory.rmdir()
         if sweep:
             raise
         print(line, file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if ours:
+            with contextlib.suppress(OSError):  # it is not empty
+                directory.rmdir()
 
 
 def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
@@ -112,6 +184,11 @@ def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
     return plain(config)
+
+
+def rank() -> int:
+    """Which of several processes this is: 0 is the one that writes."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
 @rank_zero_only

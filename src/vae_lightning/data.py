@@ -97,6 +97,11 @@ class MNISTDataModule(LightningDataModule):
         """What results say these images are: MNIST or another set's name, or the class of a data set of your own."""
         return str(self.name) if type(self) is MNISTDataModule else type(self).__name__
 
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the images' bytes as they are trained on and tested on."""
+        images = {"train": self.train_images, "val": self.val_images, "test": self.test_images}
+        return {split: hashlib.sha256(x.numpy().tobytes()).hexdigest() for split, x in images.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the numbers in it: they are about these pixels of this data set."""
         return {"data.name": self.dataset, "data.pixels": self.pixels}
@@ -159,6 +164,8 @@ class DeviceBatches:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0  # the batch that the next iteration begins with
+        self.given = 0  # batches of the running one
         if shuffle_seed is not None:
             self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
 
@@ -168,10 +175,24 @@ class DeviceBatches:
     def __len__(self) -> int:
         return -(-len(self.images) // (self.batch_size * self.world_size))
 
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration where another one was."""
+        self.start = state["given"]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.given, self.start = self.start, 0
+        return self._batches(self.given)
+
+    def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order().to(self.images.device)
         generator = torch.Generator(self.images.device)
         for i, batch in enumerate(order.split(self.batch_size * self.world_size)):
+            if i < start:
+                continue
+            self.given = i + 1
             index = batch[self.rank :: self.world_size]
             images = self.images.index_select(0, index)
             if self.draw:

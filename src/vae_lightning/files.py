@@ -28,13 +28,21 @@ class FileError(UserError):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path`, with its suffix, to write to: it becomes `path` at the end, and goes if it fails."""
+def whole(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path`, with its suffix, to write to: it becomes `path` at the end, and goes if it fails.
+
+    `durable` waits for the disk first, so that it is there after a power cut too.
+    """
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     partial.unlink(missing_ok=True)
     try:
         yield partial
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) if error.filename is None else error from None
     finally:
         partial.unlink(missing_ok=True)
 

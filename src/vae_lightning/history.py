@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
+
+from vae_lightning.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +47,36 @@ class History(Logger):
             key: value for key, value in metrics.items() if key.startswith(("train/", "val/", "health/", "lr-"))
         }
         if any(key.startswith("train/") for key in metrics):
-            seconds = round(time.monotonic() - self.started, 3)
             terms = dict(sorted(self.row.items(), key=lambda item: not item[0].startswith("train/")))  # train first
-            self.rows.append({"epoch": int(metrics["epoch"]) + 1, "step": (step or 0) + 1, "seconds": seconds} | terms)
+            self.rows.append(
+                {"epoch": int(metrics["epoch"]) + 1, "step": (step or 0) + 1, "seconds": self.seconds} | terms
+            )
             self.row = {}
             self._write()
             log.info("%s", epoch_line(self.rows[-1], self.epochs))
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))  # not every epoch need have validation
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with whole(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, self.path)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, in all sittings."""
+        return round(time.monotonic() - self.started, 3)
+
+    def saved(self) -> dict[str, Any]:
+        """Rows and time so far, for a checkpoint."""
+        return {"rows": [dict(row) for row in self.rows], "row": dict(self.row), "seconds": self.seconds}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what a checkpoint has."""
+        self.rows, self.row = saved["rows"], saved["row"]
+        self.started = time.monotonic() - saved["seconds"]
+        if self.rows:
+            self._write()
 
 
 def epoch_line(row: dict[str, Any], epochs: int | None) -> str:

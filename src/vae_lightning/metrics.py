@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+STATES = ("total", "count", "finite_updates")
 
 
 class EpochMeans(Metric):
@@ -23,11 +28,14 @@ class EpochMeans(Metric):
         super().__init__()
         self.terms: tuple[str, ...] = ()
         self.updates = 0
+        self.leave_out_non_finite = False
 
     def update(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([value.detach() for value in terms.values()])  # [terms, batch]
         if not self.terms:
             self._start(tuple(terms), values.device)
+        if self.leave_out_non_finite and not values.isfinite().all():
+            return
         self.total += values.sum(dim=-1, dtype=self.total.dtype)
         self.count += values.shape[-1]
         # A sum that was once NaN or infinite never becomes finite again: this counts the updates before that.
@@ -41,6 +49,23 @@ class EpochMeans(Metric):
     def reset(self) -> None:
         super().reset()
         self.updates = 0
+
+    def saved(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The sums so far of every process, which `gather` puts on top of each other, for a checkpoint."""
+        if not self.terms:
+            return {}
+        sums = {name: gather(getattr(self, name)).cpu() for name in STATES}
+        return {"terms": list(self.terms), "updates": self.updates} | sums
+
+    def restore(self, saved: dict[str, Any], rank: int, device: torch.device) -> None:
+        """Go on from the sums that a checkpoint has of process `rank`."""
+        if not saved:
+            return
+        self._start(tuple(saved["terms"]), device)
+        for name in STATES:
+            state = getattr(self, name)
+            state.copy_(saved[name].reshape(-1, *state.shape)[rank])
+        self.updates = saved["updates"]
 
     def first_not_finite(self) -> tuple[str, int] | None:
         """The term that first became NaN or infinite, and at which update (from 0); None while all are finite."""

@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import nn
 
 from vae_lightning.config import ConfigError, UserError, build
 from vae_lightning.data import MNISTDataModule
-from vae_lightning.files import FileError, as_yaml, read_yaml
+from vae_lightning.files import FileError, as_yaml, read_json, read_yaml, whole
 from vae_lightning.model import ImageModel
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
+
+
+LONGEST_DIFF = 100_000  # characters of uncommitted changes
 
 
 class RunError(UserError):
@@ -36,18 +43,68 @@ class RunError(UserError):
 def start_run(directory: Path, config: dict[str, Any]) -> None:
     """Create `directory` with its config.yaml. Raises RunError if it already holds a run."""
     directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
+        file = Path(scratch) / "config.yaml"
+        file.write_text(as_yaml(config))
+        try:
+            os.link(file, directory / "config.yaml")  # whole, and only once: of two jobs that choose it, one wins
+        except FileExistsError:
+            raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
+
+
+def reopen_run(directory: Path, config: dict[str, Any]) -> None:
+    """Let `directory` say that its run goes on, with `config`. What was measured so far is kept under its epochs."""
+    if (directory / "metrics.json").exists():
+        epochs = read_json(directory / "metrics.json").get("epochs")
+        for file in directory.glob("evaluation.json"):
+            os.replace(file, directory / f"evaluation_{epochs}_epochs.json")
+        (directory / "metrics.json").unlink()
+    with whole(directory / "config.yaml") as partial:
+        partial.write_text(as_yaml(config))
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep the run at `directory` to this process until it ends, however it ends. Raises RunError if another has it."""
+    with _locked(directory) as ours:
+        if not ours:
+            raise RunError(f"{directory}: is being trained by another process")
+        yield
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process trains the run at `directory`."""
+    with _locked(directory) as ours:
+        return not ours
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory until the end, or until the process dies: whether it was free."""
     try:
-        with (directory / "config.yaml").open("x") as file:  # "x": of two jobs that choose one directory, one wins
-            file.write(as_yaml(config))
-    except FileExistsError:
-        raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
+        import fcntl
+    except ImportError:  # Windows: two jobs in one directory are not told apart
+        yield True
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        except OSError:  # a file system that knows no locks
+            ours = True
+        yield ours
+    finally:
+        os.close(descriptor)
 
 
-def describe_environment(model: ImageModel, device: torch.device, seed: int) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: code, versions, machine, command and model size."""
+def describe_environment(model: ImageModel, device: torch.device, data: MNISTDataModule) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: code, versions, machine, command, data and model size."""
     return {
-        "command": " ".join(sys.argv),
-        "seed": seed,
+        "command": shlex.join(sys.argv),
+        "seed": data.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -55,6 +112,8 @@ def describe_environment(model: ImageModel, device: torch.device, seed: int) -> 
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
+        "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
+        "data_checksums": data.checksums(),
         "parameters": count_parameters(model),
         "encoder_parameters": count_parameters(model.encoder),
         "decoder_parameters": count_parameters(model.decoder),
@@ -120,13 +179,23 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
     Raises RunError for a file that is damaged, or holds anything but tensors and plain values.
     """
+    content = load_checkpoint(file)
+    data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
+    return {"state_dict": dict(content["state_dict"])} | data
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """The whole content of a checkpoint, on the CPU. Raises RunError as `read_checkpoint` does."""
     if not file.is_file():
         raise RunError(f"{file}: no whole run is there (no such file)")
     try:
+        with ZipFile(file) as archive:  # PyTorch does not look at the checksums that it writes
+            if archive.testzip():
+                raise ValueError
         content = torch.load(file, map_location="cpu", weights_only=True)
-        data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
-        return {"state_dict": dict(content["state_dict"])} | data
-    # torch.load has errors of many kinds for a file that was altered, and none of them is a bug here.
+        content["state_dict"].items()
+        return content
+    # Both have errors of many kinds for a file that was altered, and none of them is a bug here.
     except Exception as error:
         raise RunError(f"{file}: damaged, or holds more than weights; it was not loaded") from error
 
@@ -181,13 +250,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_config(path: str | Path, trust: Iterable[str] = ()) -> dict[str, Any]:
-    """The configuration of the run at `path`, to build things from. Raises RunError if it names code not trusted."""
+# What builds a model and its data, and what else a run that goes on builds; callbacks that write no files of their own.
+TRUSTED = ("vae_lightning", "torch.optim")
+TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("EMAWeightAveraging", "EarlyStopping"))
+
+
+def load_config(
+    path: str | Path, trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data")
+) -> dict[str, Any]:
+    """The configuration of the run at `path`, to build `parts` from. Raises RunError if it names code not trusted."""
     config = read_config(path)
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
-    allowed = ("vae_lightning", "torch.optim", *trust)
-    for key, target in _targets({name: config.get(name) for name in ("model", "data")}):
+    allowed = (*TRUSTED, *TRUSTED_CALLBACKS, *trust)
+    for key, target in _targets({name: config.get(name) for name in parts}):
         if not any(f"{target}.".startswith(f"{name}.") for name in allowed):
             module = str(target).rpartition(".")[0] or target
             raise RunError(

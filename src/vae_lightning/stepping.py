@@ -10,12 +10,15 @@ model, takes Lightning's road throughout, and says why.
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections import OrderedDict
 from inspect import signature
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
@@ -23,7 +26,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from vae_lightning.callbacks import NonFiniteGuard
+from vae_lightning.config import ConfigError
 from vae_lightning.data import DeviceBatches
+from vae_lightning.stopping import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +44,88 @@ MODULE_HOOKS = (*STEP_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
+class Every(NamedTuple):
+    """How often to save, beside the start of each epoch: a number of steps, or seconds. Neither: not."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: int | str | None) -> Every:
+        """`500`, `30s`, `10min`, `2h` or null, of trainer.checkpoint_every. Raises ConfigError."""
+        if text is None:
+            return cls()
+        match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
+        if not match or not int(match[1]) or isinstance(text, bool | float):
+            raise ConfigError(
+                f"trainer.checkpoint_every={text}: should be a number of steps, or a time such as 30s, 10min or 2h"
+            )
+        number, unit = int(match[1]), match[2]
+        return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
+
+
 class ManySteps(_TrainingEpochLoop):
     """Lightning's loop over an epoch's batches, with the steps between two that are logged in a loop of its own."""
 
     reason: str | None = None  # why each step is Lightning's
+
+    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest) -> None:
+        super().__init__(trainer, trainer.min_steps, trainer.max_steps)
+        self.last = last  # the checkpoint to write between two steps; None: there are to be none
+        self.every = every
+        self.stop = stop
+        self.saved_step = 0
+        self.saved_time = time.monotonic()
+
+    def reset(self) -> None:
+        resumed = self.restarting
+        super().reset()
+        if resumed:  # from between two steps: of the one before, nothing is left to be done
+            self.restarting = False
+            self.saved_step = self.global_step
 
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
         before, self.reason = self.reason, watched(self.trainer)
         if self.reason and self.reason != before:
             log.info("steps run one at a time: %s", self.reason)
+        self.stop.listen()
+        self.stop.stepping = True
 
     def advance(self, data_fetcher: Any) -> None:
-        if not (self.reason or self.restarting):
+        self._pause()
+        if not self.reason:
             self._run_unwatched(data_fetcher)
         super().advance(data_fetcher)
+
+    def _pause(self) -> None:
+        """Between two steps, where nothing is half done: save if it is time to, and stop if a signal asked for it."""
+        trainer: Any = self.trainer
+        done = self.batch_progress.current.ready  # batches of this epoch
+        if done % trainer.accumulate_grad_batches:
+            return
+        due = self.global_step != self.saved_step and (
+            done == 0
+            or bool(self.every.steps and self.global_step % self.every.steps == 0)
+            or bool(self.every.seconds and time.monotonic() - self.saved_time >= self.every.seconds)
+        )
+        stop, due = self._anywhere(self.stop.name is not None, due)
+        if self.last and (due or stop) and self.global_step != self.saved_step:
+            for callback in trainer.callbacks:
+                if isinstance(callback, NonFiniteGuard):
+                    callback.check_training(trainer, trainer.lightning_module)
+            trainer.save_checkpoint(self.last, weights_only=False)
+            self.saved_step, self.saved_time = self.global_step, time.monotonic()
+        if stop:
+            raise Interrupted(f"stopped by {self.stop.name or 'another process'} after step {self.global_step}")
+
+    def _anywhere(self, *questions: bool) -> tuple[bool, ...]:
+        """Whether each holds in any process, so that all of them do the same."""
+        if self.trainer.world_size == 1:
+            return questions
+        answers = torch.tensor(questions, dtype=torch.int32, device=self.trainer.strategy.root_device)
+        torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MAX)
+        return tuple(map(bool, answers.tolist()))
 
     def _run_unwatched(self, data_fetcher: Any) -> None:
         trainer: Any = self.trainer
@@ -64,6 +136,8 @@ class ManySteps(_TrainingEpochLoop):
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
         for _ in range(self._steps_until_watched()):
+            if self.stop.name and trainer.world_size == 1:  # several processes agree on it between two stretches
+                break
             batch, _, _ = next(data_fetcher)
             batch = trainer.precision_plugin.convert_input(batch)
             trainer._logger_connector.on_batch_start(batch)
@@ -91,6 +165,8 @@ class ManySteps(_TrainingEpochLoop):
             last.append(trainer.log_every_n_steps - self._batches_that_stepped % trainer.log_every_n_steps)
         if self.max_steps != -1:
             last.append(self.max_steps - self.global_step)
+        if self.every.steps:
+            last.append(self.every.steps - self.global_step % self.every.steps)
         if trainer.val_check_batch not in (None, float("inf")):
             batches = self.total_batch_idx + 1 if trainer.check_val_every_n_epoch is None else done
             last.append(int(trainer.val_check_batch) - batches % int(trainer.val_check_batch))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import shutil
 import sys
-import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -24,7 +25,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning import figures
-from vae_lightning.callbacks import Figures, Health, NonFiniteGuard
+from vae_lightning.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, boards
+from vae_lightning.checkpoints import Progress, WholeCheckpoints, last_checkpoint, rewind
 from vae_lightning.config import (
     ConfigError,
     NonNegative,
@@ -36,13 +38,14 @@ from vae_lightning.config import (
     did_you_mean,
     flatten,
 )
-from vae_lightning.data import MNISTDataModule, stream_seed
-from vae_lightning.files import as_yaml, whole, write_json
+from vae_lightning.data import MNISTDataModule
+from vae_lightning.files import as_yaml, read_json, whole, write_json
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
-from vae_lightning.runs import count_parameters, describe_environment, start_run
-from vae_lightning.stepping import ManySteps
+from vae_lightning.runs import RunError, count_parameters, describe_environment, held, reopen_run, start_run
+from vae_lightning.stepping import Every, ManySteps
+from vae_lightning.stopping import StopRequest
 from vae_lightning.vae import VAE
 
 log = logging.getLogger(__name__)
@@ -66,13 +69,17 @@ class Config:
     data: Spec
     trainer: dict[str, Any]
     figures: dict[str, Any]
+    test: bool = True
 
 
-def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict[str, Any]:
     """Train what `config` describes into `directory`, and return the content of its metrics.json.
 
+    With `resume`, go on with the run that `directory` holds, from its last checkpoint, as if it had never stopped.
+
     The test set is read once, at the end, with the checkpoint of lowest val/loss, or with the last weights where no
-    images were held out. Raises UserError, before anything is written, for what cannot be trained.
+    images were held out. Raises UserError, before anything is written, for what cannot be trained, and Interrupted
+    where a signal asked to stop.
     """
     check_arguments(Config, config, "")
     c = Config(**config)
@@ -91,71 +98,120 @@ def train(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     pictures = make_figures(c.figures, directory, model)
     history = History(directory / "history.csv", c.trainer["max_epochs"])
     board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
-    last = ModelCheckpoint(
-        directory / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    best = ModelCheckpoint(
-        directory / "checkpoints",
-        filename="best",
-        monitor="val/loss",
-        enable_version_counter=False,
-    )
+    best = ModelCheckpoint(directory / "checkpoints", filename="best", monitor="val/loss", enable_version_counter=False)
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
-    kept = [last, best] if validates else [last]
-    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
+    keeps = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
+    kept = [*([Progress(directory, history)] if keeps else []), *([best] if keeps and validates else [])]
+    stop = StopRequest()
+    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history], stop)
+    model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 
-    if trainer.global_rank:  # processes start from the same weights, and draw different noise
-        torch.manual_seed(stream_seed(c.seed, trainer.global_rank))
-    if trainer.is_global_zero:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        if trainer.is_global_zero:
+            environment = describe_environment(model, trainer.strategy.root_device, data)
+            last = stack.enter_context(started(directory, config, resume, environment))
+        else:
+            last = last_checkpoint(directory) if resume else None
+        try:
+            trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
+        except (MisconfigurationException, RuntimeError) as error:
+            if isinstance(error, MisconfigurationException) or "arly stopping" in str(error):
+                raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+            raise
+        finally:
+            stop.stepping = False
+        stop.check()  # a signal of the last step: everything is saved
+        if keeps and not (directory / "checkpoints" / "last.ckpt").exists():  # max_epochs=0
+            trainer.save_checkpoint(directory / "checkpoints" / "last.ckpt", weights_only=False)
+        if keeps and not best.best_model_path and trainer.is_global_zero:
+            # The last is the best there is: no images were held out, or the run was too short to look at them.
+            with whole(directory / "checkpoints" / "best.ckpt") as partial:
+                shutil.copyfile(directory / "checkpoints" / "last.ckpt", partial)
+        if c.test:
+            chosen = directory / "checkpoints" / "best.ckpt" if keeps else None
+            trainer.test(model, data, ckpt_path=chosen, weights_only=True, verbose=False)
+        return finish(c, directory, model, data, trainer, history, best.best_model_path)
+
+
+@contextlib.contextmanager
+def started(
+    directory: Path, config: dict[str, Any], resume: bool, environment: dict[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]] | None]:
+    """A run directory, made or to go on in, kept to this process: yields the checkpoint to go on from, if any.
+
+    Raises RunError where it holds another run, another process trains it, or its data are not what they were.
+    """
+    if not resume:
         start_run(directory, config)
-        device = trainer.strategy.root_device
-        write_json(directory / "environment.json", describe_environment(model, device, c.seed))
-    started = time.monotonic()
-    trainer.fit(model, data)
-    seconds = time.monotonic() - started
-    for callback in trainer.checkpoint_callbacks:  # a run too short for an epoch or a validation is saved all the same
-        if callback in kept and not callback.best_model_path:
-            trainer.save_checkpoint(directory / "checkpoints" / f"{callback.filename}.ckpt")
-    if not validates and last in trainer.checkpoint_callbacks and trainer.is_global_zero:
-        with whole(directory / "checkpoints" / "best.ckpt") as partial:  # the last is the best there is
-            shutil.copyfile(directory / "checkpoints" / "last.ckpt", partial)
-    chosen = best.best_model_path if validates else ""
-    trainer.test(model, data, ckpt_path=chosen or None, weights_only=True, verbose=False)
+    with held(directory):
+        last = None
+        if resume:
+            last = last_checkpoint(directory)
+            former = read_json(directory / "environment.json") if (directory / "environment.json").exists() else {}
+            if former.get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
+                raise RunError(f"{directory}: was trained on other images than data.root={config['data']['root']} has")
+            reopen_run(directory, config)
+            rewind(directory, last[1]["progress"] if last else None)
+            log.info("going on %s", f"after step {last[1]['global_step']}" if last else "from the start")
+            changed = {key: value for key, value in environment.items() if value != former.get(key)}
+            environment = (former or environment) | {"resumed": [*former.get("resumed", []), changed]}
+        write_json(directory / "environment.json", environment)
+        yield last
 
+
+def finish(
+    c: Config,
+    directory: Path,
+    model: ImageModel,
+    data: MNISTDataModule,
+    trainer: Trainer,
+    history: History,
+    best: str,
+) -> dict[str, Any]:
+    """Write metrics.json, the loss curves and what TensorBoard shows of a finished run; return the metrics."""
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
     results = metrics | {
         "name": c.name,
         "data": data.dataset,
         "pixels": data.pixels,
         "remark": remark(model.likelihood, data.pixels) if isinstance(model, VAE) else "",
-        "checkpoint": "best" if chosen else "last",
+        "checkpoint": "best" if best else "last",
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "seconds": round(seconds, 3),
+        "seconds": history.seconds,
         "seed": c.seed,
         "latent_dim": model.latent_dim,
         "parameters": count_parameters(model),
     }
-    if trainer.is_global_zero:
-        if metrics:
-            terms = format_terms({key.partition("/")[2]: value for key, value in metrics.items()})
-            log.info("test, %s pixels: %s", data.pixels, terms)
-            if results["remark"]:
-                log.info("remark: %s", results["remark"])
-        if history.rows:  # none in Lightning's fast_dev_run
-            board.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
-            board.experiment.add_text("config", f"```yaml\n{as_yaml(config)}```")
-            board.finalize("success")
-            (directory / "figures").mkdir(exist_ok=True)
-            figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")
-        write_json(directory / "metrics.json", results)
+    if not trainer.is_global_zero:
+        return results
+    if metrics:
+        terms = format_terms({key.partition("/")[2]: value for key, value in metrics.items()})
+        log.info("test, %s pixels: %s", data.pixels, terms)
+        if results["remark"]:
+            log.info("remark: %s", results["remark"])
+    if history.rows:  # none in Lightning's fast_dev_run
+        (board,) = boards(trainer)
+        logger = next(logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+        logger.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
+        board.add_text("config", f"```yaml\n{as_yaml(asdict(c))}```")
+        logger.finalize("success")
+        (directory / "figures").mkdir(exist_ok=True)
+        figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")
+    (directory / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
+    write_json(directory / "metrics.json", results)  # last: it says that the run is finished
     return results
 
 
-def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+def make_trainer(
+    options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger], stop: StopRequest
+) -> Trainer:
     """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
     options = dict(options)
     own = options.pop("callbacks", None) or []
+    every = Every.parse(options.pop("checkpoint_every", None))
+    check_arguments(trainer_additions, {"on_nan": (on_nan := options.pop("on_nan", "stop"))}, "trainer")
     check_arguments(Trainer, options, "trainer")
     check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
     check_accelerator(options["accelerator"])
@@ -165,9 +221,12 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
     if options["enable_model_summary"] is not False:
         callbacks = [*callbacks, ModelSummary(max_depth=-1)]
-    if options["enable_checkpointing"] is False:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    if on_nan == "skip":
+        callbacks = [SkipNonFinite(), *callbacks]
+    options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        options["enable_checkpointing"] = False  # or Lightning would add one of its own
     try:
         # The guard comes first, so that nothing else acts on a loss that is not finite.
         trainer = Trainer(
@@ -175,7 +234,9 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    trainer.fit_loop.epoch_loop = ManySteps(trainer, trainer.min_steps, trainer.max_steps)
+    keeps = any(isinstance(callback, Progress) for callback in callbacks)
+    last = directory / "checkpoints" / "last.ckpt" if keeps else None
+    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop)
     return trainer
 
 
@@ -185,6 +246,14 @@ def trainer_limits(
     check_val_every_n_epoch: PositiveInt | None,
 ) -> None:
     """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
+
+
+def trainer_additions(on_nan: Literal["stop", "skip"]) -> None:
+    """What conf/trainer has beside Lightning's arguments, checked here; checkpoint_every is in `Every.parse`."""
+
+
+def as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) -> Figures:
@@ -244,4 +313,5 @@ def share_log() -> None:
         logger.filters.clear()
         logger.addFilter(lambda record: "Tip:" not in record.msg and "already configured" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on the newest torch
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's is
     warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")  # nothing here is logged by the step

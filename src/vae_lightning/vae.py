@@ -131,7 +131,7 @@ class VAE(ImageModel):
 
     def on_fit_start(self) -> None:
         """Let prior and decoder look at the training images, before the first step of a fresh run."""
-        if self.trainer.global_step:
+        if self.trainer.ckpt_path:  # the checkpoint has what came of it
             return
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
         self.prior.initialize(images.to(self.device))

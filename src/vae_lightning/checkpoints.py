@@ -1,0 +1,201 @@
+"""Checkpoints from which a run goes on exactly where it stopped.
+
+`last.ckpt` is written between two steps, where nothing is half done: at the start of each epoch, every
+`trainer.checkpoint_every`, when a signal asks to stop, and when training is over. Lightning puts weights, optimizer,
+schedules, callbacks and counters into it; what else a run's future depends on is added here: the random numbers, the
+epoch's sums so far, the history, and how long TensorBoard's files were. The one before it stays as `previous.ckpt`
+until the run is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from vae_lightning.files import whole
+from vae_lightning.history import History
+from vae_lightning.model import ImageModel
+from vae_lightning.runs import RunError, load_checkpoint
+
+log = logging.getLogger(__name__)
+
+EVENTS = "events.out.tfevents."
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint whole or not at all, keeps the `last.ckpt` before it, and unpickles nothing."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path, durable=True) as partial:
+            with partial.open("wb") as file:  # a file of Python's own says why it cannot be written
+                torch.save(checkpoint, file)
+            if path.name == "last.ckpt" and path.exists():
+                with whole(path.with_name("previous.ckpt")) as former:
+                    try:
+                        os.link(path, former)
+                    except OSError:  # a file system without links
+                        shutil.copyfile(path, former)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+
+class Progress(Callback):
+    """Puts into each checkpoint what Lightning leaves out, and takes it from there when training goes on."""
+
+    def __init__(self, directory: Path, history: History) -> None:
+        self.directory = directory
+        self.history = history
+        self.random: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(module, ImageModel)
+        checkpoint["progress"] = {
+            "directory": str(self.directory),
+            "random": random_states(trainer),
+            "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
+            "logged": logged(trainer),
+            "history": self.history.saved(),
+            "events": event_sizes(trainer),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        assert isinstance(module, ImageModel)
+        progress = checkpoint["progress"]
+        for split, saved in progress["means"].items():
+            module.means[split].restore(saved, trainer.global_rank, module.device)
+        self.history.restore(progress["history"])
+        self.random, self.logged = progress["random"], progress["logged"]
+        set_random_states(self.random)
+        # Paths in the states of callbacks, for a run that lies elsewhere now.
+        states = checkpoint["callbacks"] = moved(checkpoint["callbacks"], progress["directory"], str(self.directory))
+        for callback in trainer.checkpoint_callbacks:  # Lightning leaves this one of its own out
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
+                callback.current_score = states[callback.state_key]["current_score"]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.random is not None:  # again: Lightning has set up this and that since
+            connector: Any = trainer._logger_connector
+            connector._callback_metrics.update(self.logged)
+            set_random_states(self.random)
+            self.random = None
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def random_states(trainer: Trainer) -> dict[str, Any]:
+    """The generators of Python, NumPy and PyTorch, as plain values; processes of one run share them."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    device = trainer.strategy.root_device
+    return {
+        "python": list(random.getstate()[1]),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate((3, tuple(states["python"]), None))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def logged(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The metrics that callbacks and schedules may ask for, such as the last validation's."""
+    return {key: value.detach().clone() for key, value in trainer.callback_metrics.items()}
+
+
+def event_sizes(trainer: Trainer) -> dict[str, int]:
+    """TensorBoard's files, and how many bytes of each belong to what this checkpoint has seen."""
+    sizes: dict[str, int] = {}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.flush()
+            sizes |= {path.name: path.stat().st_size for path in Path(logger.log_dir).glob(f"{EVENTS}*")}
+    return sizes
+
+
+def moved(tree: Any, old: str, new: str) -> Any:
+    """A copy of nested values in which paths under `old` are under `new`."""
+    if isinstance(tree, dict):
+        return {moved(key, old, new): moved(value, old, new) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [moved(value, old, new) for value in tree]
+    if isinstance(tree, str) and (tree == old or tree.startswith(f"{old}{os.sep}")):
+        return new + tree[len(old) :]
+    return tree
+
+
+def last_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, read: the last, or, where it is damaged, the one before.
+
+    None where there is none yet. Raises RunError where none of those that there are can be read.
+    """
+    files = [directory / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
+    problems = []
+    for file in filter(Path.exists, files):
+        try:
+            content = load_checkpoint(file)
+            if "progress" not in content:
+                raise RunError(f"{file}: of a version that could not go on yet, or not from training")
+        except RunError as problem:
+            problems.append(str(problem))
+            log.warning("%s", problem)
+            continue
+        if problems:
+            log.warning("going on from the one before it, %s, at step %d", file, content["global_step"])
+        return file, content
+    if problems:
+        raise RunError(f"{problems[0]}; remove {directory / 'checkpoints'} to have it trained from the start")
+    return None
+
+
+def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
+    """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
+    events: Mapping[str, int] = progress["events"] if progress else {}
+    board = directory / "tensorboard"
+    for path in sorted(board.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()  # emptied before
+        elif path.parent == board and path.name in events:
+            os.truncate(path, events[path.name])
+        else:
+            path.unlink()
+    for path in [*(directory / "checkpoints").glob(".*"), *directory.glob(".history.*")]:
+        path.unlink()  # what was being written
+    if not progress:
+        (directory / "history.csv").unlink(missing_ok=True)
+    # TensorBoard reads its files in the order of the seconds in their names. Should the clock have been set back since,
+    # the next one would come before these.
+    now = int(time.time())
+    for n, name in enumerate(sorted(events, reverse=True)):
+        seconds, _, rest = name.removeprefix(EVENTS).partition(".")
+        if seconds.isdigit() and int(seconds) >= now - n:
+            os.replace(board / name, board / f"{EVENTS}{now - n - 1:010d}.{rest}")

@@ -1,0 +1,126 @@
+"""Which run a command is about: a new one, one to go on with, or one that is finished already.
+
+    python train.py resume=RUN_DIR                          # with the configuration that the run has
+    python train.py resume=RUN_DIR trainer.max_epochs=60    # and longer
+    python train.py model.latent_dim=5 autoresume=true      # the run of this very configuration, if there is one
+
+A run is known by its configuration, not by its directory's name or a job's number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_lightning.config import ConfigError, flatten
+from vae_lightning.runs import RunError, is_held, load_config, read_config
+
+log = logging.getLogger(__name__)
+
+# What a run that goes on may be told anew: how long, and what changes no number.
+CHANGEABLE = (
+    "trainer.max_epochs",
+    "trainer.checkpoint_every",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+    "data.root",
+    "test",
+)
+NOT_OF_THE_RUN = ("resume", "autoresume", "trust")
+
+
+@dataclass
+class Assignment:
+    """What to train, where, and whether there is something to go on from, or nothing left to do."""
+
+    config: dict[str, Any]
+    directory: Path
+    resume: bool = False
+    finished: bool = False
+
+
+def assign(config: dict[str, Any], directory: Path, given: Iterable[str], searched: Iterable[Path] = ()) -> Assignment:
+    """The run that a command's `config` is about, where `directory` is for a new one.
+
+    `given` are the keys that the command line changed, and `searched` the directories whose runs autoresume looks at.
+    Raises RunError or ConfigError for a run that cannot be gone on with, or not in this way.
+    """
+    options = {key: config[key] for key in NOT_OF_THE_RUN}
+    config = run_config(config)
+    if options["resume"]:
+        return _resumed(Path(options["resume"]).resolve(), config, options["trust"], given)
+    found = find_run(config, [directory, *searched] if options["autoresume"] else [directory])
+    if found is None:
+        if (directory / "config.yaml").exists():
+            key, theirs, ours = difference(read_config(directory), config)
+            raise RunError(
+                f"{directory}: already holds a run, of another configuration ({key}={theirs}, not {ours}); "
+                "choose another hydra.run.dir"
+            )
+        return Assignment(config, directory)
+    if is_finished(found):
+        return Assignment(config, found, finished=True)
+    if not options["autoresume"]:
+        raise RunError(f"{found}: holds a run that is not finished; go on with resume={found}, or autoresume=true")
+    return Assignment(config, found, resume=True)
+
+
+def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's configuration without what says which run it is about."""
+    return {key: value for key, value in config.items() if key not in NOT_OF_THE_RUN}
+
+
+def _resumed(directory: Path, config: dict[str, Any], trust: Iterable[str], given: Iterable[str]) -> Assignment:
+    """The run at `directory`, with what the command line may change of it."""
+    saved = load_config(directory, trust, parts=("model", "data", "trainer"))
+    asked = flatten(config)
+    theirs = flatten(saved)
+    for key in given:
+        dotted = key.replace("/", ".")
+        changed = [k for k in asked.keys() | theirs.keys() if k == dotted or k.startswith(f"{dotted}.")]
+        different = [k for k in sorted(changed) if asked.get(k) != theirs.get(k)]
+        if key.partition(".")[0] in NOT_OF_THE_RUN or (changed and not different):
+            continue
+        if key not in CHANGEABLE:
+            what = f"{different[0]} is {theirs.get(different[0])} in {directory}" if different else "not of the run"
+            raise ConfigError(f"{key}: {what}; a resumed run takes only {', '.join(CHANGEABLE)}")
+        _set(saved, key, asked[key])
+    epochs, steps = saved["trainer"].get("max_epochs"), theirs.get("trainer.max_epochs")
+    longer = epochs != steps and "trainer.max_epochs" in given
+    tested = is_finished(directory) and not (saved["test"] and not theirs.get("test", True))
+    return Assignment(saved, directory, resume=True, finished=tested and not longer)
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for name in path:
+        config = config[name]
+    config[last] = value
+
+
+def is_finished(directory: Path) -> bool:
+    return (directory / "metrics.json").exists()
+
+
+def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> Path | None:
+    """The run of `config` among `directories`: a finished one, or else one that no other process trains now."""
+    found: list[Path] = []
+    for directory in dict.fromkeys(directories):
+        try:
+            if (directory / "config.yaml").is_file() and read_config(directory) == config:
+                found.append(directory)
+        except RunError as problem:
+            log.warning("%s", problem)
+    free = [directory for directory in found if not is_held(directory)]
+    finished = [directory for directory in found if is_finished(directory)]
+    return next(iter(finished or free or found), None)
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The first key in which two configurations differ, and both values."""
+    left, right = flatten(dict(theirs)), flatten(dict(ours))
+    key = next(key for key in [*right, *left] if left.get(key) != right.get(key))
+    return key, left.get(key), right.get(key)

@@ -1,0 +1,87 @@
+"""Trains one run through many deaths: python killed.py DIRECTORY KILLS SEED OVERRIDE…
+
+Everything is imported once; each life is a fork of this process, killed by SIGKILL at a random moment, and the next
+one goes on with what it finds. The last is left to finish. Prints how far each life came.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from vae_lightning.checkpoints import last_checkpoint
+from vae_lightning.cli import plain
+from vae_lightning.data import load_images
+from vae_lightning.resuming import is_finished, run_config
+from vae_lightning.training import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def configuration(overrides: list[str]) -> dict:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        whole = compose("train", [f"data.root={ROOT / 'data'}", "trainer.accelerator=cpu", *overrides], True)
+    HydraConfig.instance().set_config(whole)
+    with open_dict(whole):
+        del whole["hydra"]
+    return run_config(plain(whole))
+
+
+def live(config: dict, directory: Path) -> int:
+    """The process id of a life that trains."""
+    process = os.fork()
+    if process:
+        return process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        train(config, directory, resume=(directory / "config.yaml").exists())
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def wait_for_saves(file: Path, times: int, process: int) -> int:
+    """Wait until `file` was written so many times, or the process is at its end: how often it was."""
+    seen, saves = file.stat().st_mtime_ns if file.exists() else 0, 0
+    while saves < times and not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+        now = file.stat().st_mtime_ns if file.exists() else 0
+        seen, saves = now, saves + (now != seen)
+    return saves
+
+
+def main() -> None:
+    directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    config = configuration(sys.argv[4:])
+    moments = random.Random(seed)
+    load_images("MNIST", (ROOT / "data").resolve())  # for all lives
+    os.waitpid(live(config, directory.with_name("whole")), 0)
+    for _ in range(kills):
+        process = live(config, directory)
+        saves = wait_for_saves(directory / "checkpoints" / "last.ckpt", moments.randint(0, 2), process)
+        time.sleep(moments.uniform(0, 0.2))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        found = last_checkpoint(directory)
+        print(f"{saves} saves, step {found[1]['global_step'] if found else 0}", flush=True)
+        if is_finished(directory):
+            break
+    while not is_finished(directory):
+        process = live(config, directory)
+        if os.waitpid(process, 0)[1]:
+            raise SystemExit("the last life failed")
+
+
+if __name__ == "__main__":
+    main()

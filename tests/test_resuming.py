@@ -1,0 +1,381 @@
+"""A run that was stopped, in whatever way, ends as the run that was not: compared to the bit."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vae_lightning.checkpoints import last_checkpoint, moved
+from vae_lightning.config import ConfigError
+from vae_lightning.resuming import find_run
+from vae_lightning.runs import RunError, held
+from vae_lightning.stepping import Every
+from vae_lightning.stopping import Interrupted
+from vae_lightning.training import train
+
+SMALL = [
+    "trainer.max_epochs=3", "data.batch_size=100", "trainer.limit_train_batches=40", "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2", "figures.every=2", "figures.embedded=10", "model.backbone.hidden=[32]",
+    "trainer.enable_model_summary=false",
+]  # fmt: skip
+EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+
+
+def left(directory: Path) -> dict:
+    """All that a run leaves, less what the clock decides."""
+    found: dict = {}
+    for name in ("last", "best"):
+        found[name] = torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        progress = found[name].pop("progress")
+        found[name] |= {key: progress[key] for key in ("random", "means", "logged")}
+        found[name]["callbacks"] = moved(found[name]["callbacks"], str(directory), "")
+    with (directory / "history.csv").open() as file:
+        found["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    metrics = json.loads((directory / "metrics.json").read_text())
+    found["metrics"] = {key: value for key, value in metrics.items() if key != "seconds"}
+    board = EventAccumulator(str(directory / "tensorboard"), EVERYTHING).Reload()
+    tags = board.Tags()
+    found["scalars"] = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"]}
+    found["images"] = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
+    found["histograms"] = {
+        tag: [(e.step, e.histogram_value) for e in board.Histograms(tag)] for tag in tags["histograms"]
+    }
+    found["files"] = sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*.*") if "tfev" not in str(path)
+    )
+    return found
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """Where two nested dictionaries and lists differ, tensors to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [place for key in a.keys() | b.keys() for place in differences(a.get(key), b.get(key), f"{where}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [place for n, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}.{n}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+class Signal(Callback):
+    """Sends this process a signal, once, when training is at a certain place."""
+
+    armed = ""
+
+    def __init__(self, at: str, step: int = 0, name: str = "SIGTERM") -> None:
+        self.at, self.step, self.name = at, step, name
+
+    def here(self, at: str, trainer) -> None:
+        if at == self.at and Signal.armed and trainer.global_step >= self.step:
+            Signal.armed = ""
+            os.kill(os.getpid(), signal.Signals[self.name])
+
+    def on_train_batch_start(self, trainer, *rest) -> None:
+        self.here("batch", trainer)
+
+    def on_validation_batch_start(self, trainer, *rest) -> None:
+        self.here("validation", trainer)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self.here("epoch_end", trainer)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.here("end", trainer)
+
+    def on_test_batch_start(self, trainer, *rest) -> None:
+        self.here("test", trainer)
+
+    def on_fit_start(self, trainer, module) -> None:
+        self.here("setup", trainer)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model/schedule=cosine", "data.pixels=dynamic", "trainer.checkpoint_every=3", "model/prior=vamp",
+         "model.prior.pseudo_inputs=4", "model.objective.warmup_epochs=2", "trainer.val_check_interval=15"],
+        ["trainer=ema", "data.val_size=0", "trainer.accumulate_grad_batches=3", "trainer.checkpoint_every=4",
+         "trainer.gradient_clip_val=1", "model.data_bias=true", "trainer.max_epochs=9"],
+    ],
+    ids=["vamp", "ema"],
+)  # fmt: skip
+def test_twenty_deaths_change_nothing(tmp_path: Path, overrides: list[str]) -> None:
+    killed = subprocess.run(
+        [sys.executable, ROOT / "tests" / "killed.py", tmp_path / "run", "20", "0", *SMALL, *overrides],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == 0, killed.stderr
+    steps = [int(line.rpartition(" ")[2]) for line in killed.stdout.splitlines()]
+    assert len(steps) >= 10, "it was killed often"
+    assert len({step % 40 for step in steps}) >= 5, "and in many places"
+    assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "name"),
+    [
+        ("batch", 57, "SIGTERM"),
+        ("batch", 33, "SIGINT"),
+        ("batch", 50, "SIGUSR1"),
+        ("validation", 40, "SIGTERM"),
+        ("epoch_end", 80, "SIGTERM"),
+        ("end", 0, "SIGTERM"),
+        ("test", 0, "SIGTERM"),
+        ("setup", 0, "SIGINT"),
+    ],
+)
+def test_a_signal_stops_it_between_two_steps(at, step, name, command, tmp_path: Path) -> None:
+    callback = f"trainer.callbacks=[{{_target_: test_resuming.Signal, at: {at}, step: {step}, name: {name}}}]"
+    assert command(*SMALL, callback, "hydra.run.dir=whole").code == 0
+    Signal.armed = "once"
+    stopped = command(*SMALL, callback, "hydra.run.dir=run")
+    assert stopped.code == 75
+    assert stopped.err.splitlines()[-1].startswith(f"stopped by {name}")
+    assert stopped.err.splitlines()[-1].endswith(f"python train.py resume={tmp_path / 'run'}")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    if at == "batch":
+        found = last_checkpoint(tmp_path / "run")
+        assert found
+        assert found[1]["global_step"] == step + 1
+    gone_on = command("resume=run", "trust=[test_resuming]")
+    assert gone_on.code == 0, gone_on.err
+    assert gone_on.out.splitlines()[-1] == str(tmp_path / "run")
+    assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+    assert not list(tmp_path.glob("outputs/*/*")), "no directory of Hydra's stays behind"
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    from vae_lightning.stopping import StopRequest
+
+    stop = StopRequest()
+    with stop.listening():
+        stop.stepping = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted):
+        stop.check()
+
+
+@pytest.fixture
+def stopped(command, tmp_path: Path) -> Path:
+    """A run that a signal stopped at step 58 of 120, with a checkpoint at step 40 before it."""
+    Signal.armed = "once"
+    callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 57}]"
+    assert command(*SMALL, callback, "hydra.run.dir=run").code == 75
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, command, tmp_path: Path) -> None:
+    last, previous = (stopped / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    shutil.copytree(stopped, tmp_path / "both")
+    gone_on = command("resume=run", "trust=[test_resuming]")
+    assert gone_on.code == 0, gone_on.err
+    log = (stopped / "train.log").read_text()
+    assert f"{last}: damaged" in log
+    assert f"going on from the one before it, {previous}, at step 40" in log
+    both = tmp_path / "both"
+    (both / "checkpoints" / "previous.ckpt").write_bytes(b"")
+    refused = command("resume=both", "trust=[test_resuming]")
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1].endswith(f"remove {both / 'checkpoints'} to have it trained from the start")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "takes only trainer.max_epochs"]),
+        (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.backbones.MLP"]),
+        (["experiment=deep_bayes_32"], ["experiment"]),
+        (["seed=1"], ["seed: seed is 0"]),
+        (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),
+    ],
+)
+def test_a_resumed_run_stays_the_run_it_is(stopped: Path, command, words, wanted) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*.*")}
+    refused = command("resume=run", *([] if "trust=[]" in words else ["trust=[test_resuming]"]), *words)
+    assert refused.code == 2
+    assert len(refused.err.splitlines()) == 1
+    for word in wanted:
+        assert word in refused.err
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*.*")}
+
+
+def test_what_is_no_run_cannot_be_resumed(command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for directory in ("nowhere", "empty"):
+        refused = command(f"resume={directory}")
+        assert refused.code == 2
+        assert "no whole run is there" in refused.err
+        assert len(refused.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_one_process_to_a_run(stopped: Path, command) -> None:
+    with held(stopped):
+        refused = command("resume=run", "trust=[test_resuming]")
+    assert refused.code == 2
+    assert refused.err == f"{stopped}: is being trained by another process\n"
+
+
+def test_a_run_may_be_made_longer(config, command, tmp_path: Path) -> None:
+    assert command(*SMALL, "hydra.run.dir=whole", "trainer.max_epochs=5").code == 0
+    assert command(*SMALL, "hydra.run.dir=run").code == 0
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    assert command("resume=run", "trainer.max_epochs=5").code == 0
+    longer = left(tmp_path / "run")
+    longer["files"].remove("evaluation_3_epochs.json")  # what was measured before is kept, under another name
+    assert differences(left(tmp_path / "whole"), longer) == []
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert len(environment["resumed"]) == 1
+    assert len(environment["data_checksums"]["train"]) == 64
+
+
+def test_a_run_that_was_moved_goes_on(stopped: Path, command, tmp_path: Path) -> None:
+    shutil.move(stopped, tmp_path / "elsewhere")
+    assert command("resume=elsewhere", "trust=[test_resuming]").code == 0
+    content = torch.load(tmp_path / "elsewhere" / "checkpoints" / "last.ckpt", weights_only=True)
+    (best,) = [state for key, state in content["callbacks"].items() if "ModelCheckpoint" in key]
+    assert best["best_model_path"] == str(tmp_path / "elsewhere" / "checkpoints" / "best.ckpt")
+
+
+def test_other_data_are_refused(stopped: Path, command) -> None:
+    environment = json.loads((stopped / "environment.json").read_text())
+    environment["data_checksums"]["test"] = "0" * 64
+    (stopped / "environment.json").write_text(json.dumps(environment))
+    refused = command("resume=run", "trust=[test_resuming]")
+    assert refused.code == 2
+    assert "was trained on other images" in refused.err
+
+
+def test_the_same_command_again_and_again(command, tmp_path: Path) -> None:
+    """`autoresume=true`: what a scheduler may start as often as it likes."""
+    callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 57}]"
+    Signal.armed = "once"
+    words = [*SMALL, callback, "autoresume=true"]
+    assert command(*words).code == 75
+    (run,) = tmp_path.glob("outputs/vae/*")
+    second = command(*words)
+    assert second.code == 0
+    assert second.out.splitlines()[-1] == str(run)
+    before = (run / "metrics.json").stat().st_mtime_ns
+    third = command(*words)
+    assert third.code == 0
+    assert third.out.splitlines()[-1] == str(run)
+    assert "finished already; nothing to do" in third.err + third.out
+    assert (run / "metrics.json").stat().st_mtime_ns == before
+    assert command(*words, "model.latent_dim=3").code == 0  # another configuration is another run
+    assert len(list(tmp_path.glob("outputs/vae/*"))) == 2
+
+
+def test_an_unfinished_run_is_not_trained_over(stopped: Path, command) -> None:
+    callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 57}]"
+    refused = command(*SMALL, callback, "hydra.run.dir=run")
+    assert refused.code == 2
+    assert f"go on with resume={stopped}, or autoresume=true" in refused.err
+    assert command(*SMALL, callback, "hydra.run.dir=run", "autoresume=true").code == 0
+
+
+def test_no_checkpoint_yet_is_a_start(config, tmp_path: Path) -> None:
+    Signal.armed = "once"
+    callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: setup}]"
+    with pytest.raises(Interrupted):
+        train(config(*SMALL, callback), tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run") is None
+    assert train(config(*SMALL, callback), tmp_path / "run", resume=True)["epochs"] == 3
+
+
+def test_a_clock_that_was_set_back(stopped: Path, command) -> None:
+    (events,) = (stopped / "tensorboard").glob("events*")
+    later = events.with_name(f"events.out.tfevents.4000000000.{events.name.split('.', 4)[4]}")
+    events.rename(later)
+    for name in ("last", "previous"):  # as if they had been written then
+        file = stopped / "checkpoints" / f"{name}.ckpt"
+        content = torch.load(file, weights_only=True)
+        content["progress"]["events"] = {later.name: later.stat().st_size}
+        torch.save(content, file)
+    assert command("resume=run", "trust=[test_resuming]").code == 0
+    board = EventAccumulator(str(stopped / "tensorboard"), EVERYTHING).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
+
+
+@pytest.mark.parametrize("limit", [200_000, 20_000])
+def test_a_full_disk_costs_a_line_and_no_checkpoint(tmp_path: Path, limit: int) -> None:
+    """Files may not grow beyond `limit` bytes: checkpoints cannot be written, or hardly anything."""
+    words = [*SMALL, f"++data.root={ROOT / 'data'}", f"hydra.run.dir={tmp_path / 'run'}", "trainer.accelerator=cpu"]
+    command = [sys.executable, ROOT / "train.py", *words]
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert full.returncode == 2, full.stderr
+    assert "Traceback" not in full.stderr
+    assert "File too large" in full.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    if limit == 200_000:
+        gone_on = subprocess.run([*command, "autoresume=true"], capture_output=True, text=True)
+        assert gone_on.returncode == 0, gone_on.stderr
+        assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "5parsecs", "1.5", "true", "10 min later"])
+def test_checkpoint_every_is_steps_or_a_time(text: str) -> None:
+    with pytest.raises(ConfigError, match="should be a number of steps, or a time such as"):
+        Every.parse(text)
+
+
+def test_checkpoint_every_reads_steps_and_times() -> None:
+    assert [Every.parse(text) for text in (None, 500, "500", "30s", "10min", "2h")] == [
+        Every(), Every(steps=500), Every(steps=500), Every(seconds=30), Every(seconds=600), Every(seconds=7200),
+    ]  # fmt: skip
+
+
+def test_a_time_passes_between_checkpoints(config, tmp_path: Path, monkeypatch) -> None:
+    saved = []
+    from lightning.pytorch import Trainer
+
+    original = Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, *a, **k: (saved.append(1), original(self, *a, **k)))
+    train(config(*SMALL, "trainer.checkpoint_every=1s", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "rarely")
+    rarely = len(saved)
+    monkeypatch.setattr(Every, "parse", classmethod(lambda cls, text: cls(seconds=0.0001)))
+    train(config(*SMALL, "trainer.log_every_n_steps=10", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "often")
+    assert len(saved) - rarely >= rarely + 3
+
+
+def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
+    composed = config(*SMALL)
+    for name in ("a", "b", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("{" if name == "broken" else json.dumps(composed | {"name": name}))
+    places = [tmp_path / name for name in ("broken", "a", "b", "nowhere")]
+    assert find_run(composed | {"name": "b"}, places) == tmp_path / "b"
+    assert find_run(composed | {"name": "c"}, places) is None
+
+
+def test_a_run_without_progress_in_its_checkpoint(stopped: Path) -> None:
+    for name in ("last", "previous"):
+        file = stopped / "checkpoints" / f"{name}.ckpt"
+        content = torch.load(file, weights_only=True)
+        del content["progress"]
+        torch.save(content, file)
+    with pytest.raises(RunError, match="could not go on yet"):
+        last_checkpoint(stopped)
