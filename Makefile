@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types reproduce published benchmark tensorboard clean
+.PHONY: help setup train test proof lint types reproduce published benchmark tensorboard clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2 …
 
 test: lint types  ## lint, types and tests, offline
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search (about ten minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 
 lint: $(STAMP)  ## ruff: style and format
 	@$(BIN)/ruff check .

@@ -6,6 +6,7 @@ python train.py model.latent_dim=20 trainer.accelerator=gpu
 python train.py experiment=leaky_mlp_200                            # a published system: see conf/experiment/
 python train.py -m model.latent_dim=2,5,20,200 model/backbone=mlp,conv   # a sweep, one run directory a job
 python train.py resume=outputs/vae/2026-11-21_10-00-00-000000       # go on exactly where it stopped
+python train.py hparams_search=optuna                               # settings of lowest validation loss
 python train.py --cfg job                                           # show the configuration and stop
 
 Exit status: 0 done, 1 a bug, 2 something to mend, 75 stopped by a signal and waiting to be resumed.
@@ -14,17 +15,26 @@ Exit status: 0 done, 1 a bug, 2 something to mend, 75 stopped by a signal and wa
 import hydra
 from omegaconf import DictConfig
 
-from vae_lightning.cli import assigned, job, one_line_errors, plain, print_once, resumable
+from vae_lightning.cli import assigned, job, one_line_errors, plain, print_once, resumable, runs_apart, train_job_apart
+from vae_lightning.resuming import run_config
+from vae_lightning.searching import search
 from vae_lightning.training import train
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     with job("train") as directory:
+        if options := config.get("hparams_search"):
+            with resumable(directory, "the same command"):
+                print_once(search(run_config(plain(config)), plain(options), directory))
+            return
         run = assigned(plain(config), directory)
         if not run.finished:
             with resumable(run.directory):
-                train(run.config, run.directory, run.resume)
+                if runs_apart(run, config.timeout):
+                    train_job_apart(run, config.timeout)
+                else:
+                    train(run.config, run.directory, run.resume)
         print_once(run.directory)
 
 

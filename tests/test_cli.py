@@ -124,7 +124,8 @@ def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None
     result = command("-m", "model.latent_dim=0,2", *BRIEF)
     assert result.code == 2
     assert "job 0: model.latent_dim=0" in result.out
-    assert result.err.splitlines()[-1].startswith("model.latent_dim=0: should be")
+    assert result.err.splitlines()[-1].startswith("job 0 (model.latent_dim=0 ")
+    assert result.err.splitlines()[-1].endswith("): model.latent_dim=0: should be greater than or equal to 1.")
     assert [run.parent.name for run in (tmp_path / "outputs" / "sweeps").glob("*/*/metrics.json")] == ["1"]
 
 

@@ -18,7 +18,7 @@ from conftest import DATA
 from torchvision import datasets
 
 from vae_lightning.config import ConfigError
-from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, bernoulli_draw, load_images
+from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, Share, bernoulli_draw, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_the_fixed_draw_is_the_same_for_everyone() -> None:
 def test_bernoulli_draw_has_the_right_mean() -> None:
     for byte in (0, 1, 100, 254, 255):
         images = torch.full((400_000,), byte, dtype=torch.uint8)
-        drawn = bernoulli_draw(images, torch.Generator().manual_seed(0)).float().mean().item()
+        drawn = bernoulli_draw(images, torch.Generator().manual_seed(0), Share(len(images))).float().mean().item()
         assert drawn == pytest.approx(byte / 255, abs=4 * (0.25 / 400_000) ** 0.5)
         assert byte not in (0, 255) or drawn == byte / 255
 

@@ -1,23 +1,18 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA, ROOT
+from conftest import BRIEF, DATA
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.callbacks import TrainingError
 from vae_lightning.config import ConfigError
 from vae_lightning.data import MNISTDataModule, load_images
-from vae_lightning.objectives import kl_divergence
-from vae_lightning.runs import load_run
 from vae_lightning.training import train
 from vae_lightning.vae import VAE
 
@@ -275,24 +270,6 @@ def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, mon
     with pytest.raises(TrainingError, match="val/loss became NaN or infinite after step 2"):
         train(config(*BRIEF), tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
-
-
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """The means over images, of sets that do not divide evenly, do not depend on how many devices shared the work."""
-    words = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.limit_train_batches=2"]
-    words += ["trainer.max_epochs=1", "data.batch_size=98", "data.val_size=501", "model.backbone.hidden=[16]"]
-    command = [sys.executable, ROOT / "train.py", *words, f"data.root={DATA}", f"hydra.run.dir={tmp_path / 'run'}"]
-    finished = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert finished.returncode == 0, finished.stderr.decode()
-    with (tmp_path / "run" / "history.csv").open() as file:
-        (row,) = csv.DictReader(file)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    vae = load_run(tmp_path / "run")
-    (train_images, _), (test_images, _) = load_images("MNIST", DATA)
-    for images, measured in ((train_images[-501:], float(row["val/kl"])), (test_images, metrics["test/kl"])):
-        posterior = vae.encode(images.float() / 255)
-        kl = kl_divergence(posterior.mean, posterior.log_variance).sum(dim=-1).mean().item()
-        assert measured == pytest.approx(kl, rel=1e-5)
 
 
 def test_a_checkpoint_is_not_used_under_another_protocol(config, tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ class NonFiniteGuard(Callback):
     def _check(self, trainer: Trainer, module: LightningModule, split: str) -> None:
         assert isinstance(module, ImageModel)
         found = module.means[split].first_not_finite()
-        if found is None:
+        if not trainer.strategy.reduce_boolean_decision(found is not None, all=False):  # in any process
             return
-        term, update = found
+        term, update = found or ("loss, of another process,", module.means[split].updates - 1)
         step = trainer.current_epoch * int(trainer.num_training_batches) + update + 1
         where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vae_lightning.files import whole
+from vae_lightning.files import remove_partial, whole
 from vae_lightning.history import History
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import RunError, load_checkpoint
@@ -66,13 +66,19 @@ class Progress(Callback):
     def __init__(self, directory: Path, history: History) -> None:
         self.directory = directory
         self.history = history
-        self.random: dict[str, Any] | None = None
+        self.random = random_states()  # as the model's making left them
+        self.logged: dict[str, torch.Tensor] = {}
+        self.loaded = False  # all this, from a checkpoint
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        # Where there are several processes Lightning seeds them anew at each stage, and where there is one it does not.
+        set_random_states(self.random)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, ImageModel)
         checkpoint["progress"] = {
             "directory": str(self.directory),
-            "random": random_states(trainer),
+            "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
             "logged": logged(trainer),
             "history": self.history.saved(),
@@ -87,8 +93,7 @@ class Progress(Callback):
         for split, saved in progress["means"].items():
             module.means[split].restore(saved, trainer.global_rank, module.device)
         self.history.restore(progress["history"])
-        self.random, self.logged = progress["random"], progress["logged"]
-        set_random_states(self.random)
+        self.random, self.logged, self.loaded = progress["random"], progress["logged"], True
         # Paths in the states of callbacks, for a run that lies elsewhere now.
         states = checkpoint["callbacks"] = moved(checkpoint["callbacks"], progress["directory"], str(self.directory))
         for callback in trainer.checkpoint_callbacks:  # Lightning leaves this one of its own out
@@ -96,25 +101,24 @@ class Progress(Callback):
                 callback.current_score = states[callback.state_key]["current_score"]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.random is not None:  # again: Lightning has set up this and that since
+        if self.loaded:
             connector: Any = trainer._logger_connector
             connector._callback_metrics.update(self.logged)
             set_random_states(self.random)
-            self.random = None
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.random = random_states()
         trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
 
 
-def random_states(trainer: Trainer) -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
     """The generators of Python, NumPy and PyTorch, as plain values; processes of one run share them."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    device = trainer.strategy.root_device
     return {
         "python": list(random.getstate()[1]),
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -123,7 +127,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     kind, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
+    if states["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
 
 
@@ -179,23 +183,33 @@ def last_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
     """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
-    events: Mapping[str, int] = progress["events"] if progress else {}
     board = directory / "tensorboard"
+    kept = event_files(board, progress["events"]) if progress else {}
     for path in sorted(board.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             path.rmdir()  # emptied before
-        elif path.parent == board and path.name in events:
-            os.truncate(path, events[path.name])
-        else:
+        elif path not in kept:
             path.unlink()
-    for path in [*(directory / "checkpoints").glob(".*"), *directory.glob(".history.*")]:
-        path.unlink()  # what was being written
+    for path, size in kept.items():
+        os.truncate(path, size)
+    remove_partial(directory)
     if not progress:
         (directory / "history.csv").unlink(missing_ok=True)
-    # TensorBoard reads its files in the order of the seconds in their names. Should the clock have been set back since,
-    # the next one would come before these.
+    # TensorBoard reads its files in the order of the seconds in their names. Where the clock was set back since, or
+    # this second is not over, the next one would come before these.
     now = int(time.time())
-    for n, name in enumerate(sorted(events, reverse=True)):
-        seconds, _, rest = name.removeprefix(EVENTS).partition(".")
+    for n, path in enumerate(sorted(kept, reverse=True)):
+        seconds, _, rest = path.name.removeprefix(EVENTS).partition(".")
         if seconds.isdigit() and int(seconds) >= now - n:
-            os.replace(board / name, board / f"{EVENTS}{now - n - 1:010d}.{rest}")
+            os.replace(path, board / f"{EVENTS}{now - n - 1:010d}.{rest}")
+
+
+def event_files(board: Path, sizes: Mapping[str, int]) -> dict[Path, int]:
+    """The files that a checkpoint has noted, and their sizes; one may have got other seconds in its name since."""
+    found = {}
+    for name, size in sizes.items():
+        rest = name.removeprefix(EVENTS).partition(".")[2]
+        path = next((path for path in (board / name, *board.glob(f"{EVENTS}*.{rest}")) if path.exists()), None)
+        if path:
+            found[path] = size
+    return found

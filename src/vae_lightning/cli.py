@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vae_lightning.checkpoints import last_checkpoint
 from vae_lightning.config import ConfigError, UserError, did_you_mean
 from vae_lightning.resuming import Assignment, assign, find_run, run_config
+from vae_lightning.stepping import Every
 from vae_lightning.stopping import Interrupted
+from vae_lightning.sweeps import failures, forget_failures, note_failure, share_of_machine, train_apart
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     try:
         yield
     except MENDABLE as error:
-        print(one_line(error, config_name), file=sys.stderr)
+        print("\n".join(report_failures() or [one_line(error, config_name)]), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -81,10 +85,15 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
     alone where it is finished. Raises UserError.
     """
     hydra = HydraConfig.get()
+    if launched_from_outside():
+        check_launch(hydra.mode, config["autoresume"], hydra.overrides.hydra)
     given = [override.key_or_group for override in OverridesParser.create().parse_overrides(hydra.overrides.task)]
     if rank() and RUN in os.environ:  # the first process has decided
         theirs = json.loads(os.environ[RUN])
         run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
+    elif rank():  # of processes that torchrun or srun started
+        run = assign(config, directory, given) if config["resume"] else Assignment(run_config(config), directory)
+        run.resume = run.resume or (config["autoresume"] and last_checkpoint(directory) is not None)
     elif hydra.mode == RunMode.MULTIRUN:
         if config["resume"]:
             raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
@@ -107,6 +116,21 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
     return run
 
 
+def launched_from_outside() -> bool:
+    """Whether torchrun or srun started several processes of this command."""
+    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")) and RUN not in os.environ
+
+
+def check_launch(mode: RunMode | None, autoresume: bool, hydra_overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what processes that know nothing of each other would not agree on."""
+    if mode == RunMode.MULTIRUN:
+        raise ConfigError("-m: a sweep starts processes itself, and cannot be started by torchrun or srun")
+    if autoresume and not any(override.startswith("hydra.run.dir=") for override in hydra_overrides):
+        raise ConfigError(
+            "autoresume=true: with torchrun or srun say hydra.run.dir=… too: each process looks for itself"
+        )
+
+
 RUN = "VAE_LIGHTNING_RUN"  # what the first process of several tells those that it starts
 
 
@@ -117,6 +141,7 @@ def siblings(directory: Path) -> list[Path]:
 
 def write_log_to(directory: Path) -> None:
     """Have train.log written in the run's directory, by the first process alone; nothing was written to it yet."""
+    directory.mkdir(parents=True, exist_ok=True)
     for handler in list(logging.root.handlers):
         if isinstance(handler, logging.FileHandler):
             handler.close()
@@ -126,24 +151,63 @@ def write_log_to(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def resumable(directory: Path) -> Iterator[None]:
+def resumable(directory: Path, by: str = "python train.py resume={}") -> Iterator[None]:
     """Around training: where a signal asked to stop, say how to go on, and exit with a status of its own."""
     try:
         yield
     except Interrupted as stop:
         if rank():  # Lightning takes another status of a process for a crash, and kills the rest
             raise SystemExit(0) from None
-        there = (directory / "config.yaml").exists()
-        what = f"to go on: python train.py resume={directory}" if there else "before anything was written"
+        there = any((directory / name).exists() for name in ("config.yaml", "search.yaml"))
+        what = f"to go on: {by.format(directory)}" if there else "before anything was written"
         print(f"{stop}; {what}", file=sys.stderr)
         raise SystemExit(stop.status) from None
+
+
+def runs_apart(run: Assignment, timeout: str | None) -> bool:
+    """Whether a job of a sweep needs a process of its own."""
+    hydra = HydraConfig.get()
+    trainer = run.config["trainer"]
+    many = trainer["devices"] not in (1, "auto", "1") or trainer["num_nodes"] > 1
+    side_by_side = hydra.runtime.choices.get("hydra/launcher") != "basic"
+    return hydra.mode == RunMode.MULTIRUN and (many or side_by_side or timeout is not None)
+
+
+def train_job_apart(run: Assignment, timeout: str | None) -> None:
+    """Train a job's run in a process of its own, with its share of the machine. Raises what `train_apart` does."""
+    hydra = HydraConfig.get()
+    seconds = Every.parse(timeout, "timeout", steps=False).seconds
+    launcher = str(hydra.runtime.choices.get("hydra/launcher"))
+    share = share_of_machine(
+        launcher, hydra.job.num, run.config["trainer"]["devices"], hydra.launcher.get("cpus_per_task")
+    )
+    train_apart(run, share, seconds)
+    log.info("job %s: finished %s", hydra.job.num, run.directory)
+
+
+def report_failures() -> list[str]:
+    """What is to be said at the end of a sweep: the jobs that failed, each in a line. Nothing where there was none."""
+    directory = os.environ.pop(SWEEP, None)
+    return failures(Path(directory)) if directory else []
+
+
+SWEEP = "VAE_LIGHTNING_SWEEP"  # its directory, for the report at the end
+
+
+class SweepDirectory(HydraCallback):
+    """Notes where a sweep leaves its runs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir).absolute()
+        os.environ[SWEEP] = str(directory)
+        forget_failures(directory)
 
 
 @contextlib.contextmanager
 def job(config_name: str) -> Iterator[Path]:
     """Inside a `@hydra.main` function: the run directory of this job, removed again if nothing came to stand in it.
 
-    In a sweep an error is logged at once and the sweep goes on; Hydra raises it again at the end.
+    In a sweep an error is logged at once, and noted for the end, and the sweep goes on.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
@@ -153,13 +217,15 @@ def job(config_name: str) -> Iterator[Path]:
         if not os.access(directory, os.W_OK):
             raise ConfigError(f"hydra.{'sweep' if sweep else 'run'}.dir={directory}: cannot be written to")
         yield directory
-    except MENDABLE as error:
-        line = one_line(error, config_name)
+    except Exception as error:
+        mendable = isinstance(error, MENDABLE)
+        line = one_line(error, config_name) if mendable else f"{type(error).__name__}: {' '.join(str(error).split())}"
         if sweep:
             log.error("job %s: %s", hydra.job.num, line)
-        if ours and {path.name for path in directory.iterdir()} <= {"train.log"}:
-            (directory / "train.log").unlink(missing_ok=True)
-        if sweep:
+            note_failure(directory.parent, hydra.job.num, hydra.overrides.task, line)
+        if ours or sweep:
+            remove_lonely_log()
+        if sweep or not mendable:
             raise
         print(line, file=sys.stderr)
         raise SystemExit(2) from None
@@ -167,6 +233,17 @@ def job(config_name: str) -> Iterator[Path]:
         if ours:
             with contextlib.suppress(OSError):  # it is not empty
                 directory.rmdir()
+
+
+def remove_lonely_log() -> None:
+    """Remove the log of a job, and its directory, where there is nothing else in it."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+            file = Path(handler.baseFilename)
+            if file.parent.is_dir() and [path.name for path in file.parent.iterdir()] == [file.name]:
+                file.unlink()
+                file.parent.rmdir()
 
 
 def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
@@ -212,6 +289,10 @@ def one_line(error: Exception, config_name: str) -> str:
     unknown = re.match(r"Could not override '([^']+)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         return unknown_key(unknown[1], config_name)
+    plugin = re.search(r"hydra_plugins\.hydra_(\w+?)_launcher", str(error))
+    if plugin and "Error locating target" in str(error):
+        extra = "ray" if plugin[1] == "ray" else "launchers"
+        return f"hydra/launcher: {plugin[1]} is not installed; pip install -e '.[{extra}]' brings it"
     if isinstance(error, OSError) and error.filename:
         where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
         what = f"{where[-1]}: cannot write" if where else "cannot read or write"

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -138,12 +138,32 @@ class MNISTDataModule(LightningDataModule):
         )
 
 
+class Share(NamedTuple):
+    """Of a batch of `total` images that `world_size` processes work on together, the images of process `rank`.
+
+    Where there are fewer images than processes, those without one take the first, and it does not count.
+    """
+
+    total: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def counts(self) -> bool:
+        return self.rank < self.total
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.rank, None, self.world_size) if self.counts else slice(0, 1)
+
+
 class DeviceBatches:
     """Batches by index from images `[n, 1, 28, 28]`, uint8, that already lie on the device.
 
     With a `shuffle_seed` the order depends on (shuffle_seed, epoch) and on nothing else, and so does the Bernoulli draw
     of each batch where `draw` is set: an epoch is the same whatever came before it. Batch i of `world_size` processes
-    together is what a single process would see with `world_size` times the batch size.
+    together is what a single process would see with `world_size` times the batch size; `share` says which of its images
+    this process has.
     """
 
     def __init__(
@@ -193,11 +213,12 @@ class DeviceBatches:
             if i < start:
                 continue
             self.given = i + 1
-            index = batch[self.rank :: self.world_size]
+            self.share = share = Share(len(batch), self.rank, self.world_size)
+            index = batch[share.rows]
             images = self.images.index_select(0, index)
             if self.draw:
-                generator.manual_seed(stream_seed(self.shuffle_seed or 0, self.epoch, i, self.rank))
-                x = bernoulli_draw(images, generator).float()
+                generator.manual_seed(stream_seed(self.shuffle_seed or 0, self.epoch, i, 0))
+                x = bernoulli_draw(images, generator, share).float()
             else:
                 x = images.float().div_(255)
             yield x, self.labels.index_select(0, index)
@@ -214,10 +235,14 @@ def stream_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def bernoulli_draw(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Bernoulli(byte / 255) for each pixel, exactly: of the 255 equally likely integers, `byte` lie below it."""
-    uniform = torch.randint(255, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
-    return uniform < images
+def bernoulli_draw(images: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+    """Bernoulli(byte / 255) for each pixel, exactly: of the 255 equally likely integers, `byte` lie below it.
+
+    `images` are a process's `share`, and the draw is for the images of all.
+    """
+    shape = (share.total, *images.shape[1:])
+    uniform = torch.randint(255, shape, generator=generator, device=images.device, dtype=torch.uint8)
+    return uniform[share.rows] < images
 
 
 def evaluation_pixels(images: Tensor, pixels: Pixels) -> Tensor:

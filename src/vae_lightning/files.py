@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) if error.filename is None else error from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what `whole` was writing under `directory` when its process was killed."""
+    for path in directory.rglob(".*"):
+        if re.fullmatch(r"\..+\.[0-9]+\.[a-z]+", path.name) and path.is_file():
+            path.unlink()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vae_lightning.config import ImageShape, NonNegative, Positive, Spec, UserError, build
+from vae_lightning.data import Share
 from vae_lightning.latents import arc, line
 from vae_lightning.metrics import EpochMeans
 
@@ -140,16 +141,48 @@ class ImageModel(LightningModule, ABC):
         path = arc if spherical else line
         return self.pictures(path(self.codes(start), self.codes(end), steps))
 
+    def share(self) -> Share | None:
+        """Which images of the running batch are this process's; None where there are no others."""
+        trainer = self._trainer
+        if trainer is None or trainer.world_size == 1:
+            return None
+        evaluated = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders
+        return getattr(trainer.train_dataloader if trainer.training else evaluated, "share", None)
+
+    def batch_mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` `[batch]`, whose gradient is that over the batch of all processes together.
+
+        They average their gradients, and an uneven last batch gives some of them an image less.
+        """
+        share = self.share()
+        return values.mean() if share is None else values.sum() * (share.counts * share.world_size / share.total)
+
+    def count(self, split: str, terms: dict[str, Tensor]) -> None:
+        """Add a batch to the epoch's means."""
+        share = self.share()
+        self.means[split].update({name: v[:0] for name, v in terms.items()} if share and not share.counts else terms)
+
+    def noise(self, *shape: int, device: torch.device) -> Tensor:
+        """ε ~ N(0, I) of `shape` `[..., batch, latent_dim]`.
+
+        Each of several processes takes its rows of one draw for all of them: their number changes no result.
+        """
+        share = self.share()
+        if share is None:
+            return torch.randn(*shape, device=device)
+        *samples, _, latent_dim = shape
+        return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         terms = self.terms(batch[0])
-        self.means["train"].update(terms)
-        return terms["loss"].mean()
+        self.count("train", terms)
+        return self.batch_mean(terms["loss"])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.means["val"].update(self.terms(batch[0]))
+        self.count("val", self.terms(batch[0]))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        self.means["test"].update(self.terms(batch[0]))
+        self.count("test", self.terms(batch[0]))
 
     def on_train_epoch_end(self) -> None:
         self._log_means("train")

@@ -29,7 +29,7 @@ CHANGEABLE = (
     "data.root",
     "test",
 )
-NOT_OF_THE_RUN = ("resume", "autoresume", "trust")
+NOT_OF_THE_RUN = ("resume", "autoresume", "trust", "timeout", "hparams_search")
 
 
 @dataclass
@@ -48,10 +48,10 @@ def assign(config: dict[str, Any], directory: Path, given: Iterable[str], search
     `given` are the keys that the command line changed, and `searched` the directories whose runs autoresume looks at.
     Raises RunError or ConfigError for a run that cannot be gone on with, or not in this way.
     """
-    options = {key: config[key] for key in NOT_OF_THE_RUN}
+    options = {key: config.get(key) for key in NOT_OF_THE_RUN}
     config = run_config(config)
     if options["resume"]:
-        return _resumed(Path(options["resume"]).resolve(), config, options["trust"], given)
+        return _resumed(Path(options["resume"]).resolve(), config, options["trust"] or (), given)
     found = find_run(config, [directory, *searched] if options["autoresume"] else [directory])
     if found is None:
         if (directory / "config.yaml").exists():
@@ -87,14 +87,15 @@ def _resumed(directory: Path, config: dict[str, Any], trust: Iterable[str], give
         if key not in CHANGEABLE:
             what = f"{different[0]} is {theirs.get(different[0])} in {directory}" if different else "not of the run"
             raise ConfigError(f"{key}: {what}; a resumed run takes only {', '.join(CHANGEABLE)}")
-        _set(saved, key, asked[key])
+        set_key(saved, key, asked[key])
     epochs, steps = saved["trainer"].get("max_epochs"), theirs.get("trainer.max_epochs")
     longer = epochs != steps and "trainer.max_epochs" in given
     tested = is_finished(directory) and not (saved["test"] and not theirs.get("test", True))
     return Assignment(saved, directory, resume=True, finished=tested and not longer)
 
 
-def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a value by its dotted key."""
     *path, last = dotted.split(".")
     for name in path:
         config = config[name]

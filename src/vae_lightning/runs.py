@@ -13,7 +13,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,13 +42,14 @@ class RunError(UserError):
 def start_run(directory: Path, config: dict[str, Any]) -> None:
     """Create `directory` with its config.yaml. Raises RunError if it already holds a run."""
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
-        file = Path(scratch) / "config.yaml"
-        file.write_text(as_yaml(config))
-        try:
-            os.link(file, directory / "config.yaml")  # whole, and only once: of two jobs that choose it, one wins
-        except FileExistsError:
-            raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
+    file = directory / f".config.{os.getpid()}.yaml"
+    file.write_text(as_yaml(config))
+    try:
+        os.link(file, directory / "config.yaml")  # whole, and only once: of two jobs that choose it, one wins
+    except FileExistsError:
+        raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
+    finally:
+        file.unlink()
 
 
 def reopen_run(directory: Path, config: dict[str, Any]) -> None:
@@ -262,15 +262,24 @@ def load_config(
     config = read_config(path)
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
-    allowed = (*TRUSTED, *TRUSTED_CALLBACKS, *trust)
-    for key, target in _targets({name: config.get(name) for name in parts}):
-        if not any(f"{target}.".startswith(f"{name}.") for name in allowed):
-            module = str(target).rpartition(".")[0] or target
-            raise RunError(
-                f"{run_directory(path) / 'config.yaml'}: {key}={target}: not in vae_lightning or torch.optim, so "
-                f"to load it is to run code that was named by the run; where you know it, trust=[{module}] allows it"
-            )
+    for key, target, module in untrusted(config, trust, parts):
+        raise RunError(
+            f"{run_directory(path) / 'config.yaml'}: {key}={target}: not in vae_lightning or torch.optim, so "
+            f"to load it is to run code that was named by the run; where you know it, trust=[{module}] allows it"
+        )
     return config
+
+
+def untrusted(
+    config: dict[str, Any], trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data", "trainer")
+) -> list[tuple[str, str, str]]:
+    """What `parts` of a configuration name that neither this package nor `trust` has: key, target, and its module."""
+    allowed = (*TRUSTED, *TRUSTED_CALLBACKS, *trust)
+    return [
+        (key, str(target), str(target).rpartition(".")[0] or str(target))
+        for key, target in _targets({name: config.get(name) for name in parts})
+        if not any(f"{target}.".startswith(f"{name}.") for name in allowed)
+    ]
 
 
 def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -51,15 +51,14 @@ class Every(NamedTuple):
     seconds: float | None = None
 
     @classmethod
-    def parse(cls, text: int | str | None) -> Every:
-        """`500`, `30s`, `10min`, `2h` or null, of trainer.checkpoint_every. Raises ConfigError."""
+    def parse(cls, text: int | str | None, key: str = "trainer.checkpoint_every", steps: bool = True) -> Every:
+        """`500` (steps, where allowed), `30s`, `10min`, `2h` or null. Raises ConfigError."""
         if text is None:
             return cls()
         match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
-        if not match or not int(match[1]) or isinstance(text, bool | float):
-            raise ConfigError(
-                f"trainer.checkpoint_every={text}: should be a number of steps, or a time such as 30s, 10min or 2h"
-            )
+        if not match or not int(match[1]) or isinstance(text, bool | float) or not (match[2] or steps):
+            wanted = "a number of steps, or a time" if steps else "a time"
+            raise ConfigError(f"{key}={text}: should be {wanted} such as 30s, 10min or 2h")
         number, unit = int(match[1]), match[2]
         return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
 

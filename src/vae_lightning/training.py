@@ -122,14 +122,15 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
         finally:
             stop.stepping = False
         stop.check()  # a signal of the last step: everything is saved
-        if keeps and not (directory / "checkpoints" / "last.ckpt").exists():  # max_epochs=0
-            trainer.save_checkpoint(directory / "checkpoints" / "last.ckpt", weights_only=False)
+        checkpoints = Path(trainer.strategy.broadcast(str(directory / "checkpoints")))
+        if keeps and not checkpoints.exists():  # max_epochs=0
+            trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
         if keeps and not best.best_model_path and trainer.is_global_zero:
             # The last is the best there is: no images were held out, or the run was too short to look at them.
-            with whole(directory / "checkpoints" / "best.ckpt") as partial:
-                shutil.copyfile(directory / "checkpoints" / "last.ckpt", partial)
+            with whole(checkpoints / "best.ckpt") as partial:
+                shutil.copyfile(checkpoints / "last.ckpt", partial)
         if c.test:
-            chosen = directory / "checkpoints" / "best.ckpt" if keeps else None
+            chosen = checkpoints / "best.ckpt" if keeps else None
             trainer.test(model, data, ckpt_path=chosen, weights_only=True, verbose=False)
         return finish(c, directory, model, data, trainer, history, best.best_model_path)
 
@@ -214,7 +215,7 @@ def make_trainer(
     check_arguments(trainer_additions, {"on_nan": (on_nan := options.pop("on_nan", "stop"))}, "trainer")
     check_arguments(Trainer, options, "trainer")
     check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
-    check_accelerator(options["accelerator"])
+    check_accelerator(options["accelerator"], options["devices"])
     if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
         options["enable_progress_bar"] = sys.stderr.isatty()
     if options["enable_progress_bar"]:
@@ -271,8 +272,8 @@ def schedule_monitor(model: Spec) -> list[Callback]:
     return [LearningRateMonitor("epoch")] if model.get("schedule") else []
 
 
-def check_accelerator(name: str) -> None:
-    """Raise ConfigError for an accelerator that Lightning does not know or this machine does not have."""
+def check_accelerator(name: str, devices: Any) -> None:
+    """Raise ConfigError for an accelerator that Lightning does not know, or devices that this machine does not have."""
     known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
     if name not in known:
         raise ConfigError(
@@ -282,6 +283,8 @@ def check_accelerator(name: str) -> None:
     def there(kind: str) -> bool:
         return bool(AcceleratorRegistry[kind]["accelerator"].is_available())
 
+    if name == "cpu" and isinstance(devices, int) and devices > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"trainer.devices={devices}: a process each, and this machine has {cores} cores")
     if name != "auto" and not (there("cuda") or there("mps") if name == "gpu" else there(name)):
         here = ["auto", *(kind for kind in AcceleratorRegistry.available_accelerators() if there(kind))]
         raise ConfigError(f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(here)}")
@@ -312,6 +315,7 @@ def share_log() -> None:
         logger = logging.getLogger(name)
         logger.filters.clear()
         logger.addFilter(lambda record: "Tip:" not in record.msg and "already configured" not in record.msg)
+    warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")  # Lightning 2.6, on the newest torch
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on the newest torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's is
     warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")  # nothing here is logged by the step

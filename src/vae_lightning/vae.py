@@ -78,7 +78,7 @@ class VAE(ImageModel):
     def reparameterize(self, posterior: DiagonalGaussian, samples: int | None = None) -> Tensor:
         """z = mean + σ ε with ε ~ N(0, I), differentiable in both: `[batch, latent_dim]`, or `[samples, batch, …]`."""
         sample_axis = () if samples is None else (samples,)
-        noise = torch.randn(*sample_axis, *posterior.mean.shape, device=posterior.mean.device)
+        noise = self.noise(*sample_axis, *posterior.mean.shape, device=posterior.mean.device)
         return posterior.mean + posterior.stddev * noise
 
     def decode(self, z: Array) -> td.Distribution:

@@ -1,0 +1,170 @@
+"""Several processes train what one would: the same images, the same noise, the same numbers."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA, ROOT
+
+from vae_lightning.config import ConfigError
+from vae_lightning.data import DeviceBatches, MNISTDataModule, Share
+from vae_lightning.training import check_accelerator
+from vae_lightning.vae import VAE
+
+# 2,001 images in batches of 100: 21 batches, and the last one is a single image. 509 to validate on.
+WORDS = [
+    "trainer.accelerator=cpu", "trainer.max_epochs=2", "data.val_size=509", "trainer.limit_test_batches=3",
+    "data._target_=test_distributed.Few", "model.backbone.hidden=[32]", "data.pixels=dynamic", "figures.embedded=10",
+    "model/prior=vamp", "model.prior.pseudo_inputs=5", "model.data_bias=true", "trainer.enable_model_summary=false",
+]  # fmt: skip
+TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=50"]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+}
+
+
+class Few(MNISTDataModule):
+    """MNIST's first 2,510 training images."""
+
+    def load(self):
+        (train, labels), test = super().load()
+        return (train[:2510], labels[:2510]), test
+
+
+def run(directory: Path, *words: str, command: tuple = (sys.executable,)) -> subprocess.Popen:
+    words = (*WORDS, f"data.root={DATA}", f"hydra.run.dir={directory}", *words)
+    return subprocess.Popen(
+        [*command, ROOT / "train.py", *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=directory.parent
+    )
+
+
+def left(directory: Path) -> tuple[dict, list[dict], dict]:
+    weights = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    with (directory / "history.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+    metrics = json.loads((directory / "metrics.json").read_text())
+    return weights, rows, {key: value for key, value in metrics.items() if key.startswith("test/")}
+
+
+def same(one: Path, two: Path) -> None:
+    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = left(one), left(two)
+    assert [len(rows), rows] == [2, [pytest.approx(row, rel=1e-4) for row in rows_two]]
+    assert metrics == pytest.approx(metrics_two, rel=1e-4)
+    assert len(metrics) >= 4
+    for name, value in weights.items():
+        assert torch.allclose(value, weights_two[name], atol=2e-4), name
+
+
+def test_two_processes_are_one_with_twice_the_batch(command, tmp_path: Path) -> None:
+    two = run(tmp_path / "two", *TWO)
+    assert command(*WORDS, "data.batch_size=100", "hydra.run.dir=one").code == 0
+    assert two.wait(300) == 0, two.stderr.read()
+    same(tmp_path / "one", tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+
+
+def test_the_shares_of_a_batch_are_all_of_it() -> None:
+    images = torch.arange(23, dtype=torch.uint8).reshape(23, 1, 1, 1)
+    parts = [DeviceBatches(images, images.flatten(), 5, shuffle_seed=1, rank=r, world_size=3) for r in range(3)]
+    whole = DeviceBatches(images, images.flatten(), 15, shuffle_seed=1)
+    for batch, *shares in zip(whole, *parts, strict=True):
+        together = torch.cat([labels for _, labels in shares])
+        assert sorted(together.tolist()) == sorted(batch[1].tolist())
+    assert [part.share for part in parts] == [Share(8, rank, 3) for rank in range(3)]
+
+
+def test_a_process_without_an_image_counts_for_nothing() -> None:
+    vae, values = VAE(), torch.ones(1)
+    for rank, counts in ((0, True), (1, False)):
+        share = Share(1, rank, 2)
+        assert (share.rows, share.counts) == (slice(rank, None, 2) if counts else slice(0, 1), counts)
+        vae.share = lambda share=share: share
+        assert vae.batch_mean(values).item() == (2.0 if counts else 0.0)
+        vae.count("train", {"loss": values})
+    assert vae.means["train"].count.item() == 1
+
+
+def test_noise_and_loss_are_those_of_the_whole_batch(monkeypatch) -> None:
+    vae, values, found, noises = VAE(), torch.randn(7), [], []
+    for rank in range(2):
+        torch.manual_seed(0)
+        share = Share(7, rank, 2)
+        monkeypatch.setattr(vae, "share", lambda share=share: share)
+        noises.append(vae.noise(3, len(values[share.rows]), 20, device=torch.device("cpu")))
+        found.append(vae.batch_mean(values[share.rows]))
+    torch.manual_seed(0)
+    whole = torch.randn(3, 7, 20)
+    assert torch.equal(noises[0], whole[:, 0::2])
+    assert torch.equal(noises[1], whole[:, 1::2])
+    assert torch.allclose(sum(found) / 2, values.mean())
+
+
+def test_more_processes_than_cores_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.devices=9999: a process each, and this machine has"):
+        check_accelerator("cpu", 9999)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["-m", "seed=0,1"], "-m: a sweep starts processes itself"),
+        (["autoresume=true"], "with torchrun or srun say hydra.run.dir=… too"),
+    ],
+)
+def test_what_processes_from_outside_would_not_agree_on(command, monkeypatch, words, line) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("VAE_LIGHTNING_RUN", raising=False)
+    refused = command(*words)
+    assert refused.code == 2
+    assert line in refused.err
+
+
+@pytest.mark.proof
+def test_two_nodes_by_torchrun(command, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = ["trainer.num_nodes=2", "trainer.devices=1", *TWO[1:]]
+    jobs = [run(tmp_path / "two", *nodes, command=(*torchrun, f"--node_rank={rank}")) for rank in range(2)]
+    assert command(*WORDS, "data.batch_size=100", "hydra.run.dir=one").code == 0
+    assert [job.wait(300) for job in jobs] == [0, 0], jobs[0].stderr.read()
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.proof
+def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", *TWO, "trainer.max_epochs=40")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    stopped = run(tmp_path / "run", *TWO, "trainer.max_epochs=40")
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(100) == 75, stopped.stderr.read()
+    again = run(tmp_path / "run", *TWO, "trainer.max_epochs=40", "autoresume=true")
+    assert again.wait(300) == 0, again.stderr.read()
+    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = left(tmp_path / "whole"), left(tmp_path / "run")
+    assert rows == rows_two
+    assert metrics == metrics_two
+    assert all(torch.equal(value, weights_two[name]) for name, value in weights.items())
+
+
+@pytest.mark.proof
+def test_a_sweep_over_two_processes(tmp_path: Path) -> None:
+    words = [*WORDS, *TWO, f"data.root={DATA}", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1"]
+    finished = subprocess.run([sys.executable, ROOT / "train.py", "-m", *words], env=ENVIRONMENT, cwd=tmp_path)
+    assert finished.returncode == 0
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]

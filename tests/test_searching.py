@@ -1,0 +1,150 @@
+"""The search: which trials run, which are given up, what is read of the test set, and that it goes on."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import BRIEF
+
+from vae_lightning import searching
+from vae_lightning.config import ConfigError
+from vae_lightning.runs import RunError
+from vae_lightning.searching import check_space, search
+from vae_lightning.stopping import Interrupted
+from vae_lightning.sweeps import JobError
+
+pytest.importorskip("optuna", reason="pip install -e '.[optuna]' brings it")
+
+OPTIONS = {
+    "space": {
+        "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+        "model.latent_dim": {"low": 2, "high": 9},
+    },
+    "trials": 12,
+    "jobs": 1,
+    "warmup_epochs": 1,
+    "timeout": None,
+}
+
+
+class Trials:
+    """Stands in for training: a loss that falls with the epochs, and is lowest at 9 latent dimensions."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool]] = []
+        self.fails = {2}
+        self.interrupts: set[int] = set()
+
+    def __call__(self, run, environment, timeout=None, watch=lambda: False, words=()) -> None:
+        number = int(run.directory.name)
+        if words == ["test=true"]:
+            metrics = json.loads((run.directory / "metrics.json").read_text())
+            (run.directory / "metrics.json").write_text(json.dumps(metrics | {"test/loss": 99.0}))
+            self.seen.append((number, True))
+            return
+        assert run.config["test"] is False
+        self.seen.append((number, False))
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "config.yaml").write_text("")
+        if number in self.fails:
+            raise JobError("killed by SIGKILL")
+        rows = []
+        for epoch in range(1, 6):
+            loss = 100 + 10 * (9 - run.config["model"]["latent_dim"]) + 10 / epoch
+            rows.append({"epoch": epoch, "val/loss": loss})
+            with (run.directory / "history.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            if number in self.interrupts:
+                self.interrupts.remove(number)
+                raise Interrupted("stopped by SIGTERM")
+            if watch():
+                return
+        (run.directory / "metrics.json").write_text("{}")
+
+
+@pytest.fixture
+def trials(monkeypatch) -> Trials:
+    stand_in = Trials()
+    monkeypatch.setattr(searching, "train_apart", stand_in)
+    return stand_in
+
+
+def test_a_search_finds_the_best_and_tests_it_alone(config, trials: Trials, tmp_path: Path) -> None:
+    winner = search(config(), OPTIONS, tmp_path / "search")
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert found["run"] == str(winner)
+    assert found["params"]["model.latent_dim"] == 9
+    assert found["val/loss"] == pytest.approx(102)
+    assert found["test/loss"] == 99
+    assert sum(found["trials"].values()) == 12
+    assert found["trials"]["fail"] == 1
+    assert found["trials"]["pruned"] >= 2, "those that were worse than the median"
+    assert [number for number, tested in trials.seen if tested] == [int(winner.name)]
+    assert sorted(number for number, tested in trials.seen if not tested) == list(range(12))
+
+
+def test_a_search_that_was_stopped_goes_on(config, trials: Trials, tmp_path: Path) -> None:
+    trials.interrupts.add(4)
+    with pytest.raises(Interrupted):
+        search(config(), OPTIONS, tmp_path / "search")
+    search(config(), OPTIONS, tmp_path / "search")
+    assert [number for number, _ in trials.seen].count(4) == 2, "the trial that was stopped went on"
+    assert {number for number, _ in trials.seen} == set(range(12))
+    seen = len(trials.seen)
+    search(config(), OPTIONS, tmp_path / "search")  # finished: nothing to do
+    assert len(trials.seen) == seen
+    search(config(), OPTIONS | {"trials": 14}, tmp_path / "search")  # and longer
+    assert {number for number, _ in trials.seen} == set(range(14))
+    with pytest.raises(RunError, match=r"holds another search \(config.model.beta=1.0, not 2\)"):
+        search(config("model.beta=2"), OPTIONS, tmp_path / "search")
+
+
+def test_a_search_in_which_all_fails_says_so(config, trials: Trials, tmp_path: Path) -> None:
+    trials.fails = {0, 1}
+    with pytest.raises(RunError, match="none of 2 trials came to an end"):
+        search(config(), OPTIONS | {"trials": 2}, tmp_path / "search")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"model.latent_dmi": {"low": 1, "high": 2}}, "no such key"),
+        ({"model.beta": {"low": 1, "high": 2}}, "cannot be compared"),
+        ({"model.objective.warmup_epochs": {"low": 1, "high": 2}}, "cannot be compared"),
+        ({"model.latent_dim": {"low": 2, "high": 1}}, "should be"),
+        ({"model.latent_dim": {"low": 0, "high": 1, "log": True}}, "should be"),
+        ({"model.latent_dim": {"low": 1, "hihg": 2}}, "should be"),
+        ({"model.latent_dim": {"choices": []}}, "should be"),
+        ({"model.latent_dim": {}}, "should be"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(config, space, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_space(space, config())
+
+
+def test_a_search_needs_images_to_validate_on(config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.val_size=0: a search needs images to validate on"):
+        search(config("data.val_size=0"), OPTIONS, tmp_path / "search")
+    assert not (tmp_path / "search").exists()
+
+
+def test_wrong_options_of_a_search_are_refused(command, tmp_path: Path) -> None:
+    refused = command("hparams_search=optuna", "hparams_search.trials=0")
+    assert (refused.code, refused.err) == (2, "hparams_search.trials=0: should be greater than or equal to 1.\n")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.proof
+def test_a_real_search(command, tmp_path: Path) -> None:
+    words = ["hparams_search=optuna", "hparams_search.trials=3", "hparams_search.jobs=2", *BRIEF]
+    result = command(*words)
+    assert result.code == 0, result.err
+    winner = Path(result.out.splitlines()[-1])
+    found = [json.loads(file.read_text()) for file in (tmp_path / "outputs/searches/vae/trials").glob("*/metrics.json")]
+    assert len(found) == 3
+    assert sum("test/loss" in metrics for metrics in found) == 1
+    assert "test/loss" in json.loads((winner / "metrics.json").read_text())

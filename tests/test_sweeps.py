@@ -1,0 +1,140 @@
+"""Sweeps with members that fail, die and hang; run again, they skip what is finished and go on with the rest."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BRIEF, DATA, ROOT
+from lightning.pytorch import Callback
+
+from vae_lightning.sweeps import failures, note_failure, quoted, share_of_machine
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+SMALL = [*BRIEF, "trainer.enable_model_summary=false", "model.backbone.hidden=[16]", f"data.root={DATA}"]
+
+
+class Trouble(Callback):
+    """With three latent dimensions, dies the first time; with four, hangs the first time."""
+
+    def on_train_batch_end(self, trainer, module, *rest) -> None:
+        once = Path(trainer.default_root_dir) / "once"
+        if trainer.global_step == 2 and module.latent_dim in (3, 4) and not once.exists():
+            once.touch()
+            if module.latent_dim == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            time.sleep(1000)
+
+
+TROUBLE = "trainer.callbacks=[{_target_: test_sweeps.Trouble}]"
+
+
+def sweep(directory: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "train.py", "-m", *SMALL, f"hydra.sweep.dir={directory}", *words]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=directory.parent, capture_output=True, text=True, timeout=500)
+
+
+def finished(directory: Path) -> list[int]:
+    return sorted(json.loads(file.read_text())["latent_dim"] for file in directory.glob("*/metrics.json"))
+
+
+def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
+    first = sweep(tmp_path / "sweep", "model.latent_dim=2,3,0", TROUBLE, "hydra/launcher=joblib")
+    assert first.returncode == 2, first.stderr
+    assert finished(tmp_path / "sweep") == [2]
+    killed, refused = first.stderr.splitlines()[-2:]
+    assert killed.startswith("job 1 (")
+    assert "model.latent_dim=3" in killed
+    assert killed.endswith("killed by SIGKILL; the next time it goes on from where it was")
+    assert refused.endswith("model.latent_dim=0: should be greater than or equal to 1.")
+    assert not list((tmp_path / "sweep").glob("*/.*")), "nothing half-written"
+    before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
+    # Other numbers for the jobs, and one more: each is known by its configuration.
+    again = sweep(tmp_path / "sweep", "model.latent_dim=3,2", TROUBLE)
+    assert again.returncode == 0, again.stderr
+    assert finished(tmp_path / "sweep") == [2, 3]
+    assert "0: finished already; nothing to do" in again.stdout
+    assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == before
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("[0-9]*")) == ["0", "1"]
+    assert not failures(tmp_path / "sweep")
+
+
+def test_a_job_finds_another_place_where_its_own_is_taken(command, tmp_path: Path) -> None:
+    assert command("-m", "model.latent_dim=2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
+    assert command("-m", "model.latent_dim=3,2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("[0-9]*")) == ["0", "0_2"]
+    assert finished(tmp_path / "sweep") == [2, 3]
+
+
+def test_autoresume_finds_the_jobs_of_an_earlier_sweep(command, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert command("-m", "model.latent_dim=2,3", "autoresume=true", *BRIEF).code == 0
+    assert len(list(tmp_path.glob("outputs/sweeps/*/*/metrics.json"))) == 2
+
+
+def test_a_sweep_is_not_resumed_as_one_run(command) -> None:
+    refused = command("-m", "resume=somewhere", *BRIEF)
+    assert refused.code == 2
+    assert "resume is for one run; a sweep goes on when it is run again" in refused.err
+
+
+@pytest.mark.parametrize("timeout", ["7", "soon"])
+def test_a_timeout_is_a_time(command, timeout: str) -> None:
+    refused = command("-m", f"timeout={timeout}", *BRIEF)
+    assert refused.code == 2
+    assert f"timeout={timeout}: should be a time such as 30s, 10min or 2h" in refused.err
+
+
+def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_ray_launcher.ray_launcher", None)
+    refused = command("-m", "hydra/launcher=ray", *BRIEF)
+    assert refused.code == 2
+    assert refused.err == "hydra/launcher: ray is not installed; pip install -e '.[ray]' brings it\n"
+
+
+def test_gpus_are_dealt_round(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    dealt = [share_of_machine("joblib", job, "auto", None) for job in range(4)]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in dealt] == ["0", "1", "2", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert share_of_machine("submitit_local", 3, 1, 4) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "4"}
+    assert share_of_machine("joblib", 3, 2, None) == {}, "a job of two devices chooses them itself"
+    assert share_of_machine("submitit_slurm", 3, 1, None) == {}
+
+
+def test_paths_of_all_characters_pass_hydra_s_grammar() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for path in ("/a b/c", "/a'b", "/a=b,c", "/a\\b", "/[x]{y}", "/ä(1)"):
+        (override,) = OverridesParser.create().parse_overrides([f"resume={quoted(Path(path))}"])
+        assert override.value() == path
+
+
+def test_failures_come_in_the_order_of_their_jobs(tmp_path: Path) -> None:
+    for job in (10, 9, 1):
+        note_failure(tmp_path, job, ["seed=1"], "why")
+    assert failures(tmp_path) == [f"job {job} (seed=1): why" for job in (1, 9, 10)]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "ray"])
+def test_every_launcher_gets_through_with_members_that_fail_die_and_hang(tmp_path: Path, launcher: str) -> None:
+    if launcher == "ray":
+        pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
+    words = ["model.latent_dim=2,3,4,0,5,6", TROUBLE, f"hydra/launcher={launcher}", "timeout=30s"]
+    first = sweep(tmp_path / "sweep", *words)
+    assert first.returncode == 2, first.stderr
+    assert finished(tmp_path / "sweep") == [2, 5, 6]
+    reasons = first.stderr.splitlines()[-3:]
+    for reason, wanted in zip(reasons, ("SIGKILL", "took longer than timeout=30s", "model.latent_dim=0"), strict=True):
+        assert wanted in reason
+    again = sweep(tmp_path / "sweep", *words)
+    assert again.returncode == 2
+    assert finished(tmp_path / "sweep") == [2, 3, 4, 5, 6]
