@@ -20,6 +20,7 @@ from omegaconf import open_dict
 from vae_lightning.cli import plain
 from vae_lightning.data import load_images
 from vae_lightning.resuming import run_config
+from vae_lightning.training import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

@@ -255,3 +255,13 @@ def test_emnist_is_unpacked_once(tmp_path: Path, server: Server, monkeypatch: py
     archive.unlink()
     load_images.cache_clear()
     assert load_images("EMNIST-letters", root)[1][0].shape == (10, 1, 28, 28)
+
+
+def test_files_of_a_set_without_checksums_that_are_garbage(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "test"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"emnist-letters-{split}-{kind}-ubyte").write_bytes(b"garbage")
+    with pytest.raises(DataError, match="EMNIST-letters is not there whole"):
+        load_images("EMNIST-letters", tmp_path)

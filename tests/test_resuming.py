@@ -16,6 +16,7 @@ from conftest import ROOT
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vae_lightning.callbacks import TrainingError
 from vae_lightning.checkpoints import last_checkpoint, moved
 from vae_lightning.config import ConfigError
 from vae_lightning.resuming import find_run
@@ -379,3 +380,57 @@ def test_a_run_without_progress_in_its_checkpoint(stopped: Path) -> None:
         torch.save(content, file)
     with pytest.raises(RunError, match="could not go on yet"):
         last_checkpoint(stopped)
+
+
+def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
+    words = [*SMALL, "model.beta=2", "hydra.run.dir=run"]
+    assert command(*words).code == 0
+    again = command("repeat=run", "hydra.run.dir=again")
+    assert again.code == 0, again.err
+    assert differences(left(tmp_path / "run"), left(tmp_path / "again")) == []
+    for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "autoresume=true")):
+        assert refused.code == 2
+        assert len(refused.err.splitlines()) == 1
+
+
+class Bad(Callback):
+    """Makes the gradient of some steps NaN."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_after_backward(self, trainer, module) -> None:
+        if trainer.global_step + 1 in self.steps:
+            next(module.parameters()).grad[0] = float("nan")
+
+
+def test_updates_that_are_not_finite_are_left_out(config, tmp_path: Path, caplog) -> None:
+    bad = "trainer.callbacks=[{_target_: test_resuming.Bad, steps: [3, 50, 51]}]"
+    metrics = train(config(*SMALL, bad, "trainer.on_nan=skip"), tmp_path / "run")
+    assert metrics["test/loss"] < 500
+    assert [float(row["train/skipped"]) for row in left(tmp_path / "run")["history"]] == [1, 2, 0]
+    assert sum("is not finite; its update is left out" in record.message for record in caplog.records) == 3
+    with pytest.raises(TrainingError, match="became NaN or infinite at step 4"):
+        train(config(*SMALL, bad), tmp_path / "stopped")
+    many = bad.replace("[3, 50, 51]", str(list(range(10, 40))))
+    with pytest.raises(TrainingError, match="20 updates in a row were not finite, the last at step 29"):
+        train(config(*SMALL, many, "trainer.on_nan=skip"), tmp_path / "often")
+
+
+class Hungry(Callback):
+    def on_train_batch_start(self, *args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(command) -> None:
+    refused = command(*SMALL, "trainer.callbacks=[{_target_: test_resuming.Hungry}]")
+    assert refused.code == 2
+    line = refused.err.splitlines()[-1]
+    assert line.startswith("out of memory at step 1: lower data.batch_size=100 (half of it with trainer.accumulate")
+
+
+def test_no_room_in_a_directory_that_is_read_only(command, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere; /proc, where it may not, is tried in test_cli")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert command(*SMALL, "hydra.run.dir=locked/run").code == 2

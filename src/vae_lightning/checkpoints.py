@@ -86,16 +86,16 @@ class Progress(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        # Paths in the states of callbacks, for a run that lies elsewhere now.
+        states = checkpoint["callbacks"] = moved(checkpoint["callbacks"], progress["directory"], str(self.directory))
         if trainer.state.fn != TrainerFn.FITTING:
             return
         assert isinstance(module, ImageModel)
-        progress = checkpoint["progress"]
         for split, saved in progress["means"].items():
             module.means[split].restore(saved, trainer.global_rank, module.device)
         self.history.restore(progress["history"])
         self.random, self.logged, self.loaded = progress["random"], progress["logged"], True
-        # Paths in the states of callbacks, for a run that lies elsewhere now.
-        states = checkpoint["callbacks"] = moved(checkpoint["callbacks"], progress["directory"], str(self.directory))
         for callback in trainer.checkpoint_callbacks:  # Lightning leaves this one of its own out
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
                 callback.current_score = states[callback.state_key]["current_score"]

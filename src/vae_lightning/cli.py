@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_lightning.checkpoints import last_checkpoint
-from vae_lightning.config import ConfigError, UserError, did_you_mean
+from vae_lightning.config import ConfigError, UserError, did_you_mean, out_of_memory
 from vae_lightning.resuming import Assignment, assign, find_run, run_config
 from vae_lightning.stepping import Every
 from vae_lightning.stopping import Interrupted
@@ -61,7 +60,8 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"out of memory: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        line = f"out of memory: {' '.join(str(error).split())[:200]}"
+        print("\n".join(report_failures() or [line]), file=sys.stderr)
         raise SystemExit(2) from None
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # model=null: Hydra has no class of its own for it
@@ -71,11 +71,6 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         raise SystemExit(2) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether this is PyTorch's way, or Python's, to say that memory ran out; for the CPU, PyTorch has no class."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def assigned(config: dict[str, Any], directory: Path) -> Assignment:
@@ -92,10 +87,11 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
         theirs = json.loads(os.environ[RUN])
         run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
     elif rank():  # of processes that torchrun or srun started
-        run = assign(config, directory, given) if config["resume"] else Assignment(run_config(config), directory)
+        there = config["resume"] or config["repeat"]
+        run = assign(config, directory, given) if there else Assignment(run_config(config), directory)
         run.resume = run.resume or (config["autoresume"] and last_checkpoint(directory) is not None)
     elif hydra.mode == RunMode.MULTIRUN:
-        if config["resume"]:
+        if config["resume"] or config["repeat"]:
             raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
         sweep = directory.parent
         others = sweep.parent.glob("*/*") if config["autoresume"] else []

@@ -94,6 +94,12 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
         raise ConfigError(f"{path}: {spec['_target_']} cannot be made of this ({reason[:300]})") from error
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is PyTorch's way, or Python's, to say that memory ran out; for the CPU, PyTorch has no class."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys; lists stay whole."""
     flat: dict[str, Any] = {}

@@ -3,12 +3,14 @@
     python train.py resume=RUN_DIR                          # with the configuration that the run has
     python train.py resume=RUN_DIR trainer.max_epochs=60    # and longer
     python train.py model.latent_dim=5 autoresume=true      # the run of this very configuration, if there is one
+    python train.py repeat=RUN_DIR                          # its configuration once more, in a directory of its own
 
 A run is known by its configuration, not by its directory's name or a job's number.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vae_lightning.config import ConfigError, flatten
-from vae_lightning.runs import RunError, is_held, load_config, read_config
+from vae_lightning.files import FileError, read_json
+from vae_lightning.runs import RunError, describe_code, is_held, load_config, read_config
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,10 @@ CHANGEABLE = (
     "data.root",
     "test",
 )
-NOT_OF_THE_RUN = ("resume", "autoresume", "trust", "timeout", "hparams_search")
+NOT_OF_THE_RUN = ("resume", "autoresume", "repeat", "trust", "timeout", "hparams_search")
+
+
+PARTS = ("model", "data", "trainer")  # what a configuration names classes in
 
 
 @dataclass
@@ -50,6 +56,13 @@ def assign(config: dict[str, Any], directory: Path, given: Iterable[str], search
     """
     options = {key: config.get(key) for key in NOT_OF_THE_RUN}
     config = run_config(config)
+    if options["repeat"] and (options["resume"] or options["autoresume"]):
+        raise ConfigError("repeat is a run of its own: without resume and autoresume")
+    if options["repeat"]:
+        former = Path(options["repeat"])
+        saved = _changed(load_config(former, options["trust"] or (), PARTS), former, config, given)
+        log.info("repeating %s%s", former, _what_differs(former))
+        return Assignment(saved, directory)
     if options["resume"]:
         return _resumed(Path(options["resume"]).resolve(), config, options["trust"] or (), given)
     found = find_run(config, [directory, *searched] if options["autoresume"] else [directory])
@@ -75,9 +88,20 @@ def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resumed(directory: Path, config: dict[str, Any], trust: Iterable[str], given: Iterable[str]) -> Assignment:
     """The run at `directory`, with what the command line may change of it."""
-    saved = load_config(directory, trust, parts=("model", "data", "trainer"))
-    asked = flatten(config)
-    theirs = flatten(saved)
+    former = load_config(directory, trust, PARTS)
+    saved = _changed(former, directory, config, given)
+    longer = saved["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
+    untested = saved["test"] and not former.get("test", True)
+    return Assignment(saved, directory, resume=True, finished=is_finished(directory) and not longer and not untested)
+
+
+def _changed(former: dict[str, Any], directory: Path, config: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """The configuration of the run at `directory` with what the command line may change of it. Raises ConfigError."""
+    if not isinstance(former.get("trainer"), dict) or not isinstance(former.get("figures"), dict):
+        raise RunError(f"{directory / 'config.yaml'}: is not the configuration of a run: trainer or figures is missing")
+    saved = copy.deepcopy(former)
+    saved.setdefault("test", True)  # of versions that always did
+    asked, theirs = flatten(config), flatten(saved)
     for key in given:
         dotted = key.replace("/", ".")
         changed = [k for k in asked.keys() | theirs.keys() if k == dotted or k.startswith(f"{dotted}.")]
@@ -86,12 +110,24 @@ def _resumed(directory: Path, config: dict[str, Any], trust: Iterable[str], give
             continue
         if key not in CHANGEABLE:
             what = f"{different[0]} is {theirs.get(different[0])} in {directory}" if different else "not of the run"
-            raise ConfigError(f"{key}: {what}; a resumed run takes only {', '.join(CHANGEABLE)}")
+            raise ConfigError(f"{key}: {what}; a run that goes on, or is repeated, takes only {', '.join(CHANGEABLE)}")
         set_key(saved, key, asked[key])
-    epochs, steps = saved["trainer"].get("max_epochs"), theirs.get("trainer.max_epochs")
-    longer = epochs != steps and "trainer.max_epochs" in given
-    tested = is_finished(directory) and not (saved["test"] and not theirs.get("test", True))
-    return Assignment(saved, directory, resume=True, finished=tested and not longer)
+    return saved
+
+
+def _what_differs(directory: Path) -> str:
+    """Of versions and commit, what is not as it was when the run at `directory` was trained, for a line in the log."""
+    try:
+        then = read_json(directory / "environment.json")
+    except FileError:
+        return ""
+    now = describe_code()
+    pairs = [("commit", then.get("git_commit"), now["git_commit"])]
+    pairs += [
+        (package, flatten(then).get(f"versions.{package}"), version) for package, version in now["versions"].items()
+    ]
+    words = [f"{name} {old} then, {new} now" for name, old, new in pairs if old and old != new]
+    return f" ({'; '.join(words)})" if words else ""
 
 
 def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:

@@ -107,16 +107,23 @@ def describe_environment(model: ImageModel, device: torch.device, data: MNISTDat
         "seed": data.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
-        "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
+        **describe_code(),
         "data_checksums": data.checksums(),
         "parameters": count_parameters(model),
         "encoder_parameters": count_parameters(model.encoder),
         "decoder_parameters": count_parameters(model.decoder),
+    }
+
+
+def describe_code() -> dict[str, Any]:
+    """Which code runs: versions, commit, and what is not committed."""
+    return {
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
+        "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
     }
 
 
@@ -147,18 +154,22 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
     checkpoint = checkpoint_of(path)
     content = read_checkpoint(checkpoint)
     model = build(config["model"], ImageModel, "model")
-    weights = content["state_dict"]
+    load_weights(content["state_dict"], model, checkpoint)
+    model.config = config
+    model.protocol = {key: value for key, value in content.items() if key.startswith("data.")}
+    return model.eval()
+
+
+def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -> None:
+    """Load `weights` into `model`. Raises RunError where they are not its own, or not finite."""
     try:
         model.load_state_dict(weights)
         same = all(weights[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
         finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise RunError(f"{checkpoint}: not the weights of the model in {path}'s config.yaml") from error
+        raise RunError(f"{checkpoint}: not the weights of the model in config.yaml") from error
     if not (same and finite):
         raise RunError(f"{checkpoint}: has weights that are {'NaN or infinite' if same else 'of another type'}")
-    model.config = config
-    model.protocol = {key: value for key, value in content.items() if key.startswith("data.")}
-    return model.eval()
 
 
 def checkpoint_of(path: str | Path) -> Path:

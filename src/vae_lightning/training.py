@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning import figures
-from vae_lightning.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, boards
+from vae_lightning.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, TrainingError, boards
 from vae_lightning.checkpoints import Progress, WholeCheckpoints, last_checkpoint, rewind
 from vae_lightning.config import (
     ConfigError,
@@ -37,13 +37,22 @@ from vae_lightning.config import (
     check_arguments,
     did_you_mean,
     flatten,
+    out_of_memory,
 )
 from vae_lightning.data import MNISTDataModule
 from vae_lightning.files import as_yaml, read_json, whole, write_json
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
-from vae_lightning.runs import RunError, count_parameters, describe_environment, held, reopen_run, start_run
+from vae_lightning.runs import (
+    RunError,
+    count_parameters,
+    describe_environment,
+    held,
+    load_weights,
+    reopen_run,
+    start_run,
+)
 from vae_lightning.stepping import Every, ManySteps
 from vae_lightning.stopping import StopRequest
 from vae_lightning.vae import VAE
@@ -113,9 +122,17 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
             last = stack.enter_context(started(directory, config, resume, environment))
         else:
             last = last_checkpoint(directory) if resume else None
+        if last:
+            load_weights(last[1]["state_dict"], model, last[0])
         try:
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
-        except (MisconfigurationException, RuntimeError) as error:
+        except (MisconfigurationException, RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise TrainingError(
+                    f"out of memory at step {trainer.global_step + 1}: lower data.batch_size={data.batch_size} (half "
+                    "of it with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or "
+                    f"samples ({' '.join(str(error).split())[:150]})"
+                ) from error
             if isinstance(error, MisconfigurationException) or "arly stopping" in str(error):
                 raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
             raise
@@ -261,7 +278,7 @@ def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) ->
     """The pictures callback; `figures.points` must be latents of the model. Raises ConfigError."""
     options = options | {"directory": directory / "figures"}
     check_arguments(Figures, options, "figures")
-    wrong = [point for point in options["points"] if len(point) != model.latent_dim]
+    wrong = [point for point in options.get("points", ()) if len(point) != model.latent_dim]
     if wrong:
         raise ConfigError(f"figures.points={wrong[0]}: each point has model.latent_dim={model.latent_dim} coordinates")
     return Figures(**options)

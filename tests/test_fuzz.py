@@ -1,0 +1,126 @@
+"""Whatever stands on the command line or in a handed configuration: one line, or a whole run; never a traceback."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BRIEF
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from vae_lightning.config import flatten
+from vae_lightning.resuming import set_key
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))  # make proof has hundreds
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+# What would take long, open many processes, or read and write elsewhere, if it were taken.
+LEFT_ALONE = (
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs", "trainer.min_steps", "trainer.max_time"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.limit_train_batches", "data.root"),
+    *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.fast_dev_run", "trainer.model_registry"),
+    *("trainer.val_check_interval", "trainer.overfit_batches", "trainer.detect_anomaly", "trainer.benchmark"),
+)
+ODD = [2**40, -(2**70), float("nan"), float("inf"), 1e-9]
+NUMBERS = st.integers(-3, 70) | st.sampled_from([-1.5, -0.0, 1e-3, 0.5, 2.5]) | st.sampled_from(ODD)
+WORDS = st.sampled_from(
+    ["", "cpu", "null", "nul", "os.system", "torch.nn.Linear", "vae_lightning.backbones.Conv", "..", "a b", "ä", "~",
+     "vae_lightning.vae.VAE", "lightning.pytorch.callbacks.EarlyStopping", "torch.optim.lr_scheduler.StepLR", "{", "%s"]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["_target_", "a", "hidden"]), inner),
+    max_leaves=4,
+)
+
+
+def keys(config: dict[str, Any]) -> list[str]:
+    found = {key for key in flatten(config) if key not in LEFT_ALONE}
+    parents = {key.rpartition(".")[0] for key in found} - {""}
+    return sorted(found | parents | {"model.nothing", "nothing"})
+
+
+def as_override(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {as_override(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(as_override, value)) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if value in (None, True, False)
+        else str(value)
+    )
+
+
+def check(result: Any, directory: Path, left_before: set[Path]) -> None:
+    """It was done, and left a whole run, or it was refused in a line, and left nothing new."""
+    assert result.code in (0, 2), result.err
+    assert "Traceback" not in result.err
+    if result.code == 0:
+        assert (directory / "metrics.json").exists() or not directory.exists()
+    else:
+        assert len([line for line in result.err.splitlines() if "Warning" not in line]) == 1, result.err
+        half = {path for path in directory.rglob("*") if path.is_file()} - left_before
+        assert {path.name for path in half} <= {"train.log"}, half
+
+
+def test_overrides(config, command, tmp_path: Path) -> None:
+    known = keys(config())
+
+    @FUZZ
+    @given(st.dictionaries(st.sampled_from(known), VALUES, min_size=1, max_size=2))
+    def fuzz(overrides: dict[str, Any]) -> None:
+        words = [f"++{key}={as_override(value)}" for key, value in overrides.items()]
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        check(command(*BRIEF, "trainer.accelerator=cpu", *words, "hydra.run.dir=run"), tmp_path / "run", set())
+
+    fuzz()
+
+
+def test_configurations_of_handed_runs(command, tmp_path: Path) -> None:
+    assert command(*BRIEF, "trainer.accelerator=cpu", "hydra.run.dir=whole", "model.backbone.hidden=[8]").code == 0
+    (tmp_path / "whole" / "metrics.json").unlink()
+    saved = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+
+    @FUZZ
+    @given(st.dictionaries(st.sampled_from(keys(saved)), VALUES, min_size=1, max_size=2))
+    def fuzz(changes: dict[str, Any]) -> None:
+        changed = copy.deepcopy(saved)
+        for key, value in changes.items():
+            try:
+                set_key(changed, key, value)
+            except (KeyError, TypeError):  # the first change has taken away what the second is in
+                return
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").write_text(yaml.dump(changed))
+        result = command("resume=run")
+        assert result.code in (0, 2), result.err
+        assert "Traceback" not in result.err
+        assert result.code == 0 or len([line for line in result.err.splitlines() if "Warning" not in line]) == 1
+        assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+    fuzz()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"model: [", b"seed: 1", b"- 1", b"model: {}\ndata: {}\nseed: 0"]
+)
+def test_config_files_that_are_none(command, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    result = command("resume=run")
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1
