@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test proof lint types reproduce published benchmark tensorboard clean
+.PHONY: help setup train test proof audit lint types reproduce published benchmark tensorboard clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ test: lint types  ## lint, types and tests, offline
 proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about ten minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
+
+audit: $(STAMP)  ## compare the pinned versions with published vulnerabilities; needs the network
+	@$(PIP) install pip-audit
+	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)  ## ruff: style and format
 	@$(BIN)/ruff check .

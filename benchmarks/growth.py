@@ -137,12 +137,12 @@ def plot(results: dict[str, list[dict[str, float]]]) -> Figure:
         values = [p["value"] for p in points]
         for axis, key in zip(column, ("microseconds", "megabytes"), strict=True):
             axis.plot(values, [p[key] for p in points], "o-", color=figures.COLOURS[0], markersize=3)
-            axis.set(xscale="log", yscale="log")
+            axis.set(xscale="log", yscale="log" if key == "microseconds" else "linear")
             axis.grid(alpha=0.3)
             figures.finish(axis)
         column[1].set_xlabel(size.replace("_", " "))
     axes[0, 0].set_ylabel("µs an image")
-    axes[1, 0].set_ylabel("MB")
+    axes[1, 0].set(ylabel="MB", ylim=(0, None))
     return figure
 
 

@@ -18,7 +18,7 @@ from conftest import DATA
 from torchvision import datasets
 
 from vae_lightning.config import ConfigError
-from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, Share, bernoulli_draw, load_images
+from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, Share, bernoulli_draw, fits, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +255,20 @@ def test_emnist_is_unpacked_once(tmp_path: Path, server: Server, monkeypatch: py
     archive.unlink()
     load_images.cache_clear()
     assert load_images("EMNIST-letters", root)[1][0].shape == (10, 1, 28, 28)
+
+
+def test_a_set_too_large_for_the_device_stays_here(monkeypatch) -> None:
+    images = torch.zeros(1_000, 1, 28, 28, dtype=torch.uint8)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes, 10**9))
+    assert fits(images, gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 2, 10**9))
+    assert not fits(images, gpu)
+    assert fits(images, torch.device("cpu"))
+    batches = DeviceBatches(images, torch.arange(1_000), 100, device=torch.device("meta"))  # batches go where it trains
+    x, labels = next(iter(batches))
+    assert {x.device.type, labels.device.type} == {"meta"}
+    assert x.shape == (100, 1, 28, 28)
 
 
 def test_files_of_a_set_without_checksums_that_are_garbage(tmp_path: Path) -> None:

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
-import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from hydra.experimental.callback import Callback as HydraCallback
-from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_lightning.checkpoints import last_checkpoint
 from vae_lightning.config import ConfigError, UserError, did_you_mean, out_of_memory
-from vae_lightning.resuming import Assignment, assign, find_run, run_config
-from vae_lightning.stepping import Every
-from vae_lightning.stopping import Interrupted
-from vae_lightning.sweeps import failures, forget_failures, note_failure, share_of_machine, train_apart
-
-log = logging.getLogger(__name__)
+from vae_lightning.sweeps import report_failures
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -69,177 +56,12 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         groups = [word for word in sys.argv[1:] if word.endswith("=null")]
         print(f"{groups[-1] if groups else error}: a group needs one of its choices", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception:  # a bug; of a sweep, with all else that failed
+        for line in report_failures():
+            print(line, file=sys.stderr)
+        raise
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
-
-
-def assigned(config: dict[str, Any], directory: Path) -> Assignment:
-    """The run that this command, or this job of a sweep, is about: a new one in `directory`, or one that is there.
-
-    A job of a sweep is known by its configuration: one that the sweep's directory has already is gone on with, or left
-    alone where it is finished. Raises UserError.
-    """
-    hydra = HydraConfig.get()
-    if launched_from_outside():
-        check_launch(hydra.mode, config["autoresume"], hydra.overrides.hydra)
-    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(hydra.overrides.task)]
-    if rank() and RUN in os.environ:  # the first process has decided
-        theirs = json.loads(os.environ[RUN])
-        run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
-    elif rank():  # of processes that torchrun or srun started
-        there = config["resume"] or config["repeat"]
-        run = assign(config, directory, given) if there else Assignment(run_config(config), directory)
-        run.resume = run.resume or (config["autoresume"] and last_checkpoint(directory) is not None)
-    elif hydra.mode == RunMode.MULTIRUN:
-        if config["resume"] or config["repeat"]:
-            raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
-        sweep = directory.parent
-        others = sweep.parent.glob("*/*") if config["autoresume"] else []
-        places = [*siblings(directory), *sorted(others, reverse=True)]
-        for n in itertools.count(2):  # job 3 of another sweep is there, and this one's job 3 is something else
-            if not (directory / "config.yaml").exists() or find_run(run_config(config), [directory]):
-                break
-            directory = sweep / f"{hydra.job.num}_{n}"
-        run = assign(config | {"autoresume": True}, directory, given, places)
-    else:
-        run = assign(config, directory, given, siblings(directory) if config["autoresume"] else [])
-    write_log_to(run.directory)
-    if run.finished:
-        log.info("%s: finished already; nothing to do", run.directory)
-    else:
-        content = {"config": run.config, "directory": str(run.directory), "resume": run.resume}
-        os.environ[RUN] = json.dumps(content)
-    return run
-
-
-def launched_from_outside() -> bool:
-    """Whether torchrun or srun started several processes of this command."""
-    return any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")) and RUN not in os.environ
-
-
-def check_launch(mode: RunMode | None, autoresume: bool, hydra_overrides: Sequence[str]) -> None:
-    """Raise ConfigError for what processes that know nothing of each other would not agree on."""
-    if mode == RunMode.MULTIRUN:
-        raise ConfigError("-m: a sweep starts processes itself, and cannot be started by torchrun or srun")
-    if autoresume and not any(override.startswith("hydra.run.dir=") for override in hydra_overrides):
-        raise ConfigError(
-            "autoresume=true: with torchrun or srun say hydra.run.dir=… too: each process looks for itself"
-        )
-
-
-RUN = "VAE_LIGHTNING_RUN"  # what the first process of several tells those that it starts
-
-
-def siblings(directory: Path) -> list[Path]:
-    """The directories beside `directory`, the latest name first."""
-    return sorted(directory.parent.iterdir(), reverse=True) if directory.parent.is_dir() else []
-
-
-def write_log_to(directory: Path) -> None:
-    """Have train.log written in the run's directory, by the first process alone; nothing was written to it yet."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for handler in list(logging.root.handlers):
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-            handler.baseFilename = str(directory / "train.log")
-            if rank():
-                logging.root.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def resumable(directory: Path, by: str = "python train.py resume={}") -> Iterator[None]:
-    """Around training: where a signal asked to stop, say how to go on, and exit with a status of its own."""
-    try:
-        yield
-    except Interrupted as stop:
-        if rank():  # Lightning takes another status of a process for a crash, and kills the rest
-            raise SystemExit(0) from None
-        there = any((directory / name).exists() for name in ("config.yaml", "search.yaml"))
-        what = f"to go on: {by.format(directory)}" if there else "before anything was written"
-        print(f"{stop}; {what}", file=sys.stderr)
-        raise SystemExit(stop.status) from None
-
-
-def runs_apart(run: Assignment, timeout: str | None) -> bool:
-    """Whether a job of a sweep needs a process of its own."""
-    hydra = HydraConfig.get()
-    trainer = run.config["trainer"]
-    many = trainer["devices"] not in (1, "auto", "1") or trainer["num_nodes"] > 1
-    side_by_side = hydra.runtime.choices.get("hydra/launcher") != "basic"
-    return hydra.mode == RunMode.MULTIRUN and (many or side_by_side or timeout is not None)
-
-
-def train_job_apart(run: Assignment, timeout: str | None) -> None:
-    """Train a job's run in a process of its own, with its share of the machine. Raises what `train_apart` does."""
-    hydra = HydraConfig.get()
-    seconds = Every.parse(timeout, "timeout", steps=False).seconds
-    launcher = str(hydra.runtime.choices.get("hydra/launcher"))
-    share = share_of_machine(
-        launcher, hydra.job.num, run.config["trainer"]["devices"], hydra.launcher.get("cpus_per_task")
-    )
-    train_apart(run, share, seconds)
-    log.info("job %s: finished %s", hydra.job.num, run.directory)
-
-
-def report_failures() -> list[str]:
-    """What is to be said at the end of a sweep: the jobs that failed, each in a line. Nothing where there was none."""
-    directory = os.environ.pop(SWEEP, None)
-    return failures(Path(directory)) if directory else []
-
-
-SWEEP = "VAE_LIGHTNING_SWEEP"  # its directory, for the report at the end
-
-
-class SweepDirectory(HydraCallback):
-    """Notes where a sweep leaves its runs."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        directory = Path(config.hydra.sweep.dir).absolute()
-        os.environ[SWEEP] = str(directory)
-        forget_failures(directory)
-
-
-@contextlib.contextmanager
-def job(config_name: str) -> Iterator[Path]:
-    """Inside a `@hydra.main` function: the run directory of this job, removed again if nothing came to stand in it.
-
-    In a sweep an error is logged at once, and noted for the end, and the sweep goes on.
-    """
-    hydra = HydraConfig.get()
-    sweep = hydra.mode == RunMode.MULTIRUN
-    directory = Path(hydra.runtime.output_dir)
-    ours = not any(directory.iterdir())  # made for this job, or as good as
-    try:
-        if not os.access(directory, os.W_OK):
-            raise ConfigError(f"hydra.{'sweep' if sweep else 'run'}.dir={directory}: cannot be written to")
-        yield directory
-    except Exception as error:
-        mendable = isinstance(error, MENDABLE)
-        line = one_line(error, config_name) if mendable else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if sweep:
-            log.error("job %s: %s", hydra.job.num, line)
-            note_failure(directory.parent, hydra.job.num, hydra.overrides.task, line)
-        if ours or sweep:
-            remove_lonely_log()
-        if sweep or not mendable:
-            raise
-        print(line, file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        if ours:
-            with contextlib.suppress(OSError):  # it is not empty
-                directory.rmdir()
-
-
-def remove_lonely_log() -> None:
-    """Remove the log of a job, and its directory, where there is nothing else in it."""
-    for handler in logging.root.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-            file = Path(handler.baseFilename)
-            if file.parent.is_dir() and [path.name for path in file.parent.iterdir()] == [file.name]:
-                file.unlink()
-                file.parent.rmdir()
 
 
 def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """MNIST, and the sets of its shape, as one uint8 tensor on the device that trains.
 
-There are no worker processes and no per-image work: a batch is an index look-up on the device. Which images the numbers
+There are no worker processes and no per-image work: a batch is an index look-up on the device. A set that would take
+more than half of a GPU's free memory stays in this machine's, and batches go over as bytes. Which images the numbers
 are measured on is decided by the pixel protocol, `pixels` (`p` = byte / 255):
 
     grey        p itself. With a Bernoulli likelihood the "reconstruction" is a cross-entropy, not a likelihood.
@@ -132,8 +133,9 @@ class MNISTDataModule(LightningDataModule):
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        home = device if fits(images, device) else torch.device("cpu")
         return DeviceBatches(
-            images.to(device), labels.to(device), self.batch_size, shuffle_seed, draw, rank, world_size
+            images.to(home), labels.to(home), self.batch_size, shuffle_seed, draw, rank, world_size, device
         )
 
 
@@ -157,7 +159,7 @@ class Share(NamedTuple):
 
 
 class DeviceBatches:
-    """Batches by index from images `[n, 1, 28, 28]`, uint8, that already lie on the device.
+    """Batches by index, on `device`, from images `[n, 1, 28, 28]`, uint8, that already lie there, or else on the CPU.
 
     With a `shuffle_seed` the order depends on (shuffle_seed, epoch) and on nothing else, and so does the Bernoulli draw
     of each batch where `draw` is set: an epoch is the same whatever came before it. Batch i of `world_size` processes
@@ -174,7 +176,9 @@ class DeviceBatches:
         draw: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or images.device
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
@@ -207,26 +211,31 @@ class DeviceBatches:
 
     def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order().to(self.images.device)
-        generator = torch.Generator(self.images.device)
         for i, batch in enumerate(order.split(self.batch_size * self.world_size)):
             if i < start:
                 continue
             self.given = i + 1
             self.share = share = Share(len(batch), self.rank, self.world_size)
             index = batch[share.rows]
-            images = self.images.index_select(0, index)
+            images = self.images.index_select(0, index).to(self.device)
             if self.draw:
-                generator.manual_seed(stream_seed(self.shuffle_seed or 0, self.epoch, i, 0))
+                seed = stream_seed(self.shuffle_seed or 0, self.epoch, i, 0)
+                generator = torch.Generator(self.device).manual_seed(seed)
                 x = bernoulli_draw(images, generator, share).float()
             else:
                 x = images.float().div_(255)
-            yield x, self.labels.index_select(0, index)
+            yield x, self.labels.index_select(0, index).to(self.device)
 
     def _order(self) -> Tensor:
         if self.shuffle_seed is None:
             return torch.arange(len(self.images))
         generator = torch.Generator().manual_seed(stream_seed(self.shuffle_seed, self.epoch))
         return torch.randperm(len(self.images), generator=generator)
+
+
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether images may lie on a device for good: not if a GPU would have less than half of its free memory left."""
+    return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def stream_seed(*key: int) -> int:

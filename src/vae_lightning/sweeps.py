@@ -18,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
 from vae_lightning.config import UserError
 from vae_lightning.resuming import Assignment
 from vae_lightning.runs import start_run, untrusted
@@ -163,3 +166,21 @@ def failures(sweep: Path) -> list[str]:
     """A line for each job of a sweep that failed: what it was to do, and why it did not."""
     files = sorted((sweep / FAILED).glob("*.txt"), key=lambda file: (len(file.name), file.name))
     return [file.read_text().strip() for file in files]
+
+
+SWEEP = "VAE_LIGHTNING_SWEEP"  # its directory, for the report at the end
+
+
+class SweepDirectory(Callback):
+    """Hydra's callback that notes where a sweep leaves its runs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir).absolute()
+        os.environ[SWEEP] = str(directory)
+        forget_failures(directory)
+
+
+def report_failures() -> list[str]:
+    """What is to be said at the end of a sweep: a line for each job that failed. Nothing where there is no sweep."""
+    directory = os.environ.pop(SWEEP, None)
+    return failures(Path(directory)) if directory else []
