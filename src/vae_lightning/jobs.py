@@ -105,7 +105,8 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
             directory = sweep / f"{hydra.job.num}_{n}"
         run = assign(config | {"autoresume": True}, directory, given, places)
     else:
-        run = assign(config, directory, given, siblings(directory) if config["autoresume"] else [])
+        looks = config["autoresume"] and not names_directory(hydra.overrides.hydra)
+        run = assign(config, directory, given, siblings(directory) if looks else [])
     write_log_to(run.directory)
     if run.finished:
         log.info("%s: finished already; nothing to do", run.directory)
@@ -124,10 +125,15 @@ def check_launch(mode: RunMode | None, autoresume: bool, hydra_overrides: Sequen
     """Raise ConfigError for what processes that know nothing of each other would not agree on."""
     if mode == RunMode.MULTIRUN:
         raise ConfigError("-m: a sweep starts processes itself, and cannot be started by torchrun or srun")
-    if autoresume and not any(override.startswith("hydra.run.dir=") for override in hydra_overrides):
+    if autoresume and not names_directory(hydra_overrides):
         raise ConfigError(
             "autoresume=true: with torchrun or srun say hydra.run.dir=… too: each process looks for itself"
         )
+
+
+def names_directory(hydra_overrides: Sequence[str]) -> bool:
+    """Whether the command says itself where its run is to be."""
+    return any(override.startswith("hydra.run.dir=") for override in hydra_overrides)
 
 
 def siblings(directory: Path) -> list[Path]:

@@ -124,20 +124,9 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
             last = last_checkpoint(directory) if resume else None
         if last:
             load_weights(last[1]["state_dict"], model, last[0])
-        try:
+        with mendable(trainer, data.batch_size):
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
-        except (MisconfigurationException, RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
-                raise TrainingError(
-                    f"out of memory at step {trainer.global_step + 1}: lower data.batch_size={data.batch_size} (half "
-                    "of it with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or "
-                    f"samples ({' '.join(str(error).split())[:150]})"
-                ) from error
-            if isinstance(error, MisconfigurationException) or "arly stopping" in str(error):
-                raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-            raise
-        finally:
-            stop.stepping = False
+        stop.stepping = False
         stop.check()  # a signal of the last step: everything is saved
         checkpoints = Path(trainer.strategy.broadcast(str(directory / "checkpoints")))
         if keeps and not checkpoints.exists():  # max_epochs=0
@@ -176,6 +165,24 @@ def started(
             environment = (former or environment) | {"resumed": [*former.get("resumed", []), changed]}
         write_json(directory / "environment.json", environment)
         yield last
+
+
+@contextlib.contextmanager
+def mendable(trainer: Trainer, batch_size: int) -> Iterator[None]:
+    """Around training: what the person at the keyboard can mend, in a line, as TrainingError or ConfigError."""
+    try:
+        yield
+    except (MisconfigurationException, RuntimeError, MemoryError) as error:
+        said = " ".join(str(error).split())
+        if out_of_memory(error):
+            raise TrainingError(
+                f"out of memory at step {trainer.global_step + 1}: lower data.batch_size={batch_size} (half of it "
+                "with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or samples "
+                f"({said[:150]})"
+            ) from error
+        if isinstance(error, MisconfigurationException) or "arly stopping" in said:
+            raise ConfigError(f"trainer: {said}") from error
+        raise
 
 
 def finish(
