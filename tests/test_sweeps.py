@@ -91,6 +91,12 @@ def test_a_timeout_is_a_time(command, timeout: str) -> None:
     assert f"timeout={timeout}: should be a time such as 30s, 10min or 2h" in refused.err
 
 
+def test_a_timeout_is_for_sweeps(command) -> None:
+    refused = command("timeout=10min", *BRIEF)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "trainer.max_time is for a run" in refused.err
+
+
 def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_ray_launcher.ray_launcher", None)
     refused = command("-m", "hydra/launcher=ray", *BRIEF)
@@ -128,13 +134,67 @@ def test_failures_come_in_the_order_of_their_jobs(tmp_path: Path) -> None:
 def test_every_launcher_gets_through_with_members_that_fail_die_and_hang(tmp_path: Path, launcher: str) -> None:
     if launcher == "ray":
         pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
-    words = ["model.latent_dim=2,3,4,0,5,6", TROUBLE, f"hydra/launcher={launcher}", "timeout=30s"]
+    words = ["model.latent_dim=2,3,4,0,5,6", TROUBLE, f"hydra/launcher={launcher}", "timeout=90s"]
     first = sweep(tmp_path / "sweep", *words)
     assert first.returncode == 2, first.stderr
     assert finished(tmp_path / "sweep") == [2, 5, 6]
     reasons = first.stderr.splitlines()[-3:]
-    for reason, wanted in zip(reasons, ("SIGKILL", "took longer than timeout=30s", "model.latent_dim=0"), strict=True):
+    for reason, wanted in zip(reasons, ("SIGKILL", "took longer than timeout=90s", "model.latent_dim=0"), strict=True):
         assert wanted in reason
     again = sweep(tmp_path / "sweep", *words)
     assert again.returncode == 2
     assert finished(tmp_path / "sweep") == [2, 3, 4, 5, 6]
+
+
+SLURM = {
+    # Runs the tasks of an array one after the other, in the background, as a cluster would somewhere else.
+    "sbatch": """
+script="${@: -1}"
+cat "$script" >> "$CLUSTER/scripts"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+(for n in $(seq 0 ${last:-0}); do
+    SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$n SLURM_JOB_ID=$((80 + n)) SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1 \\
+    SLURM_JOB_NODELIST=here SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_JOB_NAME=train \\
+    bash "$script" > /dev/null 2>> "$CLUSTER/errors"; touch "$CLUSTER/done_$n"
+done) > /dev/null 2>&1 &
+echo "Submitted batch job 77"
+""",
+    "srun": """while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@" """,
+    "sacct": """
+echo "JobID|State|NodeList"
+for n in 0 1 2 3; do [ -e "$CLUSTER/done_$n" ] && state=COMPLETED || state=RUNNING; echo "77_$n|$state|here"; done
+""",
+    "scontrol": """echo here""",
+    "scancel": "",
+}
+
+
+@pytest.mark.proof
+def test_a_slurm_array_of_two_processes_each(tmp_path: Path) -> None:
+    """As far as it goes without a cluster: commands of Slurm's names, which run what they are given here."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "cluster").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    cluster = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CLUSTER": str(tmp_path / "cluster")}
+    words = ["model.latent_dim=2,5", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=short"]
+    words += [
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "trainer.accelerator=cpu",
+        f"hydra.sweep.dir={tmp_path / 's'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "-m", *SMALL, *words],
+        env=ENVIRONMENT | cluster | {"PYTHON": sys.executable},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert finished(tmp_path / "s") == [2, 5]
+    script = (tmp_path / "cluster" / "scripts").read_text()
+    for line in ("#SBATCH --array=0-1", "#SBATCH --partition=short", "#SBATCH --signal=USR2@120"):
+        assert line in script

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from vae_lightning.stopping import Interrupted
 from vae_lightning.sweeps import note_failure, share_of_machine, train_apart
 
 log = logging.getLogger(__name__)
+
+# Hydra warns that it holds conf/hydra/launcher/ against the fields that a launcher has, which is as it should be.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 RUN = "VAE_LIGHTNING_RUN"  # what the first process of several tells those that it starts
 
@@ -86,6 +90,8 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
     if launched_from_outside():
         check_launch(hydra.mode, config["autoresume"], hydra.overrides.hydra)
     given = [override.key_or_group for override in OverridesParser.create().parse_overrides(hydra.overrides.task)]
+    if config["timeout"] is not None and hydra.mode != RunMode.MULTIRUN:
+        raise ConfigError(f"timeout={config['timeout']}: is for each job of a sweep; trainer.max_time is for a run")
     if rank() and RUN in os.environ:  # the first process has decided
         theirs = json.loads(os.environ[RUN])
         run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
@@ -169,11 +175,13 @@ def resumable(directory: Path, by: str = "python train.py resume={}") -> Iterato
 def runs_apart(run: Assignment, timeout: str | None) -> bool:
     """Whether a job of a sweep needs a process of its own."""
     hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return False
     trainer = run.config["trainer"]
     one = trainer["accelerator"] == "cpu" or torch.cuda.device_count() < 2  # where "auto" is not several
     many = trainer["devices"] not in ((1, "1", "auto") if one else (1, "1")) or trainer["num_nodes"] > 1
     side_by_side = hydra.runtime.choices.get("hydra/launcher") != "basic"
-    return hydra.mode == RunMode.MULTIRUN and (many or side_by_side or timeout is not None)
+    return many or side_by_side or timeout is not None
 
 
 def train_job_apart(run: Assignment, timeout: str | None) -> None:

@@ -72,7 +72,7 @@ def train_apart(
                 [*command_for(run), *words],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
-                env={**os.environ, **environment},
+                env={**own_environment(), **environment},
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         try:
@@ -88,6 +88,11 @@ def train_apart(
     if new and process.returncode == 2 and not (run.directory / "environment.json").exists():
         (run.directory / "config.yaml").unlink()  # refused, before anything began
     raise JobError(reason or _reason(process.returncode, lines))
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment without Slurm's, in which Lightning would take a job for one task of several."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float | None, watch: Callable[[], bool]) -> str | None:

@@ -92,6 +92,7 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     """
     check_arguments(Config, config, "")
     c = Config(**config)
+    c.trainer = TRAINER_DEFAULTS | c.trainer  # a run of another version of Lightning may lack an argument
     seed_everything(c.seed, verbose=False)
     steady_cpu()
     share_log()
