@@ -20,7 +20,9 @@ from omegaconf import open_dict
 
 from vae_lightning.checkpoints import last_checkpoint
 from vae_lightning.cli import plain
+from vae_lightning.config import build
 from vae_lightning.data import load_images
+from vae_lightning.model import ImageModel
 from vae_lightning.resuming import is_finished, run_config
 from vae_lightning.training import train
 
@@ -73,7 +75,7 @@ def main() -> None:
         time.sleep(moments.uniform(0, 0.2))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        found = last_checkpoint(directory)
+        found = last_checkpoint(directory, build(config["model"], ImageModel, "model"))
         print(f"{saves} saves, step {found[1]['global_step'] if found else 0}", flush=True)
         if is_finished(directory):
             break

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import BRIEF, ROOT
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.callbacks import TrainingError
 from vae_lightning.checkpoints import last_checkpoint, moved
-from vae_lightning.config import ConfigError
+from vae_lightning.config import ConfigError, build
+from vae_lightning.model import ImageModel
 from vae_lightning.resuming import find_run
-from vae_lightning.runs import RunError, held
+from vae_lightning.runs import RunError, held, load_checkpoint
 from vae_lightning.stepping import Every
 from vae_lightning.stopping import Interrupted
 from vae_lightning.training import train
@@ -147,9 +148,7 @@ def test_a_signal_stops_it_between_two_steps(at, step, name, command, tmp_path: 
     assert stopped.err.splitlines()[-1].endswith(f"python train.py resume={tmp_path / 'run'}")
     assert not (tmp_path / "run" / "metrics.json").exists()
     if at == "batch":
-        found = last_checkpoint(tmp_path / "run")
-        assert found
-        assert found[1]["global_step"] == step + 1
+        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step + 1
     gone_on = command("resume=run", "trust=[test_resuming]")
     assert gone_on.code == 0, gone_on.err
     assert gone_on.out.splitlines()[-1] == str(tmp_path / "run")
@@ -165,7 +164,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         stop.stepping = True
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="at once"):
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(Interrupted):
         stop.check()
@@ -300,7 +299,7 @@ def test_no_checkpoint_yet_is_a_start(config, tmp_path: Path) -> None:
     callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: setup}]"
     with pytest.raises(Interrupted):
         train(config(*SMALL, callback), tmp_path / "run")
-    assert last_checkpoint(tmp_path / "run") is None
+    assert not (tmp_path / "run" / "checkpoints").exists()
     assert train(config(*SMALL, callback), tmp_path / "run", resume=True)["epochs"] == 3
 
 
@@ -374,14 +373,14 @@ def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
     assert find_run(composed | {"name": "c"}, places) is None
 
 
-def test_a_run_without_progress_in_its_checkpoint(stopped: Path) -> None:
+def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None:
     for name in ("last", "previous"):
         file = stopped / "checkpoints" / f"{name}.ckpt"
         content = torch.load(file, weights_only=True)
         del content["progress"]
         torch.save(content, file)
     with pytest.raises(RunError, match="could not go on yet"):
-        last_checkpoint(stopped)
+        last_checkpoint(stopped, build(config(*SMALL)["model"], ImageModel, "model"))
 
 
 def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
@@ -429,3 +428,112 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(command) -> None:
     assert refused.code == 2
     line = refused.err.splitlines()[-1]
     assert line.startswith("out of memory at step 1: lower data.batch_size=100 (half of it with trainer.accumulate")
+
+
+def everything(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "train.log"}
+
+
+def test_an_early_stop_stays_one(command, tmp_path: Path) -> None:
+    early = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, min_delta: 1000}"
+    callbacks = f"trainer.callbacks=[{early}, {{_target_: test_resuming.Signal, at: test}}]"
+    words = [*SMALL, "trainer.max_epochs=6", callbacks]
+    assert command(*words, "hydra.run.dir=whole").code == 0
+    for _ in range(2):
+        Signal.armed = "once"
+        assert command(*words, "hydra.run.dir=run", "autoresume=true").code == 75
+    assert command("resume=run", "trust=[test_resuming]").code == 0
+    assert left(tmp_path / "run")["metrics"]["epochs"] == 2
+    assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("max_epochs", [0, 1, 2])
+def test_a_finished_run_is_not_made_shorter(command, tmp_path: Path, max_epochs: int) -> None:
+    assert command(*SMALL, "hydra.run.dir=run").code == 0
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    before = everything(tmp_path / "run")
+    refused = command("resume=run", f"trainer.max_epochs={max_epochs}")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert f"trainer.max_epochs={max_epochs}: {tmp_path / 'run'} is in epoch 3 already" in refused.err
+    assert everything(tmp_path / "run") == before
+
+
+def altered(name: str, content: dict) -> dict:
+    """A checkpoint that something is wrong with."""
+    if name == "empty progress":
+        content["progress"] = {}
+    elif name == "no progress":
+        content["progress"] = []
+    elif name == "no optimizer":
+        del content["optimizer_states"]
+    elif name == "another optimizer":
+        content["optimizer_states"] = [{}]
+    elif name == "random numbers":
+        content["progress"]["random"]["torch"] = torch.zeros(3)
+    elif name == "a path":
+        content["progress"]["events"] = {"/etc/hostname": 0}
+    elif name == "another path":
+        content["progress"]["events"] = {"../config.yaml": 3}
+    elif name == "another model":
+        content["state_dict"] = {key: value[..., :1] for key, value in content["state_dict"].items()}
+    return content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("empty progress", "no progress", "no optimizer", "another optimizer"),
+        *("random numbers", "a path", "another path", "another model"),
+    ],
+)
+def test_checkpoints_from_elsewhere_change_nothing(stopped: Path, command, name: str) -> None:
+    for file in (stopped / "checkpoints" / "last.ckpt", stopped / "checkpoints" / "previous.ckpt"):
+        torch.save(altered(name, torch.load(file, weights_only=True)), file)
+    before = everything(stopped)
+    refused = command("resume=run", "trust=[test_resuming]")
+    assert refused.code == 2, refused.err
+    assert "Traceback" not in refused.err
+    assert everything(stopped) == before
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "train.log"])
+def test_nothing_is_written_through_links(stopped: Path, command, tmp_path: Path, name: str) -> None:
+    shutil.move(stopped / name, tmp_path / "victim")
+    (stopped / name).symlink_to(tmp_path / "victim")
+    before = everything(tmp_path / "victim") or (tmp_path / "victim").read_bytes()
+    refused = command("resume=run", "trust=[test_resuming]")
+    assert refused.code == 2
+    assert f"{stopped / name}: is a link" in refused.err
+    assert before == (everything(tmp_path / "victim") or (tmp_path / "victim").read_bytes())
+
+
+def test_an_event_file_that_is_a_link_is_not_cut(stopped: Path, command, tmp_path: Path) -> None:
+    (events,) = (stopped / "tensorboard").glob("events*")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"x" * 100_000)
+    events.unlink()
+    events.symlink_to(victim)
+    assert command("resume=run", "trust=[test_resuming]").code == 0
+    assert victim.read_bytes() == b"x" * 100_000
+
+
+@pytest.mark.parametrize("word", ["resume=true", "resume=[a]", "resume={a: 1}", "resume=''", "repeat=[a]", "resume=5"])
+def test_what_is_no_path_is_one_line(command, word: str) -> None:
+    refused = command(word)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+
+
+def test_metrics_that_are_cut_short_are_of_no_finished_run(command, tmp_path: Path) -> None:
+    assert command(*SMALL, "hydra.run.dir=run").code == 0
+    (tmp_path / "run" / "metrics.json").write_text("")
+    assert command("resume=run").code == 0
+    assert left(tmp_path / "run")["metrics"]["epochs"] == 3
+
+
+def test_keys_that_one_version_lacks_are_named(command, tmp_path: Path) -> None:
+    assert command(*BRIEF, "hydra.run.dir=run").code == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(saved.replace("  on_nan: stop\n", ""))
+    refused = command(*BRIEF, "hydra.run.dir=run")
+    assert refused.code == 2
+    assert "of another configuration (trainer.on_nan=missing, not stop)" in refused.err

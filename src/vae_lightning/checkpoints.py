@@ -9,9 +9,11 @@ until the run is finished.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from vae_lightning.files import remove_partial, whole
 from vae_lightning.history import History
 from vae_lightning.model import ImageModel
-from vae_lightning.runs import RunError, load_checkpoint
+from vae_lightning.runs import RunError, load_checkpoint, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Progress(Callback):
             "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
             "logged": logged(trainer),
+            "should_stop": trainer.should_stop,
             "history": self.history.saved(),
             "events": event_sizes(trainer),
         }
@@ -95,6 +98,7 @@ class Progress(Callback):
         for split, saved in progress["means"].items():
             module.means[split].restore(saved, trainer.global_rank, module.device)
         self.history.restore(progress["history"])
+        trainer.should_stop = progress["should_stop"]  # by EarlyStopping, say: then nothing is left but the test
         self.random, self.logged, self.loaded = progress["random"], progress["logged"], True
         for callback in trainer.checkpoint_callbacks:  # Lightning leaves this one of its own out
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
@@ -157,18 +161,19 @@ def moved(tree: Any, old: str, new: str) -> Any:
     return tree
 
 
-def last_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run goes on from, read: the last, or, where it is damaged, the one before.
+def last_checkpoint(directory: Path, model: ImageModel) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the run of `model` goes on from: the last, or, where it is damaged, the one before.
 
-    None where there is none yet. Raises RunError where none of those that there are can be read.
+    None where there is none yet. Raises RunError where none of those that there are will do.
     """
+    if (directory / "checkpoints").exists() and not (directory / "checkpoints").is_dir():
+        raise RunError(f"{directory / 'checkpoints'}: is no directory")
     files = [directory / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
     problems = []
     for file in filter(Path.exists, files):
         try:
             content = load_checkpoint(file)
-            if "progress" not in content:
-                raise RunError(f"{file}: of a version that could not go on yet, or not from training")
+            check_content(content, model, file)
         except RunError as problem:
             problems.append(str(problem))
             log.warning("%s", problem)
@@ -181,6 +186,38 @@ def last_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def check_content(content: dict[str, Any], model: ImageModel, file: Path) -> None:
+    """Raise RunError for a checkpoint that training cannot go on from with this model. Loads its weights into it."""
+    if "progress" not in content:
+        raise RunError(f"{file}: of a version that could not go on yet, or not from training")
+    load_weights(content["state_dict"], model, file)
+    before = random_states()
+    try:
+        progress = content["progress"]
+        set_random_states(progress["random"])
+        event_files(file.parent, progress["events"])
+        epochs_begun(content)
+        for key in ("directory", "means", "logged", "should_stop"):
+            progress[key]
+        for key in ("rows", "row", "seconds"):
+            progress["history"][key]
+        for key in ("callbacks", "lr_schedulers"):
+            content[key]
+        if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
+            made = model.configure_optimizers()
+            (made[0][0] if isinstance(made, tuple) else made).load_state_dict(content["optimizer_states"][0])
+    # A file that was altered, or comes from elsewhere, fails in many ways, and none of them is a bug here.
+    except Exception as error:
+        raise RunError(f"{file}: damaged, or not of this run") from error
+    finally:
+        set_random_states(before)
+
+
+def epochs_begun(content: dict[str, Any]) -> int:
+    """How many epochs a checkpoint's run has begun."""
+    return int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
+
+
 def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
     """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
     board = directory / "tensorboard"
@@ -191,7 +228,10 @@ def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
         elif path not in kept:
             path.unlink()
     for path, size in kept.items():
-        os.truncate(path, size)
+        if path.stat().st_size < size:
+            log.warning("%s: shorter than it was; TensorBoard's curves have a gap", path)
+        else:
+            os.truncate(path, size)
     remove_partial(directory)
     if not progress:
         (directory / "history.csv").unlink(missing_ok=True)
@@ -208,8 +248,11 @@ def event_files(board: Path, sizes: Mapping[str, int]) -> dict[Path, int]:
     """The files that a checkpoint has noted, and their sizes; one may have got other seconds in its name since."""
     found = {}
     for name, size in sizes.items():
+        if not re.fullmatch(rf"{re.escape(EVENTS)}[^/\\]+", name):
+            raise RunError(f"{board.parent}: its checkpoint names a TensorBoard file {name}")
         rest = name.removeprefix(EVENTS).partition(".")[2]
-        path = next((path for path in (board / name, *board.glob(f"{EVENTS}*.{rest}")) if path.exists()), None)
+        paths = (board / name, *board.glob(f"{EVENTS}*.{glob.escape(rest)}"))
+        path = next((path for path in paths if path.is_file() and not path.is_symlink()), None)
         if path:
             found[path] = size
     return found

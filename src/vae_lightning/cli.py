@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_lightning.config import ConfigError, UserError, did_you_mean, out_of_memory
+from vae_lightning.stopping import Interrupted
 from vae_lightning.sweeps import report_failures
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -41,6 +42,9 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     except MENDABLE as error:
         print("\n".join(report_failures() or [one_line(error, config_name)]), file=sys.stderr)
         raise SystemExit(2) from None
+    except Interrupted as stop:  # of a sweep, while its jobs were trained elsewhere
+        print(f"{stop}; to go on: the same command, in the same hydra.sweep.dir", file=sys.stderr)
+        raise SystemExit(stop.status) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

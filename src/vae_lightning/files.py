@@ -77,7 +77,7 @@ def as_yaml(content: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole(path) as partial:
+    with whole(path, durable=True) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -10,6 +10,8 @@ import itertools
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,13 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from vae_lightning.checkpoints import last_checkpoint
 from vae_lightning.cli import MENDABLE, one_line, rank
 from vae_lightning.config import ConfigError
 from vae_lightning.resuming import Assignment, assign, find_run, run_config
 from vae_lightning.stepping import Every
 from vae_lightning.stopping import Interrupted
-from vae_lightning.sweeps import note_failure, share_of_machine, train_apart
+from vae_lightning.sweeps import note_failure, quoted, share_of_machine, train_apart
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
     elif rank():  # of processes that torchrun or srun started
         there = config["resume"] or config["repeat"]
         run = assign(config, directory, given) if there else Assignment(run_config(config), directory)
-        run.resume = run.resume or (config["autoresume"] and last_checkpoint(directory) is not None)
+        run.resume = run.resume or (config["autoresume"] and (directory / "checkpoints").is_dir())
     elif hydra.mode == RunMode.MULTIRUN:
         if config["resume"] or config["repeat"]:
             raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
@@ -167,9 +168,15 @@ def resumable(directory: Path, by: str = "python train.py resume={}") -> Iterato
         if rank():  # Lightning takes another status of a process for a crash, and kills the rest
             raise SystemExit(0) from None
         there = any((directory / name).exists() for name in ("config.yaml", "search.yaml"))
-        what = f"to go on: {by.format(directory)}" if there else "before anything was written"
+        what = f"to go on: {by.format(shell_word(directory))}" if there else "before anything was written"
         print(f"{stop}; {what}", file=sys.stderr)
         raise SystemExit(stop.status) from None
+
+
+def shell_word(directory: Path) -> str:
+    """A directory as it is typed behind `resume=`, past the shell and past Hydra's grammar."""
+    plain = re.fullmatch(r"[\w./+-]+", str(directory))
+    return str(directory) if plain else shlex.quote(quoted(directory))
 
 
 def runs_apart(run: Assignment, timeout: str | None) -> bool:

@@ -56,15 +56,17 @@ def assign(config: dict[str, Any], directory: Path, given: Iterable[str], search
     """
     options = {key: config.get(key) for key in NOT_OF_THE_RUN}
     config = run_config(config)
+    for key in ("resume", "repeat"):
+        options[key] = as_path(options[key], key)
     if options["repeat"] and (options["resume"] or options["autoresume"]):
         raise ConfigError("repeat is a run of its own: without resume and autoresume")
     if options["repeat"]:
-        former = Path(options["repeat"])
+        former = options["repeat"]
         saved = _changed(load_config(former, options["trust"] or (), PARTS), former, config, given)
         log.info("repeating %s%s", former, _what_differs(former))
         return Assignment(saved, directory)
     if options["resume"]:
-        return _resumed(Path(options["resume"]).resolve(), config, options["trust"] or (), given)
+        return _resumed(options["resume"].resolve(), config, options["trust"] or (), given)
     found = find_run(config, [directory, *searched] if options["autoresume"] else [directory])
     if found is None:
         if (directory / "config.yaml").exists():
@@ -78,6 +80,7 @@ def assign(config: dict[str, Any], directory: Path, given: Iterable[str], search
         return Assignment(config, found, finished=True)
     if not options["autoresume"]:
         raise RunError(f"{found}: holds a run that is not finished; go on with resume={found}, or autoresume=true")
+    check_links(found)
     return Assignment(config, found, resume=True)
 
 
@@ -86,9 +89,26 @@ def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NOT_OF_THE_RUN}
 
 
+def as_path(value: Any, key: str) -> Path | None:
+    """A run directory as the command line gives it; one of digits arrives as a number. Raises ConfigError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        raise ConfigError(f"{key}={value}: should be the path of a run directory")
+    return Path(str(value))
+
+
+def check_links(directory: Path) -> None:
+    """Raise RunError for a run directory in which something is a link: what is written there would go elsewhere."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.is_symlink():
+            raise RunError(f"{path}: is a link, and a run that goes on would write through it")
+
+
 def _resumed(directory: Path, config: dict[str, Any], trust: Iterable[str], given: Iterable[str]) -> Assignment:
     """The run at `directory`, with what the command line may change of it."""
     former = load_config(directory, trust, PARTS)
+    check_links(directory)
     saved = _changed(former, directory, config, given)
     longer = saved["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
     untested = saved["test"] and not former.get("test", True)
@@ -139,7 +159,10 @@ def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    return (directory / "metrics.json").exists()
+    try:
+        return bool(read_json(directory / "metrics.json"))
+    except FileError:
+        return False
 
 
 def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> Path | None:
@@ -159,5 +182,6 @@ def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> Path | N
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The first key in which two configurations differ, and both values."""
     left, right = flatten(dict(theirs)), flatten(dict(ours))
-    key = next(key for key in [*right, *left] if left.get(key) != right.get(key))
-    return key, left.get(key), right.get(key)
+    keys = [key for key in [*right, *left] if key not in left or key not in right or left[key] != right[key]]
+    key = keys[0] if keys else "a dictionary that is empty in one of them"
+    return key, left.get(key, "missing"), right.get(key, "missing")

@@ -49,13 +49,16 @@ def start_run(directory: Path, config: dict[str, Any]) -> None:
     except FileExistsError:
         raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
     finally:
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def reopen_run(directory: Path, config: dict[str, Any]) -> None:
     """Let `directory` say that its run goes on, with `config`. What was measured so far is kept under its epochs."""
     if (directory / "metrics.json").exists():
-        epochs = read_json(directory / "metrics.json").get("epochs")
+        try:
+            epochs = read_json(directory / "metrics.json").get("epochs")
+        except FileError:
+            epochs = "some"
         for file in directory.glob("evaluation.json"):
             os.replace(file, directory / f"evaluation_{epochs}_epochs.json")
         (directory / "metrics.json").unlink()

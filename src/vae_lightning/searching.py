@@ -213,8 +213,10 @@ def _run_trial(
     try:
         train_apart(run, share, timeout, enough)
     except JobError as problem:
-        if not stopping.is_set():
-            log.error("trial %d failed: %s", trial.number, problem)
+        if stopping.is_set():
+            return
+        log.error("trial %d: %s", trial.number, problem)
+        if not problem.again:  # else it is still a running one, for the same command to go on with
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return
     losses = validation_losses(run.directory)

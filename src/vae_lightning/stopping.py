@@ -50,7 +50,7 @@ class StopRequest:
         again = self.name is not None
         self.name = signal.Signals(number).name
         if again and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+            raise Interrupted("stopped by a second SIGINT, at once")  # a second Ctrl-C does not wait
         if not self.stepping:
             self.check()
 

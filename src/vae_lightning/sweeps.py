@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,11 @@ PATIENCE = 60  # seconds between asking a job to stop and killing it
 
 
 class JobError(UserError):
-    """A job that ended without a result."""
+    """A job that ended without a result; `again` where it was interrupted, and the next time goes on."""
+
+    def __init__(self, reason: str, again: bool = False) -> None:
+        super().__init__(reason)
+        self.again = again
 
 
 def command_for(run: Assignment) -> list[str]:
@@ -65,29 +70,27 @@ def train_apart(
     if new:
         start_run(run.directory, run.config)
     stop = StopRequest()
-    with stop.listening():
-        errors = run.directory / ".stderr"
-        with errors.open("w") as file:
-            process = subprocess.Popen(
-                [*command_for(run), *words],
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                env={**own_environment(), **environment},
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
+    with stop.listening(), tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [*command_for(run), *words],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env={**own_environment(), **environment},
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         try:
             reason = _wait(process, timeout, watch)
         except BaseException:
             _stop(process)
             raise
-        finally:
-            lines = errors.read_text(errors="replace").strip().splitlines()
-            errors.unlink()
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
     if process.returncode == 0 or reason == "ended":
         return
     if new and process.returncode == 2 and not (run.directory / "environment.json").exists():
         (run.directory / "config.yaml").unlink()  # refused, before anything began
-    raise JobError(reason or _reason(process.returncode, lines))
+    again = process.returncode < 0 or process.returncode == Interrupted.status
+    raise JobError(reason or _reason(process.returncode, lines), again and reason is None)
 
 
 def own_environment() -> dict[str, str]:
@@ -183,6 +186,7 @@ class SweepDirectory(Callback):
         directory = Path(config.hydra.sweep.dir).absolute()
         os.environ[SWEEP] = str(directory)
         forget_failures(directory)
+        StopRequest().listen()  # jobs that train have their own; this is for the process that waits for them
 
 
 def report_failures() -> list[str]:

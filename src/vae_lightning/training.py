@@ -26,7 +26,7 @@ from pydantic import Field
 
 from vae_lightning import figures
 from vae_lightning.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, TrainingError, boards
-from vae_lightning.checkpoints import Progress, WholeCheckpoints, last_checkpoint, rewind
+from vae_lightning.checkpoints import Progress, WholeCheckpoints, epochs_begun, last_checkpoint, rewind
 from vae_lightning.config import (
     ConfigError,
     NonNegative,
@@ -40,7 +40,7 @@ from vae_lightning.config import (
     out_of_memory,
 )
 from vae_lightning.data import MNISTDataModule
-from vae_lightning.files import as_yaml, read_json, whole, write_json
+from vae_lightning.files import as_yaml, read_json, remove_partial, whole, write_json
 from vae_lightning.history import History, format_terms
 from vae_lightning.likelihoods import remark
 from vae_lightning.model import ImageModel
@@ -49,7 +49,6 @@ from vae_lightning.runs import (
     count_parameters,
     describe_environment,
     held,
-    load_weights,
     reopen_run,
     start_run,
 )
@@ -114,17 +113,16 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     kept = [*([Progress(directory, history)] if keeps else []), *([best] if keeps and validates else [])]
     stop = StopRequest()
     trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history], stop)
-    model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
+    if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
+        model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         if trainer.is_global_zero:
             environment = describe_environment(model, trainer.strategy.root_device, data)
-            last = stack.enter_context(started(directory, config, resume, environment))
+            last = stack.enter_context(started(directory, config, resume, environment, model))
         else:
-            last = last_checkpoint(directory) if resume else None
-        if last:
-            load_weights(last[1]["state_dict"], model, last[0])
+            last = last_checkpoint(directory, model) if resume else None
         with mendable(trainer, data.batch_size):
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
         stop.stepping = False
@@ -144,18 +142,23 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
 
 @contextlib.contextmanager
 def started(
-    directory: Path, config: dict[str, Any], resume: bool, environment: dict[str, Any]
+    directory: Path, config: dict[str, Any], resume: bool, environment: dict[str, Any], model: ImageModel
 ) -> Iterator[tuple[Path, dict[str, Any]] | None]:
     """A run directory, made or to go on in, kept to this process: yields the checkpoint to go on from, if any.
 
-    Raises RunError where it holds another run, another process trains it, or its data are not what they were.
+    Raises RunError where it holds another run, another process trains it, or it cannot go on: before it is touched.
     """
     if not resume:
         start_run(directory, config)
     with held(directory):
         last = None
         if resume:
-            last = last_checkpoint(directory)
+            last = last_checkpoint(directory, model)
+            if last is None and (directory / "metrics.json").exists():
+                raise RunError(f"{directory}: is finished, and has no checkpoint to go on from")
+            epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"]["max_epochs"]
+            if limit not in (None, -1) and limit < epochs:
+                raise RunError(f"trainer.max_epochs={limit}: {directory} is in epoch {epochs} already")
             former = read_json(directory / "environment.json") if (directory / "environment.json").exists() else {}
             if former.get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
                 raise RunError(f"{directory}: was trained on other images than data.root={config['data']['root']} has")
@@ -163,7 +166,11 @@ def started(
             rewind(directory, last[1]["progress"] if last else None)
             log.info("going on %s", f"after step {last[1]['global_step']}" if last else "from the start")
             changed = {key: value for key, value in environment.items() if value != former.get(key)}
-            environment = (former or environment) | {"resumed": [*former.get("resumed", []), changed]}
+            sittings = former.get("resumed", [])
+            sittings = [*sittings, changed] if isinstance(sittings, list) else [changed]
+            environment = (former or environment) | {"resumed": sittings}
+        else:
+            remove_partial(directory)
         write_json(directory / "environment.json", environment)
         yield last
 
