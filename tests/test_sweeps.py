@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT
+from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
 
 from vae_lightning.sweeps import failures, note_failure, quoted, share_of_machine
@@ -98,10 +99,17 @@ def test_a_timeout_is_for_sweeps(command) -> None:
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_ray_launcher.ray_launcher", None)
-    refused = command("-m", "hydra/launcher=ray", *BRIEF)
-    assert refused.code == 2
-    assert refused.err == "hydra/launcher: ray is not installed; pip install -e '.[ray]' brings it\n"
+    for problem in ("Unknown plugin class : '{}'", "Error locating target '{}', see chained exception above."):
+        name = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+        error = RuntimeError(problem.format(name))
+
+        def missing(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(Plugins, "instantiate_launcher", missing)
+        refused = command("-m", "hydra/launcher=ray", *BRIEF)
+        assert refused.code == 2
+        assert refused.err == "hydra/launcher: ray is not installed; pip install -e '.[ray]' brings it\n"
 
 
 def test_gpus_are_dealt_round(monkeypatch) -> None:

@@ -49,6 +49,9 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
+        if missing_plugin(error):
+            print(one_line(error, config_name), file=sys.stderr)
+            raise SystemExit(2) from None
         if not out_of_memory(error):
             raise
         line = f"out of memory: {' '.join(str(error).split())[:200]}"
@@ -101,6 +104,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
+PLUGINS = {"joblib": "launchers", "submitit": "launchers", "ray": "ray"}  # and the extra that brings each
+
+
+def missing_plugin(error: Exception) -> str | None:
+    """The launcher that conf/hydra/launcher/ names and that is not installed, if that is what went wrong."""
+    plugin = re.search(rf"hydra_plugins\.hydra_({'|'.join(PLUGINS)})_launcher", str(error))
+    return plugin[1] if plugin and ("Unknown plugin" in str(error) or "Error locating" in str(error)) else None
+
+
 def one_line(error: Exception, config_name: str) -> str:
     """The error in one line: the key, what was given, what is allowed, the nearest match."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
@@ -111,10 +123,8 @@ def one_line(error: Exception, config_name: str) -> str:
     unknown = re.match(r"Could not override '([^']+)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         return unknown_key(unknown[1], config_name)
-    plugin = re.search(r"hydra_plugins\.hydra_(\w+?)_launcher", str(error))
-    if plugin and "Error locating target" in str(error):
-        extra = "ray" if plugin[1] == "ray" else "launchers"
-        return f"hydra/launcher: {plugin[1]} is not installed; pip install -e '.[{extra}]' brings it"
+    if plugin := missing_plugin(error):
+        return f"hydra/launcher: {plugin} is not installed; pip install -e '.[{PLUGINS[plugin]}]' brings it"
     if isinstance(error, OSError) and error.filename:
         where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
         what = f"{where[-1]}: cannot write" if where else "cannot read or write"
