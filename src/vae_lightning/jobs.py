@@ -72,9 +72,10 @@ def job(config_name: str) -> Iterator[Path]:
 
 def remove_lonely_log() -> None:
     """Remove the log of a job, and its directory, where there is nothing else in it."""
-    for handler in logging.root.handlers:
+    for handler in list(logging.root.handlers):
         if isinstance(handler, logging.FileHandler):
             handler.close()
+            logging.root.removeHandler(handler)  # a launcher may have something to say after its job
             file = Path(handler.baseFilename)
             if file.parent.is_dir() and [path.name for path in file.parent.iterdir()] == [file.name]:
                 file.unlink()
