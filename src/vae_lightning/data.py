@@ -100,7 +100,7 @@ class MNISTDataModule(LightningDataModule):
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the images' bytes as they are trained on and tested on."""
         images = {"train": self.train_images, "val": self.val_images, "test": self.test_images}
-        return {split: hashlib.sha256(x.numpy().tobytes()).hexdigest() for split, x in images.items()}
+        return {split: hashlib.sha256(x.contiguous().numpy().data).hexdigest() for split, x in images.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the numbers in it: they are about these pixels of this data set."""
