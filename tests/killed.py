@@ -53,14 +53,16 @@ def live(config: dict, directory: Path) -> int:
         os._exit(status)
 
 
-def wait_for_saves(file: Path, times: int, process: int) -> int:
-    """Wait until `file` was written so many times, or the process is at its end: how often it was."""
-    seen, saves = file.stat().st_mtime_ns if file.exists() else 0, 0
+def wait_for_saves(file: Path, times: int, process: int) -> tuple[int, float]:
+    """Wait until `file` was written so many times, or the process is at its end: how often, and seconds between two."""
+    seen, saves, last, pause = file.stat().st_mtime_ns if file.exists() else 0, 0, 0.0, 0.1
     while saves < times and not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
         now = file.stat().st_mtime_ns if file.exists() else 0
-        seen, saves = now, saves + (now != seen)
-    return saves
+        if now != seen:
+            pause = time.monotonic() - last if saves else 0.03
+            seen, saves, last = now, saves + 1, time.monotonic()
+    return saves, pause
 
 
 def main() -> None:
@@ -71,8 +73,8 @@ def main() -> None:
     os.waitpid(live(config, directory.with_name("whole")), 0)
     for _ in range(kills):
         process = live(config, directory)
-        saves = wait_for_saves(directory / "checkpoints" / "last.ckpt", moments.randint(0, 2), process)
-        time.sleep(moments.uniform(0, 0.2))
+        saves, pause = wait_for_saves(directory / "checkpoints" / "last.ckpt", moments.randint(0, 2), process)
+        time.sleep(moments.uniform(0, 1.5) * pause)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         found = last_checkpoint(directory, build(config["model"], ImageModel, "model"))
