@@ -62,4 +62,4 @@ tensorboard: $(STAMP)  ## look at all runs
 	@$(BIN)/tensorboard --logdir outputs
 
 clean:  ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache src/*.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -20,6 +20,7 @@ FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
+    database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
