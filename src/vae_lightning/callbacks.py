@@ -69,10 +69,8 @@ class NonFiniteGuard(Callback):
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
 
     def _stop(self, trainer: Trainer, what: str) -> NoReturn:
-        checkpoint = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise TrainingError(
-            f"{what} (epoch {trainer.current_epoch + 1}); {kept}. "
+            f"{what} (epoch {trainer.current_epoch + 1}); {last_good(trainer)}. "
             "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
         )
 
@@ -109,7 +107,10 @@ class SkipNonFinite(Callback):
         self.in_a_row += 1
         log.warning("the gradient of step %d is not finite; its update is left out", trainer.global_step + 1)
         if self.in_a_row == self.IN_A_ROW:
-            raise TrainingError(f"{self.IN_A_ROW} updates in a row were not finite, the last at {place(trainer)}")
+            raise TrainingError(
+                f"{self.IN_A_ROW} updates in a row were not finite, the last at step {trainer.global_step + 1} "
+                f"(epoch {trainer.current_epoch + 1}); {last_good(trainer)}"
+            )
         for parameter in module.parameters():
             parameter.grad = None  # the optimizer passes over what has no gradient
 
@@ -118,11 +119,10 @@ class SkipNonFinite(Callback):
         self.skipped = 0
 
 
-def place(trainer: Trainer) -> str:
-    """Where training is, and what is kept of it."""
+def last_good(trainer: Trainer) -> str:
+    """What is kept of a run that cannot go on, in words."""
     checkpoint = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-    return f"step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1}); {kept}"
+    return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
 
 class Health(Callback):
