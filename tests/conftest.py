@@ -52,17 +52,19 @@ def _clean_slate() -> Iterator[None]:
     logging.root.handlers[:] = handlers  # Hydra's write to this test's streams and run directory
 
 
+def composed(*overrides: str) -> dict[str, Any]:
+    """What `train.py` would hand to `train` for these overrides, on this repository's MNIST and the CPU."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        whole = compose("train", [f"data.root={DATA}", "trainer.accelerator=cpu", *overrides], True)
+    HydraConfig.instance().set_config(whole)
+    with open_dict(whole):
+        del whole["hydra"]
+    return run_config(plain(whole))
+
+
 @pytest.fixture
 def config() -> Callable[..., dict[str, Any]]:
     """`config("model.latent_dim=2", ...)`: what train.py would hand to `train`."""
-
-    def composed(*overrides: str) -> dict[str, Any]:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            whole = compose("train", [f"data.root={DATA}", "trainer.accelerator=cpu", *overrides], True)
-        HydraConfig.instance().set_config(whole)
-        with open_dict(whole):
-            del whole["hydra"]
-        return run_config(plain(whole))
 
     return composed
 

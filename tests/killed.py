@@ -14,28 +14,14 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from conftest import DATA, composed
 
 from vae_lightning.checkpoints import last_checkpoint
-from vae_lightning.cli import plain
 from vae_lightning.config import build
 from vae_lightning.data import load_images
 from vae_lightning.model import ImageModel
-from vae_lightning.resuming import is_finished, run_config
+from vae_lightning.resuming import is_finished
 from vae_lightning.training import train
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def configuration(overrides: list[str]) -> dict:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        whole = compose("train", [f"data.root={ROOT / 'data'}", "trainer.accelerator=cpu", *overrides], True)
-    HydraConfig.instance().set_config(whole)
-    with open_dict(whole):
-        del whole["hydra"]
-    return run_config(plain(whole))
 
 
 def live(config: dict, directory: Path) -> int:
@@ -67,9 +53,9 @@ def wait_for_saves(file: Path, times: int, process: int) -> tuple[int, float]:
 
 def main() -> None:
     directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    config = configuration(sys.argv[4:])
+    config = composed(*sys.argv[4:])
     moments = random.Random(seed)
-    load_images("MNIST", (ROOT / "data").resolve())  # for all lives
+    load_images("MNIST", DATA.resolve())  # for all lives
     os.waitpid(live(config, directory.with_name("whole")), 0)
     for _ in range(kills):
         process = live(config, directory)

@@ -55,6 +55,7 @@ class History(Logger):
             self._write()
             log.info("%s", epoch_line(self.rows[-1], self.epochs))
 
+    @rank_zero_only
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))  # not every epoch need have validation
         with whole(self.path) as partial, partial.open("w", newline="") as file:
