@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from vae_lightning import metrics
 from vae_lightning.metrics import EpochMeans
 
 
@@ -45,6 +46,22 @@ def test_first_not_finite_names_the_term_and_the_update(bad: float) -> None:
     means.update({"loss": wrong, "kl": wrong, "reconstruction": good})
     means.update({"loss": good, "kl": good, "reconstruction": good})
     assert means.first_not_finite() == ("kl", 2)
+
+
+def test_more_updates_than_there_is_room_for(monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS", 4)
+    values = torch.rand(30)
+    means, restored = EpochMeans(), EpochMeans()
+    for n, value in enumerate(values):
+        means.update({"loss": value[None]})
+        if n == 17:
+            restored.restore(means.saved(lambda sums: sums), 0, torch.device("cpu"))
+        elif n > 17:
+            restored.update({"loss": value[None]})
+    assert means.compute()["loss"].item() == pytest.approx(values.double().mean().item(), rel=1e-12)
+    assert restored.compute()["loss"].item() == means.compute()["loss"].item()  # to the bit
+    assert means.reset() is None
+    assert means.saved(lambda sums: sums) == {}
 
 
 def test_gradients_are_not_kept() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from test_training import events
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vae_lightning.callbacks import NonFiniteGuard
+from vae_lightning.stepping import quick_step
 from vae_lightning.training import train
 from vae_lightning.vae import VAE
 
@@ -82,7 +84,8 @@ def differences(a, b, where: str = "") -> list[str]:
         ["data.pixels=dynamic", "model.objective.warmup_epochs=1.5", "model/schedule=steps"],
         ["trainer.val_check_interval=7", "trainer.gradient_clip_val=0.1"],
         ["trainer.max_steps=31", "model.objective.warmup_epochs=3", "model/prior=vamp", "model.prior.pseudo_inputs=4"],
-        ["trainer.precision=bf16-mixed"],
+        ["trainer.precision=bf16-mixed", "model.weight_decay=0.01"],
+        ["model/likelihood=gaussian"],  # with a parameter that has no gradient
         ["model._target_=test_stepping.OfBatchAlone"],
     ],
 )
@@ -99,6 +102,30 @@ def test_steps_together_are_the_same_to_the_bit(config, tmp_path: Path, guarded:
     assert differences(alone, many) == []
     assert alone["global_step"] == counts[0] in (46, 31)
     assert counts[1] < 10  # Lightning's hooks ran a few times, and not at each step
+
+
+def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
+    weights = torch.nn.Parameter(torch.ones(3))
+
+    def quick(optimizer: torch.optim.Optimizer) -> bool:
+        weights.grad = torch.ones(3)
+        optimizer.step()
+        return quick_step(optimizer) != optimizer.step
+
+    assert quick(torch.optim.Adam([weights], fused=True))
+    assert quick_step(unused := torch.optim.Adam([weights], fused=True)) == unused.step  # its state comes with a step
+    assert not quick(torch.optim.Adam([weights]))
+    assert not quick(torch.optim.Adam([weights], fused=True, amsgrad=True))
+    assert not quick(torch.optim.AdamW([weights], fused=True))
+    assert not quick(torch.optim.SGD([weights]))
+    heard = torch.optim.Adam([weights], fused=True)
+    steps = []
+    heard.register_step_post_hook(lambda *_: steps.append(1))
+    assert not quick(heard)
+    assert steps == [1]
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert not quick(torch.optim.Adam([weights], fused=True))
+    handle.remove()
 
 
 def test_lightning_sees_the_steps_that_it_logs_and_the_last_of_each_epoch(config, tmp_path, guarded) -> None:

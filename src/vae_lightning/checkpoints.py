@@ -30,6 +30,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from vae_lightning.files import remove_partial, whole
 from vae_lightning.history import History
+from vae_lightning.metrics import EpochMeans
 from vae_lightning.model import ImageModel
 from vae_lightning.runs import RunError, load_checkpoint, load_weights
 
@@ -199,6 +200,8 @@ def check_content(content: dict[str, Any], model: ImageModel, file: Path) -> Non
         epochs_begun(content)
         for key in ("directory", "means", "logged", "should_stop"):
             progress[key]
+        for saved in progress["means"].values():
+            EpochMeans().restore(saved, 0, torch.device("cpu"))
         for key in ("rows", "row", "seconds"):
             progress["history"][key]
         for key in ("callbacks", "lr_schedulers"):

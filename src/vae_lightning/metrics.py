@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-STATES = ("total", "count", "finite_updates")
+ROWS = 1_024  # of `sums`, to begin with
 
 
 class EpochMeans(Metric):
     """The mean over all images seen since `reset` of each term in a dictionary of `[batch]` tensors.
 
-    Sums stay on the device in float64 (float32 on MPS, which has no other), so an update costs microseconds and no
-    synchronization; across processes the sums and counts are added before dividing, so uneven batches weigh right.
+    The sums of each batch are a row of `sums`, on the device and in float64 (float32 on MPS, which has no other), so an
+    update costs microseconds and no synchronization, and which one went wrong can be found later. Across processes the
+    sums and counts are added before dividing, so uneven batches weigh right.
     """
 
     full_state_update = False
-    total: Tensor
+    sums: Tensor  # [updates and room for more, terms]
     count: Tensor
-    finite_updates: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,20 +31,21 @@ class EpochMeans(Metric):
         self.leave_out_non_finite = False
 
     def update(self, terms: dict[str, Tensor]) -> None:
-        values = torch.stack([value.detach() for value in terms.values()])  # [terms, batch]
+        values = torch.stack(list(terms.values()))  # [terms, batch]; torchmetrics has switched gradients off
         if not self.terms:
             self._start(tuple(terms), values.device)
         if self.leave_out_non_finite and not values.isfinite().all():
-            return
-        self.total += values.sum(dim=-1, dtype=self.total.dtype)
-        self.count += values.shape[-1]
-        # A sum that was once NaN or infinite never becomes finite again: this counts the updates before that.
-        self.finite_updates += self.total.isfinite()
+            values = values[:, :0]
+        if self.updates == len(self.sums):
+            self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)])
+        torch.sum(values, dim=-1, dtype=self.sums.dtype, out=self.sums[self.updates])
+        self.count.add_(values.shape[-1])
         self.updates += 1
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each term, in nats per image: 0-dimensional tensors."""
-        return dict(zip(self.terms, self.total / self.count, strict=True))
+        # Of the rows in use: with the room for more, the order of adding up would depend on how much there is.
+        return dict(zip(self.terms, self.sums[: self.updates].sum(dim=0) / self.count, strict=True))
 
     def reset(self) -> None:
         super().reset()
@@ -52,33 +53,35 @@ class EpochMeans(Metric):
 
     def saved(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The sums so far of every process, which `gather` puts on top of each other, for a checkpoint."""
-        if not self.terms:
+        if not self.updates:
             return {}
-        sums = {name: gather(getattr(self, name)).cpu() for name in STATES}
-        return {"terms": list(self.terms), "updates": self.updates} | sums
+        sums, count = gather(self.sums[: self.updates]).cpu(), gather(self.count).cpu()
+        return {"terms": list(self.terms), "updates": self.updates, "sums": sums, "count": count}
 
     def restore(self, saved: dict[str, Any], rank: int, device: torch.device) -> None:
         """Go on from the sums that a checkpoint has of process `rank`."""
         if not saved:
             return
         self._start(tuple(saved["terms"]), device)
-        for name in STATES:
-            state = getattr(self, name)
-            state.copy_(saved[name].reshape(-1, *state.shape)[rank])
         self.updates = saved["updates"]
+        sums = saved["sums"].reshape(-1, self.updates, len(self.terms))[rank]
+        self.sums = torch.cat([sums.to(self.sums), torch.zeros_like(self.sums)])
+        self.count.copy_(saved["count"].reshape(-1)[rank])
 
     def first_not_finite(self) -> tuple[str, int] | None:
         """The term that first became NaN or infinite, and at which update (from 0); None while all are finite."""
-        if not self.updates or bool((self.finite_updates == self.updates).all()):
+        if not self.updates:
             return None
+        finite = self.sums[: self.updates].isfinite()
+        if finite.all():
+            return None
+        first = int(finite.all(dim=1).int().argmin())
+        bad = [term for term, is_finite in zip(self.terms, finite[first].tolist(), strict=True) if not is_finite]
         # "loss" and "elbo" contain the other terms: of those that went bad together, name the one at the bottom.
-        first = int(self.finite_updates.min())
-        bad = [t for t, n in zip(self.terms, self.finite_updates.tolist(), strict=True) if n == first]
         return next((t for t in bad if t not in ("loss", "elbo")), bad[0]), first
 
     def _start(self, terms: tuple[str, ...], device: torch.device) -> None:
         self.terms = terms
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.add_state("total", torch.zeros(len(terms), dtype=dtype, device=device), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(ROWS, len(terms), dtype=dtype, device=device), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=dtype, device=device), dist_reduce_fx="sum")
-        self.add_state("finite_updates", torch.zeros(len(terms), dtype=torch.long, device=device), dist_reduce_fx="min")

@@ -17,6 +17,11 @@ class DiagonalGaussian(td.Independent[td.Normal]):
         normal = td.Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
         super().__init__(normal, reinterpreted_batch_ndims=1, validate_args=False)
 
+    @property
+    def stddev(self) -> Tensor:
+        stddev: Tensor = self.base_dist.stddev  # td.Independent would take the root of its square
+        return stddev
+
     def detach(self) -> DiagonalGaussian:
         """The same distribution, with no gradient to its parameters."""
         return DiagonalGaussian(self.mean.detach(), self.log_variance.detach())
