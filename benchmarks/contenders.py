@@ -5,6 +5,7 @@
     textbook_4  the same, with four worker processes
     plain       the best that one writes by hand: images in memory, index look-ups, fused Adam, no logging
     train.py    this project's own path, with all of it on: metrics, TensorBoard, history, health, checkpoints, pictures
+    graphs      the same with trainer.cuda_graphs=true, on a GPU
     jax         a whole epoch in one jitted scan, where jax is installed
     pythae      Pythae's trainer, where pythae is installed
     limit       the matrix products of the MLP and fused Adam, and nothing else
@@ -279,9 +280,13 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
     return config
 
 
-def train_py(system: str, batch: int, device: str) -> None:
+def train_py(system: str, batch: int, device: str, graphs: bool = False) -> None:
+    if graphs and device == "cpu":
+        raise SystemExit("there are none on the CPU")
+    config = train_config(system, batch, device, "contenders.Turns")
+    config["trainer"]["cuda_graphs"] = graphs
     with tempfile.TemporaryDirectory() as directory:
-        train(train_config(system, batch, device, "contenders.Turns"), Path(directory) / "run")
+        train(config, Path(directory) / "run")
 
 
 def finish(device: str) -> None:
@@ -301,6 +306,7 @@ CONTENDERS = {
     "textbook_4": partial(textbook, workers=4),
     "plain": plain,
     "train.py": train_py,
+    "graphs": partial(train_py, graphs=True),
     "jax": jax,
     "pythae": pythae,
     "limit": limit,

@@ -24,7 +24,7 @@ from vae_lightning.training import train
 GROUPS = {  # by the end of an operation's name; the first that fits
     "matrix products": ("::mm", "::addmm", "::bmm", "onvolution", "onvolution_backward", "mkldnn_convolution"),
     "Adam, all parameters in one kernel": ("_fused_adam_",),
-    "Adam, in Python": ("Adam.step", "Adam.zero_grad", "::_foreach_add_"),
+    "Adam, in Python": ("Adam.step", "::_foreach_add_"),
     "cross-entropy and its gradient": ("log_sigmoid_forward", "log_sigmoid_backward", "sigmoid", "::rsub"),
     "images by index, as floats": ("::index_select", "::index", "::copy_", "::_to_copy", "::to", "::div_"),
     "activations and their gradients": ("relu", "relu_", "relu_backward", "threshold_backward"),

@@ -173,6 +173,10 @@ class ImageModel(LightningModule, ABC):
         *samples, _, latent_dim = shape
         return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
 
+    def epochs_trained(self) -> float:
+        """How far training is, in epochs and fractions of one."""
+        return self.trainer.global_step / self.trainer.num_training_batches
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         terms = self.terms(batch[0])
         self.count("train", terms)

@@ -61,7 +61,8 @@ class Mixture(td.MixtureSameFamily):
     """
 
     def __init__(self, components: DiagonalGaussian) -> None:
-        even = td.Categorical(logits=torch.zeros(len(components.mean), device=components.mean.device))
+        logits = torch.zeros(len(components.mean), device=components.mean.device)
+        even = td.Categorical(logits=logits, validate_args=False)  # a GPU would be waited for to look at them
         super().__init__(even, components, validate_args=False)
         self.components = components
 

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "trainer.max_epochs",
     "trainer.checkpoint_every",
     "trainer.accelerator",
+    "trainer.cuda_graphs",
     "trainer.enable_progress_bar",
     "data.root",
     "test",

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,10 @@ from torch.optim import optimizer as optim
 from torch.optim.adam import adam
 
 from vae_lightning.callbacks import NonFiniteGuard
+from vae_lightning.capturing import Captured, NotCapturable, Step, key, state_of
 from vae_lightning.config import ConfigError
 from vae_lightning.data import DeviceBatches
+from vae_lightning.model import ImageModel
 from vae_lightning.stopping import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
@@ -73,11 +75,13 @@ class ManySteps(_TrainingEpochLoop):
 
     reason: str | None = None  # why each step is Lightning's
 
-    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest) -> None:
+    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest, graphs: bool) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
         self.last = last  # the checkpoint to write between two steps; None: there are to be none
         self.every = every
         self.stop = stop
+        self.graphs = graphs  # whether to make CUDA graphs of steps, until one cannot be
+        self.captured: tuple[Hashable, Captured] | None = None
         self.saved_step = 0
         self.saved_time = time.monotonic()
 
@@ -93,6 +97,8 @@ class ManySteps(_TrainingEpochLoop):
         before, self.reason = self.reason, watched(self.trainer)
         if self.reason and self.reason != before:
             log.info("steps run one at a time: %s", self.reason)
+        if self.graphs and (reason := self.reason or uncapturable(self.trainer)):
+            self._give_up_graphs(reason)
         self.stop.listen()
         self.stop.stepping = True
 
@@ -139,15 +145,10 @@ class ManySteps(_TrainingEpochLoop):
         takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1  # training_step(batch) or (batch, batch_idx)
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         optimizer_step = quick_step(optimizer)
-        module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
-        for _ in range(self._steps_until_watched()):
-            if self.stop.name and trainer.world_size == 1:  # several processes agree on it between two stretches
-                break
-            batch, _, _ = next(data_fetcher)
-            batch = trainer.precision_plugin.convert_input(batch)
-            trainer._logger_connector.on_batch_start(batch)
-            output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
-            loss = output["loss"] if isinstance(output, dict) else output
+        capturable = self.graphs and optimizer_step != optimizer.step
+        captured: Captured | None = None
+
+        def update(loss: Tensor | None) -> None:
             for parameter in parameters:  # optimizer.zero_grad(), without its bookkeeping
                 parameter.grad = None
             if loss is not None:  # None is a model's way to leave a batch out
@@ -155,11 +156,53 @@ class ManySteps(_TrainingEpochLoop):
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
             optimizer_step()
+
+        def whole_step(x: Tensor) -> dict[str, Tensor]:  # training_step and update, less what Python counts
+            with trainer.precision_plugin.train_step_context():
+                terms = module.terms(x)
+                loss = module.batch_mean(terms["loss"])
+            update(loss)
+            return {name: values.detach() for name, values in terms.items()}
+
+        module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
+        for _ in range(self._steps_until_watched()):
+            if self.stop.name and trainer.world_size == 1:  # several processes agree on it between two stretches
+                break
+            batch, _, _ = next(data_fetcher)
+            batch = trainer.precision_plugin.convert_input(batch)
+            trainer._logger_connector.on_batch_start(batch)
+            if capturable and captured is None:
+                captured = self._captured(whole_step, batch[0])
+                capturable = captured is not None
+            if captured:
+                module.count("train", captured(batch[0]))
+            else:
+                output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
+                update(output["loss"] if isinstance(output, dict) else output)
             self.batch_progress.increment_by(1)
             progress.step.increment_by(1)
             progress.zero_grad.increment_by(1)
             self._batches_that_stepped += 1
         module._current_fx_name = None
+
+    def _captured(self, step: Step, x: Tensor) -> Captured | None:
+        """A whole step as a CUDA graph, the last one if it is still good; None where there cannot be one."""
+        trainer: Any = self.trainer
+        module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+        state = state_of(module, optimizer)
+        now = key(x, state, optimizer)
+        if self.captured is None or self.captured[0] != now:
+            self.captured = None  # its memory is free for the next
+            try:
+                self.captured = now, Captured(step, x, state, module)
+            except NotCapturable as error:
+                self._give_up_graphs(error)
+                return None
+        return self.captured[1]
+
+    def _give_up_graphs(self, reason: object) -> None:
+        log.warning("trainer.cuda_graphs: kernels are launched one by one: %s", reason)
+        self.graphs = False
 
     def _steps_until_watched(self) -> int:
         """How many steps there are before the next one that is logged, ends the epoch or training, or is validated."""
@@ -205,6 +248,18 @@ def watched(trainer: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def uncapturable(trainer: Any) -> str | None:
+    """Why a trainer's steps cannot be CUDA graphs, as far as one can tell beforehand; None if they may be."""
+    module, device = trainer.lightning_module, trainer.strategy.root_device
+    reasons = {
+        f"trainer.strategy={type(trainer.strategy).__name__}": type(trainer.strategy) is not SingleDeviceStrategy,
+        f"{type(module).__name__} has a training_step of its own": overrides(module, ImageModel, "training_step"),
+        "the optimizer is not a fused Adam": not is_fused_adam(trainer.optimizers[0]),
+        f"there are none on {device.type}": device.type != "cuda",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def listens(callback: Callback) -> bool:
     """Whether a callback acts at each step: NaNs are looked for, and a bar is moved, after any number of them."""
     if isinstance(callback, NonFiniteGuard | ProgressBar):
@@ -228,12 +283,12 @@ def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     kernel does on the weights of a small model. Here they are gathered once, which is good for as long as nobody
     changes the optimizer's state or settings: between two steps that are watched.
     """
-    if type(optimizer) is not Adam or hooked(optimizer):
+    if not is_fused_adam(optimizer):
         return optimizer.step
     gathered: list[tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]] = []
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
-        if not group["fused"] or group["amsgrad"] or not all(p in optimizer.state for p in parameters):
+        if not all(parameter in optimizer.state for parameter in parameters):  # before its first step
             return optimizer.step
         state = {name: [optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")}
         settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
@@ -252,10 +307,16 @@ def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     return step
 
 
-def hooked(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody wants to hear of an optimizer's steps."""
-    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return any((*own, optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks))
+def is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is Adam in one kernel, and nobody wants to hear of its steps."""
+    listening = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        optim._global_optimizer_pre_hooks,
+        optim._global_optimizer_post_hooks,
+    )
+    fused = all(group.get("fused") and not group["amsgrad"] for group in optimizer.param_groups)
+    return type(optimizer) is Adam and fused and not any(listening)
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -244,7 +244,8 @@ def make_trainer(
     options = dict(options)
     own = options.pop("callbacks", None) or []
     every = Every.parse(options.pop("checkpoint_every", None))
-    check_arguments(trainer_additions, {"on_nan": (on_nan := options.pop("on_nan", "stop"))}, "trainer")
+    additions = {"on_nan": options.pop("on_nan", "stop"), "cuda_graphs": options.pop("cuda_graphs", False)}
+    check_arguments(trainer_additions, additions, "trainer")
     check_arguments(Trainer, options, "trainer")
     check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
@@ -254,7 +255,7 @@ def make_trainer(
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
     if options["enable_model_summary"] is not False:
         callbacks = [*callbacks, ModelSummary(max_depth=-1)]
-    if on_nan == "skip":
+    if additions["on_nan"] == "skip":
         callbacks = [SkipNonFinite(), *callbacks]
     options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
@@ -269,7 +270,7 @@ def make_trainer(
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     keeps = any(isinstance(callback, Progress) for callback in callbacks)
     last = directory / "checkpoints" / "last.ckpt" if keeps else None
-    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop)
+    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop, additions["cuda_graphs"])
     return trainer
 
 
@@ -281,7 +282,7 @@ def trainer_limits(
     """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
 
 
-def trainer_additions(on_nan: Literal["stop", "skip"]) -> None:
+def trainer_additions(on_nan: Literal["stop", "skip"], cuda_graphs: bool) -> None:
     """What conf/trainer has beside Lightning's arguments, checked here; checkpoint_every is in `Every.parse`."""
 
 

@@ -127,7 +127,7 @@ class VAE(ImageModel):
         """What the objective makes of a batch; in training it is told how far training is, for warm-up."""
         if not self.training:
             return self.objective(self, x)
-        return self.objective(self, x, epoch=self.trainer.global_step / self.trainer.num_training_batches)
+        return self.objective(self, x, epoch=self.epochs_trained())
 
     def on_fit_start(self) -> None:
         """Let prior and decoder look at the training images, before the first step of a fresh run."""
