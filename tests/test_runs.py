@@ -1,3 +1,4 @@
+import gc
 import re
 import sys
 from pathlib import Path
@@ -223,3 +224,8 @@ def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so
             call()
     with pytest.raises(ShapeError, match="NaN or infinite"):
         vae.decode([float("nan"), 0, 0])
+
+
+def test_garbage_is_looked_for_again_after_the_imports() -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count()
