@@ -43,14 +43,16 @@ from vae_lightning.resuming import run_config
 from vae_lightning.training import steady_cpu, train
 
 ROOT = Path(__file__).resolve().parents[1]
-SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20)}
+SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20), "tiny_20": ("mlp", 20)}
+TINY = [8, 8]  # hidden layers of tiny_20: next to no arithmetic, and all that is around it
 Epoch = Callable[[], object]  # trains for one epoch
 
 
 def networks(system: str) -> Backbone:
     """784-400-400-2d / d-400-400-784, or two convolutions, 32 and 64, with a hidden layer of 256."""
     backbone, latent_dim = SYSTEMS[system]
-    return (MLP if backbone == "mlp" else Conv)(latent_dim=latent_dim, encoder_outputs=2 * latent_dim)
+    hidden: dict[str, Any] = {"hidden": TINY} if system == "tiny_20" else {}
+    return (MLP if backbone == "mlp" else Conv)(latent_dim=latent_dim, encoder_outputs=2 * latent_dim, **hidden)
 
 
 class PlainVAE(nn.Module):
@@ -267,6 +269,7 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
     """What `python train.py …` would train, on all 60,000 images, with one callback more."""
     backbone, latent_dim = SYSTEMS[system]
     overrides = [f"model/backbone={backbone}", f"model.latent_dim={latent_dim}", f"data.batch_size={batch}"]
+    overrides += [f"model.backbone.hidden={TINY}"] if system == "tiny_20" else []
     overrides += ["data.val_size=0", "trainer.max_epochs=1000", f"trainer.accelerator={device.replace('cuda', 'gpu')}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("train", overrides, return_hydra_config=True)
