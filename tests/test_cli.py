@@ -26,6 +26,7 @@ REFUSED = [
     ("trainer.max_epochs=-7", ["max_epochs", "-7"]),
     ("trainer.strategy=dpp", ["strategy='dpp'"]),
     ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
+    ("trainer.callbacks=[true]", ["trainer.callbacks.0=True", "_target_: class"]),
     ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
     ("model.beta=-1", ["model.beta=-1", "greater than or equal to 0"]),
     ("model.backbone.hidden=[400,0]", ["model.backbone.hidden=[400, 0]", "greater than or equal to 1"]),

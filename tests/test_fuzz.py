@@ -94,9 +94,10 @@ def test_configurations_of_handed_runs(command, tmp_path: Path) -> None:
     assert command(*BRIEF, "trainer.accelerator=cpu", "hydra.run.dir=whole", "model.backbone.hidden=[8]").code == 0
     (tmp_path / "whole" / "metrics.json").unlink()
     saved = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    some = [key for key in keys(saved) if key != "trainer"]  # without its max_epochs a thousand would be trained
 
     @FUZZ
-    @given(st.dictionaries(st.sampled_from(keys(saved)), VALUES, min_size=1, max_size=2))
+    @given(st.dictionaries(st.sampled_from(some), VALUES, min_size=1, max_size=2))
     def fuzz(changes: dict[str, Any]) -> None:
         changed = copy.deepcopy(saved)
         for key, value in changes.items():

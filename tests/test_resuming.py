@@ -106,8 +106,11 @@ class Signal(Callback):
     [
         ["model/schedule=cosine", "data.pixels=dynamic", "trainer.checkpoint_every=3", "model/prior=vamp",
          "model.prior.pseudo_inputs=4", "model.objective.warmup_epochs=2", "trainer.val_check_interval=15"],
-        ["trainer=ema", "data.val_size=0", "trainer.accumulate_grad_batches=3", "trainer.checkpoint_every=4",
-         "trainer.gradient_clip_val=1", "model.data_bias=true", "trainer.max_epochs=9"],
+        pytest.param(
+            ["trainer=ema", "data.val_size=0", "trainer.accumulate_grad_batches=3", "trainer.checkpoint_every=4",
+             "trainer.gradient_clip_val=1", "model.data_bias=true", "trainer.max_epochs=9"],
+            marks=pytest.mark.proof,
+        ),
     ],
     ids=["vamp", "ema"],
 )  # fmt: skip
@@ -234,6 +237,15 @@ def test_one_process_to_a_run(stopped: Path, command) -> None:
     assert refused.err == f"{stopped}: is being trained by another process\n"
 
 
+def test_a_handed_configuration_may_lack_what_lightning_has_a_default_for(config, tmp_path: Path) -> None:
+    handed = config(*SMALL, "trainer.max_steps=3")
+    for key in ("max_epochs", "devices", "num_nodes"):
+        del handed["trainer"][key]
+    assert train(handed, tmp_path / "run")["steps"] == 3
+    handed["trainer"]["max_steps"] = 5
+    assert train(handed, tmp_path / "run", resume=True)["steps"] == 5
+
+
 def test_a_run_may_be_made_longer(config, command, tmp_path: Path) -> None:
     assert command(*SMALL, "hydra.run.dir=whole", "trainer.max_epochs=5").code == 0
     assert command(*SMALL, "hydra.run.dir=run").code == 0
@@ -317,7 +329,7 @@ def test_a_clock_that_was_set_back(stopped: Path, command) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
 
 
-@pytest.mark.parametrize("limit", [200_000, 20_000])
+@pytest.mark.parametrize("limit", [pytest.param(200_000, marks=pytest.mark.proof), 20_000])
 def test_a_full_disk_costs_a_line_and_no_checkpoint(tmp_path: Path, limit: int) -> None:
     """Files may not grow beyond `limit` bytes: checkpoints cannot be written, or hardly anything."""
     words = [*SMALL, f"++data.root={ROOT / 'data'}", f"hydra.run.dir={tmp_path / 'run'}", "trainer.accelerator=cpu"]

@@ -78,6 +78,8 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
     `kind` is the class it must be or inherit from, so that a configuration can name models and never, say, `os.system`.
     Raises ConfigError, naming the key under `path`, for whatever does not fit.
     """
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"{path}={spec}: should be {{_target_: class, argument: value}}, of a {kind.__name__}")
     if "_target_" not in spec:
         raise ConfigError(f"{path}._target_: missing; it names the class to build, a {kind.__name__}")
     target = _locate(spec["_target_"], kind, f"{path}._target_")

@@ -29,6 +29,7 @@ from vae_lightning.resuming import Assignment, assign, find_run, run_config
 from vae_lightning.stepping import Every
 from vae_lightning.stopping import Interrupted
 from vae_lightning.sweeps import note_failure, quoted, share_of_machine, train_apart
+from vae_lightning.training import TRAINER_DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def runs_apart(run: Assignment, timeout: str | None) -> bool:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return False
-    trainer = run.config["trainer"]
+    trainer = TRAINER_DEFAULTS | run.config["trainer"]
     one = trainer["accelerator"] == "cpu" or torch.cuda.device_count() < 2  # where "auto" is not several
     many = trainer["devices"] not in ((1, "1", "auto") if one else (1, "1")) or trainer["num_nodes"] > 1
     side_by_side = hydra.runtime.choices.get("hydra/launcher") != "basic"
@@ -197,8 +198,7 @@ def train_job_apart(run: Assignment, timeout: str | None) -> None:
     hydra = HydraConfig.get()
     seconds = Every.parse(timeout, "timeout", steps=False).seconds
     launcher = str(hydra.runtime.choices.get("hydra/launcher"))
-    share = share_of_machine(
-        launcher, hydra.job.num, run.config["trainer"]["devices"], hydra.launcher.get("cpus_per_task")
-    )
+    devices = (TRAINER_DEFAULTS | run.config["trainer"])["devices"]
+    share = share_of_machine(launcher, hydra.job.num, devices, hydra.launcher.get("cpus_per_task"))
     train_apart(run, share, seconds)
     log.info("job %s: finished %s", hydra.job.num, run.directory)

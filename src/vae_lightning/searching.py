@@ -28,6 +28,7 @@ from vae_lightning.runs import RunError, held
 from vae_lightning.stepping import Every
 from vae_lightning.stopping import StopRequest
 from vae_lightning.sweeps import JobError, share_of_machine, train_apart
+from vae_lightning.training import TRAINER_DEFAULTS
 
 if TYPE_CHECKING:
     import optuna
@@ -158,7 +159,7 @@ def _run_trials(
                         trial, new = study.ask(), new - 1
                     slot = slots.pop(0)
                     values = suggest(trial, options["space"])
-                    share = _share(slot, options["jobs"], config["trainer"]["devices"])
+                    share = _share(slot, options["jobs"], (TRAINER_DEFAULTS | config["trainer"])["devices"])
                     run = _assignment(config, values, directory / "trials" / str(trial.number))
                     running[pool.submit(_run_trial, study, trial, run, share, timeout, stopping)] = slot
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)

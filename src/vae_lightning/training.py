@@ -156,7 +156,7 @@ def started(
             last = last_checkpoint(directory, model)
             if last is None and (directory / "metrics.json").exists():
                 raise RunError(f"{directory}: is finished, and has no checkpoint to go on from")
-            epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"]["max_epochs"]
+            epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"].get("max_epochs")
             if limit not in (None, -1) and limit < epochs:
                 raise RunError(f"trainer.max_epochs={limit}: {directory} is in epoch {epochs} already")
             former = read_json(directory / "environment.json") if (directory / "environment.json").exists() else {}
@@ -258,7 +258,7 @@ def make_trainer(
     if additions["on_nan"] == "skip":
         callbacks = [SkipNonFinite(), *callbacks]
     options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
-    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(own)]
+    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(own))]
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         options["enable_checkpointing"] = False  # or Lightning would add one of its own
     try:
