@@ -60,7 +60,7 @@ class EpochMeans(Metric):
 
     def restore(self, saved: dict[str, Any], rank: int, device: torch.device) -> None:
         """Go on from the sums that a checkpoint has of process `rank`."""
-        if not saved:
+        if not saved or not saved["updates"]:
             return
         self._start(tuple(saved["terms"]), device)
         self.updates = saved["updates"]
