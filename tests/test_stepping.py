@@ -118,6 +118,15 @@ def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
     assert not quick(torch.optim.Adam([weights], fused=True, amsgrad=True))
     assert not quick(torch.optim.AdamW([weights], fused=True))
     assert not quick(torch.optim.SGD([weights]))
+    found = []
+    for quickly in (False, True):  # the settings of Adam that a model of one's own may have
+        own = torch.nn.Parameter(torch.ones(3))
+        decayed = torch.optim.Adam([own], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, fused=True)
+        for n in range(4):
+            own.grad = torch.full((3,), float(n))
+            (quick_step(decayed) if quickly else decayed.step)()
+        found.append(own.detach())
+    assert torch.equal(*found)
     heard = torch.optim.Adam([weights], fused=True)
     steps = []
     heard.register_step_post_hook(lambda *_: steps.append(1))

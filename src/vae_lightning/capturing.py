@@ -4,9 +4,9 @@ On a GPU the steps of a small model take as long as it takes Python to launch th
 of one step, taken down once and from then on launched together, in the memory of that first time: images are copied to
 where they lay then, and the step's terms are found where it left them.
 
-What Python decided while the step was taken down stays decided. So a new learning rate needs a new graph (`key`), a
-loss that changes with the epoch has none, and before its first use the replays of a few steps are compared with the
-same steps taken one by one.
+What Python decided while the step was taken down stays decided. So each epoch has a graph of its own, as has a new
+learning rate (`key`); a loss that asks `epochs_trained` has none, and one that changes with `global_step` must ask so;
+and before its first use the replays of a few steps are compared with the same steps taken one by one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Captured:
                 self.terms, self.replay = record(lambda: step(self.x), stream)
             restore()
             found = [kept(self(x)) for _ in range(TRIAL_STEPS)]
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # a loss, or CUDA, may refuse in any way
             raise NotCapturable(" ".join(str(error).split())[:200]) from error
         finally:
             restore()
@@ -81,7 +81,8 @@ def record(call: Callable[[], dict[str, Tensor]], stream: Any) -> tuple[dict[str
 
 def key(x: Tensor, state: list[Tensor], optimizer: torch.optim.Optimizer) -> Hashable:
     """What must be as it was for a graph to be of use: shapes, settings of the optimizer, places in memory."""
-    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    values = [[value for name, value in group.items() if name != "params"] for group in optimizer.param_groups]
+    settings = [[v.item() if isinstance(v, Tensor) else v for v in of_group] for of_group in values]
     return x.shape, x.dtype, repr(settings), tuple(tensor.data_ptr() for tensor in state)
 
 

@@ -97,7 +97,7 @@ class Progress(Callback):
             return
         assert isinstance(module, ImageModel)
         for split, saved in progress["means"].items():
-            module.means[split].restore(saved, trainer.global_rank, module.device)
+            module.means[split].restore(saved, trainer.global_rank, trainer.strategy.root_device)
         self.history.restore(progress["history"])
         trainer.should_stop = progress["should_stop"]  # by EarlyStopping, say: then nothing is left but the test
         self.random, self.logged, self.loaded = progress["random"], progress["logged"], True

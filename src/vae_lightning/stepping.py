@@ -190,7 +190,7 @@ class ManySteps(_TrainingEpochLoop):
         trainer: Any = self.trainer
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         state = state_of(module, optimizer)
-        now = key(x, state, optimizer)
+        now = trainer.current_epoch, key(x, state, optimizer)  # callbacks may change a model between two epochs
         if self.captured is None or self.captured[0] != now:
             self.captured = None  # its memory is free for the next
             try:
@@ -291,7 +291,8 @@ def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
         if not all(parameter in optimizer.state for parameter in parameters):  # before its first step
             return optimizer.step
         state = {name: [optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")}
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
+        names = ("lr", "weight_decay", "decoupled_weight_decay", "eps", "amsgrad", "maximize", "fused")
+        settings = {name: group[name] for name in names}
         settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
         gathered.append((parameters, (state["exp_avg"], state["exp_avg_sq"], [], state["step"]), settings))
 
