@@ -6,8 +6,8 @@
 See conf/evaluate.yaml for the options and docs/numbers.md for what the numbers mean.
 """
 
-from vae_lightning.cli import command_line, one_line_errors
-from vae_lightning.evaluation import evaluate_run
+from vae_lightning.analysis.evaluation import evaluate_run
+from vae_lightning.launch.cli import command_line, one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors("evaluate"):

@@ -5,8 +5,8 @@ python explore.py run=outputs/…                # then open http://127.0.0.1:80
 python explore.py run=outputs/… port=8080
 """
 
-from vae_lightning.cli import command_line, one_line_errors
-from vae_lightning.explorer import explore_run
+from vae_lightning.analysis.explorer import explore_run
+from vae_lightning.launch.cli import command_line, one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors("explore"):

@@ -4,9 +4,9 @@ pip install -e '.[export]'
 python export.py run=outputs/…
 """
 
-from vae_lightning.cli import command_line, one_line_errors
+from vae_lightning.analysis.exporting import export_run
 from vae_lightning.config import check_arguments
-from vae_lightning.exporting import export_run
+from vae_lightning.launch.cli import command_line, one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors("export"):

@@ -13,8 +13,8 @@
 See conf/generate.yaml for the options.
 """
 
-from vae_lightning.cli import command_line, one_line_errors
-from vae_lightning.generation import generate_run
+from vae_lightning.analysis.generation import generate_run
+from vae_lightning.launch.cli import command_line, one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors("generate"):

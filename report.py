@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from vae_lightning.cli import one_line_errors
-from vae_lightning.reports import report
+from vae_lightning.analysis.reports import report
+from vae_lightning.launch.cli import one_line_errors
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,11 +16,11 @@ Exit status: 0 done, 1 a bug, 2 something to mend, 75 stopped by a signal and wa
 import hydra
 from omegaconf import DictConfig
 
-from vae_lightning.cli import one_line_errors, plain, print_once
-from vae_lightning.jobs import assigned, job, resumable, runs_apart, train_job_apart
-from vae_lightning.resuming import run_config
-from vae_lightning.searching import search
-from vae_lightning.training import train
+from vae_lightning.launch.cli import one_line_errors, plain, print_once
+from vae_lightning.launch.jobs import assigned, job, resumable, runs_apart, train_job_apart
+from vae_lightning.launch.search import search
+from vae_lightning.runs.resume import run_config
+from vae_lightning.training.train import train
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

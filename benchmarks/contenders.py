@@ -5,7 +5,6 @@
     textbook_4  the same, with four worker processes
     plain       the best that one writes by hand: images in memory, index look-ups, fused Adam, no logging
     train.py    this project's own path, with all of it on: metrics, TensorBoard, history, health, checkpoints, pictures
-    graphs      the same with trainer.cuda_graphs=true, on a GPU
     jax         a whole epoch in one jitted scan, where jax is installed
     pythae      Pythae's trainer, where pythae is installed
     limit       the matrix products of the MLP and fused Adam, and nothing else
@@ -36,11 +35,11 @@ from omegaconf import open_dict
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from vae_lightning.backbones import MLP, Backbone, Conv
-from vae_lightning.cli import plain as as_plain_values
-from vae_lightning.data import load_images
-from vae_lightning.resuming import run_config
-from vae_lightning.training import steady_cpu, train
+from vae_lightning.data.mnist import load_images
+from vae_lightning.launch.cli import plain as as_plain_values
+from vae_lightning.models.backbones import MLP, Backbone, Conv
+from vae_lightning.runs.resume import run_config
+from vae_lightning.training.train import steady_cpu, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20), "tiny_20": ("mlp", 20)}
@@ -283,11 +282,8 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
     return config
 
 
-def train_py(system: str, batch: int, device: str, graphs: bool = False) -> None:
-    if graphs and device == "cpu":
-        raise SystemExit("there are none on the CPU")
+def train_py(system: str, batch: int, device: str) -> None:
     config = train_config(system, batch, device, "contenders.Turns")
-    config["trainer"]["cuda_graphs"] = graphs
     with tempfile.TemporaryDirectory() as directory:
         train(config, Path(directory) / "run")
 
@@ -309,7 +305,6 @@ CONTENDERS = {
     "textbook_4": partial(textbook, workers=4),
     "plain": plain,
     "train.py": train_py,
-    "graphs": partial(train_py, graphs=True),
     "jax": jax,
     "pythae": pythae,
     "limit": limit,

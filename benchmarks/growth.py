@@ -26,12 +26,13 @@ from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
 from vae_lightning import figures
+from vae_lightning.analysis.evaluation import importance_sampling, posteriors
 from vae_lightning.config import PositiveInt
-from vae_lightning.data import Labelled, MNISTDataModule
-from vae_lightning.evaluation import importance_sampling, posteriors
-from vae_lightning.runs import device_name
-from vae_lightning.training import steady_cpu, train
-from vae_lightning.vae import VAE
+from vae_lightning.data.mnist import MNISTDataModule
+from vae_lightning.data.module import Labelled
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.environment import device_name
+from vae_lightning.training.train import steady_cpu, train
 
 SIZES = {
     "batch_size": [10, 30, 100, 300, 1_000, 3_000, 10_000],
@@ -85,7 +86,7 @@ def point(size: str, value: int, device: str) -> None:
     """Train or evaluate with one size, and print lines of seconds and megabytes."""
     if size == "importance_samples":
         steady_cpu()
-        vae = VAE(latent_dim=20, backbone={"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}).eval()
+        vae = VAE(latent_dim=20, backbone={"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}).eval()
         images = torch.randint(256, (100, 1, 28, 28), dtype=torch.uint8, device=device)
         posterior = posteriors(vae.to(device), images)
         for _ in range(2):
@@ -102,7 +103,7 @@ def point(size: str, value: int, device: str) -> None:
     if size == "latent_dim":
         config["model"]["latent_dim"] = value
     if size == "iwae_samples":
-        config["model"]["objective"] = {"_target_": "vae_lightning.objectives.IWAE", "samples": value}
+        config["model"]["objective"] = {"_target_": "vae_lightning.models.objectives.IWAE", "samples": value}
     if size == "training_images":
         config["data"] |= {"_target_": "growth.Repeated", "images": value}
     if size == "epochs":

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from vae_lightning.training import train
+from vae_lightning.training.train import train
 
 GROUPS = {  # by the end of an operation's name; the first that fits
     "matrix products": ("::mm", "::addmm", "::bmm", "onvolution", "onvolution_backward", "mkldnn_convolution"),

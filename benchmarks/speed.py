@@ -32,10 +32,10 @@ from reproduce import write_between
 from tabulate import tabulate
 
 from vae_lightning import figures
-from vae_lightning.evaluation import importance_sampling, posteriors
-from vae_lightning.runs import device_name
-from vae_lightning.training import steady_cpu
-from vae_lightning.vae import VAE
+from vae_lightning.analysis.evaluation import importance_sampling, posteriors
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.environment import device_name
+from vae_lightning.training.train import steady_cpu
 
 EVERY_ROW = [f"{system}/{batch}" for system in SYSTEMS for batch in (100, 1000)]
 ROWS = [row for row in EVERY_ROW if not row.startswith("tiny")]
@@ -132,7 +132,11 @@ def first_step(accelerator: str, times: int = 3) -> list[float]:
 @torch.inference_mode()
 def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
     """Importance samples a second of a 784-400-20 VAE, and what its decoder's matrix products alone would allow."""
-    vae = VAE(latent_dim=20, backbone={"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}).eval().to(device)
+    vae = (
+        VAE(latent_dim=20, backbone={"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]})
+        .eval()
+        .to(device)
+    )
     images = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8, device=device)
     posterior, samples, chunk = posteriors(vae, images), 500, 1_000
     layers = [layer for layer in vae.decoder if isinstance(layer, torch.nn.Linear)]

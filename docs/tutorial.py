@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from vae_lightning import figures, generation
-from vae_lightning.objectives import importance_weighted_bound, kl_divergence
-from vae_lightning.runs import open_run
+from vae_lightning import figures
+from vae_lightning.analysis import generation
+from vae_lightning.models.objectives import importance_weighted_bound, kl_divergence
+from vae_lightning.runs.loading import open_run
 
 here = Path.cwd()
 os.chdir(next(folder for folder in (here, *here.parents) if (folder / "train.py").exists()))  # the repository's root

@@ -17,10 +17,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from vae_lightning.cli import plain
-from vae_lightning.data import load_images
-from vae_lightning.resuming import run_config
-from vae_lightning.training import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
+from vae_lightning.data.mnist import load_images
+from vae_lightning.launch.cli import plain
+from vae_lightning.runs.resume import run_config
+from vae_lightning.training.train import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from conftest import DATA, composed
 
-from vae_lightning.checkpoints import last_checkpoint
 from vae_lightning.config import build
-from vae_lightning.data import load_images
-from vae_lightning.model import ImageModel
-from vae_lightning.resuming import is_finished
-from vae_lightning.training import train
+from vae_lightning.data.mnist import load_images
+from vae_lightning.models.base import ImageModel
+from vae_lightning.runs.resume import is_finished
+from vae_lightning.training.checkpoints import last_checkpoint
+from vae_lightning.training.train import train
 
 
 def live(config: dict, directory: Path) -> int:

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vae_lightning.backbones import Backbone
-from vae_lightning.posterior import LOG_VARIANCE_BOUND
-from vae_lightning.vae import VAE
+from vae_lightning.models.backbones import Backbone
+from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND
+from vae_lightning.models.vae import VAE
 
 SHAPE, LATENT_DIM, SCALE = (1, 2, 3), 2, 0.7
 
@@ -28,7 +28,7 @@ class Linear(Backbone):
 
 def linear_vae(shift: float = 0.0, **options: object) -> VAE:
     """The VAE with its true posterior, or with one whose means are off by `shift`."""
-    likelihood = {"_target_": "vae_lightning.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"}
+    likelihood = {"_target_": "vae_lightning.models.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"}
     vae = VAE(LATENT_DIM, {"_target_": "linear.Linear"}, likelihood, image_shape=SHAPE, **options)
     w = torch.zeros(6, LATENT_DIM)
     w[:3, 0], w[3:, 1] = torch.tensor([0.8, -0.5, 0.3]), torch.tensor([0.4, 0.9, -0.7])

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from vae_lightning.backbones import MLP, Conv, GatedLinear, ResidualBlock, ResidualConv, set_output_bias
 from vae_lightning.config import ConfigError
-from vae_lightning.runs import count_parameters
+from vae_lightning.models.backbones import MLP, Conv, GatedLinear, ResidualBlock, ResidualConv, set_output_bias
+from vae_lightning.runs.environment import count_parameters
 
 
 @pytest.mark.parametrize("backbone", [MLP, Conv])

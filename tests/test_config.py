@@ -3,8 +3,8 @@ from typing import Literal
 import pytest
 from torch import nn
 
-from vae_lightning.backbones import MLP, Backbone
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt, UserError, build, check_arguments, did_you_mean
+from vae_lightning.models.backbones import MLP, Backbone
 
 
 def sample(size: PositiveInt, weight: NonNegative = 1.0, mode: Literal["fast", "slow"] = "fast") -> None: ...
@@ -37,11 +37,11 @@ def test_wrong_arguments_get_one_line_that_names_them(arguments: dict, words: li
 
 
 def test_build_makes_what_the_spec_says() -> None:
-    spec = {"_target_": "vae_lightning.backbones.MLP", "hidden": [7]}
+    spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [7]}
     network = build(spec, Backbone, "model.backbone", latent_dim=2, encoder_outputs=4)
     assert isinstance(network, MLP)
     assert network.encoder[1].out_features == 7
-    assert spec == {"_target_": "vae_lightning.backbones.MLP", "hidden": [7]}
+    assert spec == {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [7]}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_build_makes_what_the_spec_says() -> None:
     [
         ("os.system", "must be a subclass of torch.nn.modules.module.Module"),
         ("builtins.eval", "must be a subclass"),
-        ("vae_lightning.backbones.MPL", "did you mean MLP?"),
+        ("vae_lightning.models.backbones.MPL", "did you mean MLP?"),
         ("no_such_package.Thing", "cannot be imported"),
         ("MLP", "no such class"),
     ],

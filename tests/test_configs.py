@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import BRIEF, ROOT
 
-from vae_lightning.training import train
+from vae_lightning.training.train import train
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 CHOICES = [

@@ -18,7 +18,10 @@ from conftest import DATA
 from torchvision import datasets
 
 from vae_lightning.config import ConfigError
-from vae_lightning.data import DataError, DeviceBatches, MNISTDataModule, Share, bernoulli_draw, fits, load_images
+from vae_lightning.data.batches import DeviceBatches, fits
+from vae_lightning.data.mnist import MNISTDataModule, load_images
+from vae_lightning.data.module import DataError
+from vae_lightning.data.pixels import Share, bernoulli_draw
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +167,7 @@ def test_a_half_extracted_file_left_by_someone_else_does_no_harm(copied: Path) -
 
 def test_processes_that_start_together_do_not_meet(copied: Path) -> None:
     code = (
-        "from vae_lightning.data import load_images; from pathlib import Path;"
+        "from vae_lightning.data.mnist import load_images; from pathlib import Path;"
         f"print(sum(images.sum().item() for images, _ in load_images('MNIST', Path({str(copied)!r}))))"
     )
     jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]

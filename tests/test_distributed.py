@@ -15,9 +15,11 @@ import torch
 from conftest import DATA, ROOT
 
 from vae_lightning.config import ConfigError
-from vae_lightning.data import DeviceBatches, MNISTDataModule, Share
-from vae_lightning.training import check_accelerator
-from vae_lightning.vae import VAE
+from vae_lightning.data.batches import DeviceBatches
+from vae_lightning.data.mnist import MNISTDataModule
+from vae_lightning.data.pixels import Share
+from vae_lightning.models.vae import VAE
+from vae_lightning.training.train import check_accelerator
 
 # 2,001 images in batches of 100: 21 batches, and the last one is a single image. 509 to validate on.
 WORDS = [

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, Finished
 
-from vae_lightning.evaluation import evaluate_run
-from vae_lightning.training import train
+from vae_lightning.analysis.evaluation import evaluate_run
+from vae_lightning.training.train import train
 
 QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False}
 QUICK |= {"accelerator": "cpu", "trust": [], "data_root": None}

@@ -5,7 +5,7 @@ import torch
 from linear import SHAPE, exact_log_likelihood, linear_vae
 from torch import Tensor
 
-from vae_lightning.evaluation import (
+from vae_lightning.analysis.evaluation import (
     aggregate_posterior,
     curve_points,
     evaluate,
@@ -13,8 +13,8 @@ from vae_lightning.evaluation import (
     posteriors,
     probe_accuracy,
 )
-from vae_lightning.objectives import importance_weighted_bound, kl_divergence
-from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.models.objectives import importance_weighted_bound, kl_divergence
+from vae_lightning.models.posteriors import DiagonalGaussian
 
 
 @pytest.fixture

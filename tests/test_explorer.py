@@ -19,9 +19,9 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vae_lightning.explorer import as_bytes, as_digit, describe
-from vae_lightning.runs import open_run
-from vae_lightning.training import train
+from vae_lightning.analysis.explorer import as_bytes, as_digit, describe
+from vae_lightning.runs.loading import open_run
+from vae_lightning.training.train import train
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -9,10 +9,10 @@ from conftest import BRIEF
 from safetensors import safe_open
 from torch import nn
 
-from vae_lightning import exporting
-from vae_lightning.exporting import ExportError, export_run
-from vae_lightning.runs import load_run
-from vae_lightning.training import train
+from vae_lightning.analysis import exporting
+from vae_lightning.analysis.exporting import ExportError, export_run
+from vae_lightning.runs.loading import load_run
+from vae_lightning.training.train import train
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from vae_lightning.config import flatten
-from vae_lightning.resuming import set_key
+from vae_lightning.runs.resume import set_key
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))  # make proof has hundreds
 FUZZ = settings(
@@ -34,8 +34,9 @@ LEFT_ALONE = (
 ODD = [2**40, -(2**70), float("nan"), float("inf"), 1e-9]
 NUMBERS = st.integers(-3, 70) | st.sampled_from([-1.5, -0.0, 1e-3, 0.5, 2.5]) | st.sampled_from(ODD)
 WORDS = st.sampled_from(
-    ["", "cpu", "null", "nul", "os.system", "torch.nn.Linear", "vae_lightning.backbones.Conv", "..", "a b", "ä", "~",
-     "vae_lightning.vae.VAE", "lightning.pytorch.callbacks.EarlyStopping", "torch.optim.lr_scheduler.StepLR", "{", "%s"]
+    ["", "cpu", "null", "nul", "os.system", "torch.nn.Linear", "vae_lightning.models.backbones.Conv", "..", "a b", "ä",
+     "~", "vae_lightning.models.vae.VAE", "lightning.pytorch.callbacks.EarlyStopping",
+     "torch.optim.lr_scheduler.StepLR", "{", "%s"]
 )  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | WORDS,

@@ -12,10 +12,10 @@ from conftest import BRIEF, DATA, Finished
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vae_lightning import generation
+from vae_lightning.analysis import generation
 from vae_lightning.config import ConfigError
-from vae_lightning.runs import Run, open_run
-from vae_lightning.training import train
+from vae_lightning.runs.loading import Run, open_run
+from vae_lightning.training.train import train
 
 
 @pytest.fixture
@@ -157,11 +157,11 @@ def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> No
 
 
 def test_code_of_one_s_own_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own.py").write_text("from vae_lightning.backbones import MLP as Own\n")
+    (tmp_path / "own.py").write_text("from vae_lightning.models.backbones import MLP as Own\n")
     monkeypatch.syspath_prepend(tmp_path)
     run = directory("model.latent_dim=2")
     file = run / "config.yaml"
-    file.write_text(file.read_text().replace("vae_lightning.backbones.MLP", "own.Own"))
+    file.write_text(file.read_text().replace("vae_lightning.models.backbones.MLP", "own.Own"))
     refused = generate_py(f"run={run}", "what=samples")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert "trust=[own] allows it" in refused.err

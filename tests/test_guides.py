@@ -13,7 +13,7 @@ from conftest import BRIEF, ROOT
 from PIL import Image
 from torchvision import datasets
 
-from vae_lightning.runs import load_run
+from vae_lightning.runs.loading import load_run
 
 GUIDES = (ROOT / "docs" / "guides.md").read_text()
 FILES = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", GUIDES, flags=re.M | re.S))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_lightning.history import History, epoch_line
+from vae_lightning.training.history import History, epoch_line
 
 
 def test_one_row_an_epoch_with_every_column(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

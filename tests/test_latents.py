@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vae_lightning.latents import arc, by_activity, line, principal_directions
+from vae_lightning.models.latents import arc, by_activity, line, principal_directions
 
 
 def test_paths_start_and_end_where_they_should() -> None:

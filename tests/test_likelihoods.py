@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vae_lightning.likelihoods import Bernoulli, ContinuousBernoulli, ContinuousBernoulliLogits, Gaussian
+from vae_lightning.models.likelihoods import Bernoulli, ContinuousBernoulli, ContinuousBernoulliLogits, Gaussian
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, 0.0, 17.0, 100.0])

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from vae_lightning import metrics
-from vae_lightning.metrics import EpochMeans
+from vae_lightning.models import metrics
+from vae_lightning.models.metrics import EpochMeans
 
 
 def test_mean_over_images_not_over_batches() -> None:

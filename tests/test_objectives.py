@@ -6,11 +6,11 @@ import torch.distributions as td
 from linear import SHAPE, linear_vae
 from torch import Tensor
 
-from vae_lightning import objectives
 from vae_lightning.config import ConfigError
-from vae_lightning.objectives import ELBO, IWAE, DReG, Objective
-from vae_lightning.posterior import LOG_VARIANCE_BOUND, DiagonalGaussian, diagonal_gaussian
-from vae_lightning.vae import VAE
+from vae_lightning.models import objectives
+from vae_lightning.models.objectives import ELBO, IWAE, DReG, Objective
+from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian, diagonal_gaussian
+from vae_lightning.models.vae import VAE
 
 
 def test_kl_agrees_with_torch_distributions() -> None:
@@ -138,7 +138,7 @@ def test_active_units() -> None:
 
 def test_objectives_refuse_models_that_they_are_not_defined_for() -> None:
     with pytest.raises(ConfigError, match=r"model\.beta=2\.0: .* allowed: 1"):
-        linear_vae(beta=2.0, objective={"_target_": "vae_lightning.objectives.IWAE"})
-    free = {"_target_": "vae_lightning.objectives.ELBO", "free_bits": 0.5, "kl": "monte_carlo"}
+        linear_vae(beta=2.0, objective={"_target_": "vae_lightning.models.objectives.IWAE"})
+    free = {"_target_": "vae_lightning.models.objectives.ELBO", "free_bits": 0.5, "kl": "monte_carlo"}
     with pytest.raises(ConfigError, match=r"model\.objective\.free_bits=0\.5"):
         linear_vae(objective=free)

@@ -5,11 +5,11 @@ import torch
 import torch.distributions as td
 from linear import SHAPE, linear_vae
 
-from vae_lightning.objectives import kl_divergence
-from vae_lightning.posterior import DiagonalGaussian
-from vae_lightning.priors import Mixture, StandardNormal, VampPrior
+from vae_lightning.models.objectives import kl_divergence
+from vae_lightning.models.posteriors import DiagonalGaussian
+from vae_lightning.models.priors import Mixture, StandardNormal, VampPrior
 
-VAMP = {"_target_": "vae_lightning.priors.VampPrior", "pseudo_inputs": 7}
+VAMP = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 7}
 
 
 def density_over_the_plane(prior) -> float:

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from conftest import BRIEF, Finished
 
-from vae_lightning.reports import differing_keys, find_results, read_result, tables
-from vae_lightning.runs import RunError
-from vae_lightning.training import train
+from vae_lightning.analysis.reports import differing_keys, find_results, read_result, tables
+from vae_lightning.runs.directory import RunError
+from vae_lightning.training.train import train
 
-BERNOULLI = {"_target_": "vae_lightning.likelihoods.Bernoulli"}
-MLP = {"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}
-CONV = {"_target_": "vae_lightning.backbones.Conv", "channels": [32, 64]}
+BERNOULLI = {"_target_": "vae_lightning.models.likelihoods.Bernoulli"}
+MLP = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}
+CONV = {"_target_": "vae_lightning.models.backbones.Conv", "channels": [32, 64]}
 
 
 @pytest.fixture
@@ -31,7 +31,13 @@ def report_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
 def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", **model: Any) -> Path:
     """What a finished run leaves, as far as a report reads it."""
     directory.mkdir(parents=True)
-    spec = {"_target_": "vae_lightning.vae.VAE", "latent_dim": 2, "likelihood": BERNOULLI, "backbone": MLP, **model}
+    spec = {
+        "_target_": "vae_lightning.models.vae.VAE",
+        "latent_dim": 2,
+        "likelihood": BERNOULLI,
+        "backbone": MLP,
+        **model,
+    }
     config = {"seed": seed, "name": "vae", "model": spec, "data": {"root": str(directory), "pixels": pixels}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     metrics = {"test/loss": loss, "test/elbo": -loss, "test/kl": loss / 4, "test/reconstruction": loss * 3 / 4}
@@ -57,7 +63,7 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
 def test_protocols_are_kept_apart(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", 100.0)
     fake_run(tmp_path / "b", 90.0, pixels="dynamic")
-    fake_run(tmp_path / "c", 30.0, likelihood={"_target_": "vae_lightning.likelihoods.Gaussian"})
+    fake_run(tmp_path / "c", 30.0, likelihood={"_target_": "vae_lightning.models.likelihoods.Gaussian"})
     found = tables(find_results([tmp_path])[0])
     assert [table.protocol for table in found] == [
         "MNIST, dynamic pixels, Bernoulli", "MNIST, grey pixels, Bernoulli", "MNIST, grey pixels, Gaussian",

@@ -16,15 +16,16 @@ from conftest import BRIEF, ROOT
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vae_lightning.callbacks import TrainingError
-from vae_lightning.checkpoints import last_checkpoint, moved
 from vae_lightning.config import ConfigError, build
-from vae_lightning.model import ImageModel
-from vae_lightning.resuming import find_run
-from vae_lightning.runs import RunError, held, load_checkpoint
-from vae_lightning.stepping import Every
-from vae_lightning.stopping import Interrupted
-from vae_lightning.training import train
+from vae_lightning.models.base import ImageModel
+from vae_lightning.runs.directory import RunError, held
+from vae_lightning.runs.loading import load_checkpoint
+from vae_lightning.runs.resume import find_run
+from vae_lightning.training.callbacks import TrainingError
+from vae_lightning.training.checkpoints import last_checkpoint, moved
+from vae_lightning.training.fast_loop import Every
+from vae_lightning.training.signals import Interrupted
+from vae_lightning.training.train import train
 
 SMALL = [
     "trainer.max_epochs=3", "data.batch_size=100", "trainer.limit_train_batches=40", "trainer.limit_val_batches=2",
@@ -160,7 +161,7 @@ def test_a_signal_stops_it_between_two_steps(at, step, name, command, tmp_path: 
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
-    from vae_lightning.stopping import StopRequest
+    from vae_lightning.training.signals import StopRequest
 
     stop = StopRequest()
     with stop.listening():
@@ -204,7 +205,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
     ("words", "wanted"),
     [
         (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "takes only trainer.max_epochs"]),
-        (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.backbones.MLP"]),
+        (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.models.backbones.MLP"]),
         (["experiment=deep_bayes_32"], ["experiment"]),
         (["seed=1"], ["seed: seed is 0"]),
         (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),

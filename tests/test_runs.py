@@ -1,4 +1,3 @@
-import gc
 import re
 import sys
 from pathlib import Path
@@ -10,9 +9,10 @@ from conftest import BRIEF
 from PIL import Image
 
 from vae_lightning.config import ConfigError, UserError
-from vae_lightning.model import ShapeError
-from vae_lightning.runs import RunError, load_run, open_run, start_run
-from vae_lightning.training import train
+from vae_lightning.models.base import ShapeError
+from vae_lightning.runs.directory import RunError, start_run
+from vae_lightning.runs.loading import load_run, open_run
+from vae_lightning.training.train import train
 
 
 def test_a_directory_holds_one_run(tmp_path: Path) -> None:
@@ -107,16 +107,16 @@ def test_a_string_is_no_list_of_trusted_modules(run: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("model__prior", {"_target_": "vae_lightning.priors.Prior"}, "abstract class Prior"),
+        ("model__prior", {"_target_": "vae_lightning.models.priors.Prior"}, "abstract class Prior"),
         (
             "model__backbone",
-            {"_target_": "vae_lightning.backbones.Backbone"},
-            "vae_lightning.backbones.Backbone cannot be made of",
+            {"_target_": "vae_lightning.models.backbones.Backbone"},
+            "vae_lightning.models.backbones.Backbone cannot be made of",
         ),
         ("model__latent_dim", 10**12, "cannot be made of this"),
         ("model__latent_dim", 10**30, "no plain value"),
         ("model__backbone", {"_target_": "torch.utils.model_dump.__main__.X"}, "not in vae_lightning or torch.optim"),
-        ("model___target_", "vae_lightning.model.ImageModel", "no such key"),
+        ("model___target_", "vae_lightning.models.base.ImageModel", "no such key"),
         ("seed", "x", "seed=x"),
     ],
 )
@@ -170,10 +170,10 @@ def test_weights_of_another_model_are_refused_in_one_line(run: Path) -> None:
 def test_code_from_elsewhere_is_loaded_only_where_it_is_trusted(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "elsewhere.py").write_text("from vae_lightning.backbones import MLP as Mine\n")
+    (tmp_path / "elsewhere.py").write_text("from vae_lightning.models.backbones import MLP as Mine\n")
     monkeypatch.syspath_prepend(tmp_path)
     file = run / "config.yaml"
-    file.write_text(file.read_text().replace("vae_lightning.backbones.MLP", "elsewhere.Mine"))
+    file.write_text(file.read_text().replace("vae_lightning.models.backbones.MLP", "elsewhere.Mine"))
     for trust in ((), ("else",)):
         with pytest.raises(RunError, match=r"model.backbone._target_=elsewhere.Mine: .* trust=\[elsewhere\] allows it"):
             load_run(run, trust)
@@ -224,8 +224,3 @@ def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so
             call()
     with pytest.raises(ShapeError, match="NaN or infinite"):
         vae.decode([float("nan"), 0, 0])
-
-
-def test_garbage_is_looked_for_again_after_the_imports() -> None:
-    assert gc.isenabled()
-    assert gc.get_freeze_count()

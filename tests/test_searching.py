@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF
 
-from vae_lightning import searching
 from vae_lightning.config import ConfigError
-from vae_lightning.runs import RunError
-from vae_lightning.searching import check_space, search
-from vae_lightning.stopping import Interrupted
-from vae_lightning.sweeps import JobError
+from vae_lightning.launch import search as searching
+from vae_lightning.launch.search import check_space, search
+from vae_lightning.launch.sweeps import JobError
+from vae_lightning.runs.directory import RunError
+from vae_lightning.training.signals import Interrupted
 
 pytest.importorskip("optuna", reason="pip install -e '.[optuna]' brings it")
 

@@ -8,10 +8,10 @@ from lightning.pytorch import Callback
 from test_training import events
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from vae_lightning.callbacks import NonFiniteGuard
-from vae_lightning.stepping import quick_step
-from vae_lightning.training import train
-from vae_lightning.vae import VAE
+from vae_lightning.models.vae import VAE
+from vae_lightning.training.callbacks import NonFiniteGuard
+from vae_lightning.training.fast_loop import quick_step
+from vae_lightning.training.train import train
 
 SMALL = [
     "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",

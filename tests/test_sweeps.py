@@ -14,7 +14,7 @@ from conftest import BRIEF, DATA, ROOT
 from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
 
-from vae_lightning.sweeps import failures, note_failure, quoted, share_of_machine
+from vae_lightning.launch.sweeps import failures, note_failure, quoted, share_of_machine
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 SMALL = [*BRIEF, "trainer.enable_model_summary=false", "model.backbone.hidden=[16]", f"data.root={DATA}"]

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vae_lightning.autoencoder import Autoencoder
 from vae_lightning.config import ConfigError
-from vae_lightning.objectives import importance_weighted_bound
-from vae_lightning.runs import count_parameters
-from vae_lightning.vae import VAE
+from vae_lightning.models.autoencoder import Autoencoder
+from vae_lightning.models.objectives import importance_weighted_bound
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.environment import count_parameters
 
-SMALL = {"_target_": "vae_lightning.backbones.MLP", "hidden": [16]}
-GAUSSIAN = {"_target_": "vae_lightning.likelihoods.Gaussian"}
+SMALL = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [16]}
+GAUSSIAN = {"_target_": "vae_lightning.models.likelihoods.Gaussian"}
 
 
 class Halves(nn.Module):
@@ -29,7 +29,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize("latent_dim", [1, 2, 5, 20, 200])
 @pytest.mark.parametrize("backbone", ["MLP", "Conv"])
 def test_shapes(latent_dim: int, backbone: str, mnist: Tensor) -> None:
-    vae = VAE(latent_dim, {"_target_": f"vae_lightning.backbones.{backbone}"})
+    vae = VAE(latent_dim, {"_target_": f"vae_lightning.models.backbones.{backbone}"})
     x = mnist[:3]
     posterior = vae.encode(x)
     assert posterior.mean.shape == posterior.log_variance.shape == (3, latent_dim)
@@ -45,7 +45,7 @@ def test_shapes(latent_dim: int, backbone: str, mnist: Tensor) -> None:
 
 def test_parameter_counts_of_the_published_systems() -> None:
     def mlp(hidden: list[int]) -> dict[str, Any]:
-        return {"_target_": "vae_lightning.backbones.MLP", "hidden": hidden}
+        return {"_target_": "vae_lightning.models.backbones.MLP", "hidden": hidden}
 
     assert count_parameters(VAE(200, mlp([400, 400]))) == 1_189_984
     assert count_parameters(VAE(32, mlp([100, 100]))) == 187_648
@@ -111,7 +111,7 @@ def test_beta_weights_the_kl_in_the_loss_alone(mnist: Tensor) -> None:
 
 def test_black_white_and_extreme_images_have_finite_losses_and_gradients() -> None:
     for name in ("Bernoulli", "ContinuousBernoulli", "Gaussian"):
-        vae = VAE(3, SMALL, {"_target_": f"vae_lightning.likelihoods.{name}"})
+        vae = VAE(3, SMALL, {"_target_": f"vae_lightning.models.likelihoods.{name}"})
         x = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
         vae.elbo(x)["loss"].mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters() if p.requires_grad)
@@ -139,7 +139,7 @@ def test_hyperparameters_rebuild_the_model() -> None:
 
 def test_a_wrong_backbone_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model.backbone.hiden=\[4\]: no such key; did you mean hidden"):
-        VAE(2, {"_target_": "vae_lightning.backbones.MLP", "hiden": [4]})
+        VAE(2, {"_target_": "vae_lightning.models.backbones.MLP", "hiden": [4]})
 
 
 @pytest.mark.parametrize(("output", "scale"), [("sigmoid", 1.0), ("tanh", 2.0)])

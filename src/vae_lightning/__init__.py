@@ -1,15 +1,25 @@
 """vae-lightning: a PyTorch Lightning research template for variational autoencoders."""
 
-import atexit
-import gc
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-collecting = gc.isenabled()
-gc.disable()  # nothing of what imports make is garbage, and looking for it takes a fifth of the time to start
-from vae_lightning.runs import load_run  # noqa: E402
+if TYPE_CHECKING:
+    from vae_lightning.data.mnist import MNISTDataModule
+    from vae_lightning.models.autoencoder import Autoencoder
+    from vae_lightning.models.vae import VAE
+    from vae_lightning.runs.loading import load_run
 
-gc.freeze()  # nor will it be,
-atexit.register(gc.unfreeze)  # before the end
-if collecting:
-    gc.enable()
+# Imported when first used: `import vae_lightning` alone takes no time and loads neither torch nor Lightning.
+_MODULES = {
+    "VAE": "vae_lightning.models.vae",
+    "Autoencoder": "vae_lightning.models.autoencoder",
+    "MNISTDataModule": "vae_lightning.data.mnist",
+    "load_run": "vae_lightning.runs.loading",
+}
+__all__ = ["VAE", "Autoencoder", "MNISTDataModule", "load_run"]
 
-__all__ = ["load_run"]
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

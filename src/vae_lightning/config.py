@@ -3,7 +3,8 @@
 A configuration is nested dictionaries of numbers, strings and lists. A dictionary with a `_target_` names a class; its
 other keys are that class's constructor arguments, and the constructor's type hints say what is allowed:
 
-    build({"_target_": "vae_lightning.backbones.MLP", "hidden": [400]}, nn.Module, "model.backbone", latent_dim=20, ...)
+    spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}
+    build(spec, Backbone, "model.backbone", latent_dim=20, encoder_outputs=40, image_shape=(1, 28, 28))
 
 Nothing here needs Hydra, so that a trained model loads without it.
 """

@@ -24,9 +24,9 @@ from torch.nn.functional import normalize
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed, check_arguments
-from vae_lightning.latents import arc, by_activity, principal_directions
-from vae_lightning.runs import Run, open_run
-from vae_lightning.vae import VAE
+from vae_lightning.models.latents import arc, by_activity, principal_directions
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.loading import Run, open_run
 
 Plane = Literal["principal"] | Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]
 Images = Annotated[Sequence[NonNegativeInt], Field(min_length=1)]  # indices into the test set

@@ -17,7 +17,7 @@ from torch import Tensor
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt
 
 if TYPE_CHECKING:
-    from vae_lightning.vae import VAE
+    from vae_lightning.models.vae import VAE
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

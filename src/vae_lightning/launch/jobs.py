@@ -23,13 +23,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from vae_lightning.cli import MENDABLE, one_line, rank
 from vae_lightning.config import ConfigError
-from vae_lightning.resuming import Assignment, assign, find_run, run_config
-from vae_lightning.stepping import Every
-from vae_lightning.stopping import Interrupted
-from vae_lightning.sweeps import note_failure, quoted, share_of_machine, train_apart
-from vae_lightning.training import TRAINER_DEFAULTS
+from vae_lightning.launch.cli import MENDABLE, one_line, rank
+from vae_lightning.launch.sweeps import note_failure, quoted, share_of_machine, train_apart
+from vae_lightning.runs.resume import Assignment, assign, find_run, run_config
+from vae_lightning.training.fast_loop import Every
+from vae_lightning.training.signals import Interrupted
+from vae_lightning.training.train import TRAINER_DEFAULTS
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vae_lightning.analysis.generation import middle
 from vae_lightning.config import ConfigError, UserError, check_arguments
 from vae_lightning.figures import DIGIT_COLOURS
-from vae_lightning.generation import middle
-from vae_lightning.latents import by_activity, principal_directions
-from vae_lightning.runs import Run, open_run
+from vae_lightning.models.latents import by_activity, principal_directions
+from vae_lightning.runs.loading import Run, open_run
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -94,7 +94,9 @@ def make_application(run: Run, host: str) -> web.Application:
         return response
 
     async def page(request: web.Request) -> web.Response:
-        return web.Response(text=files("vae_lightning").joinpath("explorer.html").read_text(), content_type="text/html")
+        return web.Response(
+            text=files("vae_lightning.analysis").joinpath("explorer.html").read_text(), content_type="text/html"
+        )
 
     async def state(request: web.Request) -> web.Response:
         return web.json_response(describe(run, codes))

@@ -18,9 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
-from vae_lightning.model import ImageModel
-from vae_lightning.objectives import active_units, kl_divergence
-from vae_lightning.vae import VAE
+from vae_lightning.models.base import ImageModel
+from vae_lightning.models.objectives import active_units, kl_divergence
+from vae_lightning.models.vae import VAE
 
 log = logging.getLogger(__name__)
 

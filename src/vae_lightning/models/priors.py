@@ -17,7 +17,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import PositiveInt
-from vae_lightning.posterior import DiagonalGaussian
+from vae_lightning.models.posteriors import DiagonalGaussian
 
 Encode = Callable[[Tensor], DiagonalGaussian]
 

@@ -21,7 +21,8 @@ from tabulate import tabulate
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.files import read_json, together
-from vae_lightning.runs import RunError, load_run, open_run, read_config
+from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.loading import load_run, open_run, read_config
 
 EVALUATED = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")  # of evaluation.json
 NO_DIFFERENCE = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")

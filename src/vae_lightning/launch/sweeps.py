@@ -23,11 +23,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from vae_lightning.config import UserError
-from vae_lightning.resuming import Assignment
-from vae_lightning.runs import start_run, untrusted
-from vae_lightning.stopping import Interrupted, StopRequest
+from vae_lightning.runs.directory import start_run
+from vae_lightning.runs.loading import untrusted
+from vae_lightning.runs.resume import Assignment
+from vae_lightning.training.signals import Interrupted, StopRequest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "train.py"
 FAILED = "failed"  # in a sweep's directory: a file for each job that is not a finished run
 PATIENCE = 60  # seconds between asking a job to stop and killing it
 

@@ -23,12 +23,12 @@ from tabulate import tabulate
 
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, check_arguments, flatten
 from vae_lightning.files import as_yaml, read_json, read_yaml, whole, write_json
-from vae_lightning.resuming import Assignment, difference, set_key
-from vae_lightning.runs import RunError, held
-from vae_lightning.stepping import Every
-from vae_lightning.stopping import StopRequest
-from vae_lightning.sweeps import JobError, share_of_machine, train_apart
-from vae_lightning.training import TRAINER_DEFAULTS
+from vae_lightning.launch.sweeps import JobError, share_of_machine, train_apart
+from vae_lightning.runs.directory import RunError, held
+from vae_lightning.runs.resume import Assignment, difference, set_key
+from vae_lightning.training.fast_loop import Every
+from vae_lightning.training.signals import StopRequest
+from vae_lightning.training.train import TRAINER_DEFAULTS
 
 if TYPE_CHECKING:
     import optuna

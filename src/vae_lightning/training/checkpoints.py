@@ -29,10 +29,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vae_lightning.files import remove_partial, whole
-from vae_lightning.history import History
-from vae_lightning.metrics import EpochMeans
-from vae_lightning.model import ImageModel
-from vae_lightning.runs import RunError, load_checkpoint, load_weights
+from vae_lightning.models.base import ImageModel
+from vae_lightning.models.metrics import EpochMeans
+from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.loading import load_checkpoint, load_weights
+from vae_lightning.training.history import History
 
 log = logging.getLogger(__name__)
 

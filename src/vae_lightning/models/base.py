@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vae_lightning.config import ImageShape, NonNegative, Positive, Spec, UserError, build
-from vae_lightning.data import Share
-from vae_lightning.latents import arc, line
-from vae_lightning.metrics import EpochMeans
+from vae_lightning.data.pixels import Share
+from vae_lightning.models.latents import arc, line
+from vae_lightning.models.metrics import EpochMeans
 
 Array = Tensor | ArrayLike  # what torch.as_tensor takes
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]

@@ -1,148 +1,20 @@
-"""A run directory: what a training run leaves behind, and how a trained model is read back from it.
-
-config.yaml        the whole resolved configuration: enough to rebuild the run
-environment.json   versions, commit, device, command line, parameter counts
-metrics.json       the test metrics and what they were measured on
-history.csv, train.log, checkpoints/, figures/, tensorboard/
-"""
+"""Read a trained model back from its run directory. Nothing is unpickled, and only trusted code is run."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import torch
-from torch import nn
 
-from vae_lightning.config import ConfigError, UserError, build
-from vae_lightning.data import MNISTDataModule
-from vae_lightning.files import FileError, as_yaml, read_json, read_yaml, whole
-from vae_lightning.model import ImageModel
-
-PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
-
-
-LONGEST_DIFF = 100_000  # characters of uncommitted changes
-
-
-class RunError(UserError):
-    """A run directory that cannot be written, or is not whole."""
-
-
-def start_run(directory: Path, config: dict[str, Any]) -> None:
-    """Create `directory` with its config.yaml. Raises RunError if it already holds a run."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f".config.{os.getpid()}.yaml"
-    file.write_text(as_yaml(config))
-    try:
-        os.link(file, directory / "config.yaml")  # whole, and only once: of two jobs that choose it, one wins
-    except FileExistsError:
-        raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def reopen_run(directory: Path, config: dict[str, Any]) -> None:
-    """Let `directory` say that its run goes on, with `config`. What was measured so far is kept under its epochs."""
-    if (directory / "metrics.json").exists():
-        try:
-            epochs = read_json(directory / "metrics.json").get("epochs")
-        except FileError:
-            epochs = "some"
-        for file in directory.glob("evaluation.json"):
-            os.replace(file, directory / f"evaluation_{epochs}_epochs.json")
-        (directory / "metrics.json").unlink()
-    with whole(directory / "config.yaml") as partial:
-        partial.write_text(as_yaml(config))
-
-
-@contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Keep the run at `directory` to this process until it ends, however it ends. Raises RunError if another has it."""
-    with _locked(directory) as ours:
-        if not ours:
-            raise RunError(f"{directory}: is being trained by another process")
-        yield
-
-
-def is_held(directory: Path) -> bool:
-    """Whether a process trains the run at `directory`."""
-    with _locked(directory) as ours:
-        return not ours
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory until the end, or until the process dies: whether it was free."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two jobs in one directory are not told apart
-        yield True
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
-        except OSError:  # a file system that knows no locks
-            ours = True
-        yield ours
-    finally:
-        os.close(descriptor)
-
-
-def describe_environment(model: ImageModel, device: torch.device, data: MNISTDataModule) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: code, versions, machine, command, data and model size."""
-    return {
-        "command": shlex.join(sys.argv),
-        "seed": data.seed,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        **describe_code(),
-        "data_checksums": data.checksums(),
-        "parameters": count_parameters(model),
-        "encoder_parameters": count_parameters(model.encoder),
-        "decoder_parameters": count_parameters(model.decoder),
-    }
-
-
-def describe_code() -> dict[str, Any]:
-    """Which code runs: versions, commit, and what is not committed."""
-    return {
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
-        "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
-    }
-
-
-def count_parameters(module: nn.Module) -> int:
-    """The number of trained values in `module`."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, such as "NVIDIA H100" or "AMD EPYC (2 cores)"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{'' if device.type == 'cpu' else f'{device.type}, '}{model} ({os.cpu_count()} cores)"
+from vae_lightning.config import ConfigError, build
+from vae_lightning.data.module import ImageDataModule
+from vae_lightning.files import FileError, read_yaml
+from vae_lightning.models.base import ImageModel
+from vae_lightning.runs.directory import RunError
 
 
 def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
@@ -156,7 +28,7 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
     config = load_config(path, trust)
     checkpoint = checkpoint_of(path)
     content = read_checkpoint(checkpoint)
-    model = build(config["model"], ImageModel, "model")
+    model = build(config["model"], ImageModel, "model", image_shape=content["image_shape"])
     load_weights(content["state_dict"], model, checkpoint)
     model.config = config
     model.protocol = {key: value for key, value in content.items() if key.startswith("data.")}
@@ -189,13 +61,17 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's `state_dict`, and what its data said of themselves, by key: `data.name`, `data.pixels`.
+    """A checkpoint's `state_dict`, the model's `image_shape`, and the data's `data.name` and `data.pixels`.
 
     Raises RunError for a file that is damaged, or holds anything but tensors and plain values.
     """
     content = load_checkpoint(file)
     data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
-    return {"state_dict": dict(content["state_dict"])} | data
+    hyperparameters = content.get("hyper_parameters")
+    shape = hyperparameters.get("image_shape") if isinstance(hyperparameters, dict) else None
+    if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise RunError(f"{file}: says no image_shape of three numbers; it was not loaded")
+    return {"state_dict": dict(content["state_dict"]), "image_shape": tuple(shape)} | data
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -221,7 +97,7 @@ class Run:
     directory: Path
     checkpoint: Path
     model: ImageModel
-    data: MNISTDataModule
+    data: ImageDataModule
 
 
 def open_run(
@@ -237,7 +113,7 @@ def open_run(
     model = load_run(path, trust)
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})
-    data = build(spec, MNISTDataModule, "data", seed=model.config["seed"])
+    data = build(spec, ImageDataModule, "data", seed=model.config["seed"])
     for key, own in data.state_dict().items():
         if model.protocol.get(key, own) != own:
             raise RunError(f"{path}: config.yaml says {key}={own}, and its checkpoint {key}={model.protocol[key]}")
@@ -304,19 +180,3 @@ def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if name == "_target_":
             yield key, value
         yield from _targets(value, key)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the code that runs; None where it is no checkout, or git is not there."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,10 @@ from torch.optim import Adam
 from torch.optim import optimizer as optim
 from torch.optim.adam import adam
 
-from vae_lightning.callbacks import NonFiniteGuard
-from vae_lightning.capturing import Captured, NotCapturable, Step, key, state_of
 from vae_lightning.config import ConfigError
-from vae_lightning.data import DeviceBatches
-from vae_lightning.model import ImageModel
-from vae_lightning.stopping import Interrupted, StopRequest
+from vae_lightning.data.batches import DeviceBatches
+from vae_lightning.training.callbacks import NonFiniteGuard
+from vae_lightning.training.signals import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +73,11 @@ class ManySteps(_TrainingEpochLoop):
 
     reason: str | None = None  # why each step is Lightning's
 
-    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest, graphs: bool) -> None:
+    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
         self.last = last  # the checkpoint to write between two steps; None: there are to be none
         self.every = every
         self.stop = stop
-        self.graphs = graphs  # whether to make CUDA graphs of steps, until one cannot be
-        self.captured: tuple[Hashable, Captured] | None = None
         self.saved_step = 0
         self.saved_time = time.monotonic()
 
@@ -97,8 +93,6 @@ class ManySteps(_TrainingEpochLoop):
         before, self.reason = self.reason, watched(self.trainer)
         if self.reason and self.reason != before:
             log.info("steps run one at a time: %s", self.reason)
-        if self.graphs and (reason := self.reason or uncapturable(self.trainer)):
-            self._give_up_graphs(reason)
         self.stop.listen()
         self.stop.stepping = True
 
@@ -145,8 +139,6 @@ class ManySteps(_TrainingEpochLoop):
         takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1  # training_step(batch) or (batch, batch_idx)
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         optimizer_step = quick_step(optimizer)
-        capturable = self.graphs and optimizer_step != optimizer.step
-        captured: Captured | None = None
 
         def update(loss: Tensor | None) -> None:
             for parameter in parameters:  # optimizer.zero_grad(), without its bookkeeping
@@ -157,13 +149,6 @@ class ManySteps(_TrainingEpochLoop):
                 module.clip_gradients(optimizer, clip, algorithm)
             optimizer_step()
 
-        def whole_step(x: Tensor) -> dict[str, Tensor]:  # training_step and update, less what Python counts
-            with trainer.precision_plugin.train_step_context():
-                terms = module.terms(x)
-                loss = module.batch_mean(terms["loss"])
-            update(loss)
-            return {name: values.detach() for name, values in terms.items()}
-
         module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
         for _ in range(self._steps_until_watched()):
             if self.stop.name and trainer.world_size == 1:  # several processes agree on it between two stretches
@@ -171,38 +156,13 @@ class ManySteps(_TrainingEpochLoop):
             batch, _, _ = next(data_fetcher)
             batch = trainer.precision_plugin.convert_input(batch)
             trainer._logger_connector.on_batch_start(batch)
-            if capturable and captured is None:
-                captured = self._captured(whole_step, batch[0])
-                capturable = captured is not None
-            if captured:
-                module.count("train", captured(batch[0]))
-            else:
-                output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
-                update(output["loss"] if isinstance(output, dict) else output)
+            output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
+            update(output["loss"] if isinstance(output, dict) else output)
             self.batch_progress.increment_by(1)
             progress.step.increment_by(1)
             progress.zero_grad.increment_by(1)
             self._batches_that_stepped += 1
         module._current_fx_name = None
-
-    def _captured(self, step: Step, x: Tensor) -> Captured | None:
-        """A whole step as a CUDA graph, the last one if it is still good; None where there cannot be one."""
-        trainer: Any = self.trainer
-        module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-        state = state_of(module, optimizer)
-        now = trainer.current_epoch, key(x, state, optimizer)  # callbacks may change a model between two epochs
-        if self.captured is None or self.captured[0] != now:
-            self.captured = None  # its memory is free for the next
-            try:
-                self.captured = now, Captured(step, x, state, module)
-            except NotCapturable as error:
-                self._give_up_graphs(error)
-                return None
-        return self.captured[1]
-
-    def _give_up_graphs(self, reason: object) -> None:
-        log.warning("trainer.cuda_graphs: kernels are launched one by one: %s", reason)
-        self.graphs = False
 
     def _steps_until_watched(self) -> int:
         """How many steps there are before the next one that is logged, ends the epoch or training, or is validated."""
@@ -244,18 +204,6 @@ def watched(trainer: Any) -> str | None:
         f"trainer.strategy={type(trainer.strategy).__name__}": type(trainer.strategy)
         not in (SingleDeviceStrategy, DDPStrategy),
         "validation is timed": trainer._val_check_time_interval is not None,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def uncapturable(trainer: Any) -> str | None:
-    """Why a trainer's steps cannot be CUDA graphs, as far as one can tell beforehand; None if they may be."""
-    module, device = trainer.lightning_module, trainer.strategy.root_device
-    reasons = {
-        f"trainer.strategy={type(trainer.strategy).__name__}": type(trainer.strategy) is not SingleDeviceStrategy,
-        f"{type(module).__name__} has a training_step of its own": overrides(module, ImageModel, "training_step"),
-        "the optimizer is not a fused Adam": not is_fused_adam(trainer.optimizers[0]),
-        f"there are none on {device.type}": device.type != "cuda",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

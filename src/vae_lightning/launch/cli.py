@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_lightning.config import ConfigError, UserError, did_you_mean, out_of_memory
-from vae_lightning.stopping import Interrupted
-from vae_lightning.sweeps import report_failures
+from vae_lightning.launch.sweeps import report_failures
+from vae_lightning.training.signals import Interrupted
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
 MENDABLE = (UserError, HydraException, OmegaConfBaseException, OSError)  # what gets one line; the rest are bugs

@@ -25,8 +25,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning import figures
-from vae_lightning.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, TrainingError, boards
-from vae_lightning.checkpoints import Progress, WholeCheckpoints, epochs_begun, last_checkpoint, rewind
 from vae_lightning.config import (
     ConfigError,
     NonNegative,
@@ -39,22 +37,18 @@ from vae_lightning.config import (
     flatten,
     out_of_memory,
 )
-from vae_lightning.data import MNISTDataModule
+from vae_lightning.data.module import ImageDataModule
 from vae_lightning.files import as_yaml, read_json, remove_partial, whole, write_json
-from vae_lightning.history import History, format_terms
-from vae_lightning.likelihoods import remark
-from vae_lightning.model import ImageModel
-from vae_lightning.runs import (
-    RunError,
-    count_parameters,
-    describe_environment,
-    held,
-    reopen_run,
-    start_run,
-)
-from vae_lightning.stepping import Every, ManySteps
-from vae_lightning.stopping import StopRequest
-from vae_lightning.vae import VAE
+from vae_lightning.models.base import ImageModel
+from vae_lightning.models.likelihoods import remark
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import RunError, held, reopen_run, start_run
+from vae_lightning.runs.environment import count_parameters, describe_environment
+from vae_lightning.training.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, TrainingError, boards
+from vae_lightning.training.checkpoints import Progress, WholeCheckpoints, epochs_begun, last_checkpoint, rewind
+from vae_lightning.training.fast_loop import Every, ManySteps
+from vae_lightning.training.history import History, format_terms
+from vae_lightning.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +90,10 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     steady_cpu()
     share_log()
 
-    data = build(c.data, MNISTDataModule, "data", seed=c.seed)
+    data = build(c.data, ImageDataModule, "data", seed=c.seed)
     data.setup()  # now, so that a wrong file or split is found before anything is written
-    model = build(c.model, ImageModel, "model")
+    model = build(c.model, ImageModel, "model", image_shape=data.image_shape)
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
-    shape = list(data.train_images.shape[1:])
-    expected = list(model.hparams.get("image_shape", shape))
-    if expected != shape:
-        raise ConfigError(f"model.image_shape={expected}: the images are {shape}")
     pictures = make_figures(c.figures, directory, model)
     history = History(directory / "history.csv", c.trainer["max_epochs"])
     board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
@@ -197,7 +187,7 @@ def finish(
     c: Config,
     directory: Path,
     model: ImageModel,
-    data: MNISTDataModule,
+    data: ImageDataModule,
     trainer: Trainer,
     history: History,
     best: str,
@@ -244,7 +234,7 @@ def make_trainer(
     options = dict(options)
     own = options.pop("callbacks", None) or []
     every = Every.parse(options.pop("checkpoint_every", None))
-    additions = {"on_nan": options.pop("on_nan", "stop"), "cuda_graphs": options.pop("cuda_graphs", False)}
+    additions = {"on_nan": options.pop("on_nan", "stop")}
     check_arguments(trainer_additions, additions, "trainer")
     check_arguments(Trainer, options, "trainer")
     check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
@@ -270,7 +260,7 @@ def make_trainer(
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     keeps = any(isinstance(callback, Progress) for callback in callbacks)
     last = directory / "checkpoints" / "last.ckpt" if keeps else None
-    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop, additions["cuda_graphs"])
+    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop)
     return trainer
 
 
@@ -282,7 +272,7 @@ def trainer_limits(
     """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
 
 
-def trainer_additions(on_nan: Literal["stop", "skip"], cuda_graphs: bool) -> None:
+def trainer_additions(on_nan: Literal["stop", "skip"]) -> None:
     """What conf/trainer has beside Lightning's arguments, checked here; checkpoint_every is in `Every.parse`."""
 
 

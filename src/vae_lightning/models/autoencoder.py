@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vae_lightning.backbones import Backbone
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
-from vae_lightning.model import Array, ImageModel
+from vae_lightning.models.backbones import Backbone
+from vae_lightning.models.base import Array, ImageModel
 
 
 class Autoencoder(ImageModel):
@@ -21,7 +21,7 @@ class Autoencoder(ImageModel):
     def __init__(
         self,
         latent_dim: PositiveInt = 20,
-        backbone: Spec = {"_target_": "vae_lightning.backbones.MLP"},  # noqa: B006 (read, never written)
+        backbone: Spec = {"_target_": "vae_lightning.models.backbones.MLP"},  # noqa: B006 (read, never written)
         output: Literal["sigmoid", "tanh"] = "sigmoid",
         image_shape: ImageShape = (1, 28, 28),
         learning_rate: Positive = 1e-3,

@@ -19,7 +19,9 @@ from typing import Any
 
 from vae_lightning.config import ConfigError, flatten
 from vae_lightning.files import FileError, read_json
-from vae_lightning.runs import RunError, describe_code, is_held, load_config, read_config
+from vae_lightning.runs.directory import RunError, is_held
+from vae_lightning.runs.environment import describe_code
+from vae_lightning.runs.loading import load_config, read_config
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,6 @@ CHANGEABLE = (
     "trainer.max_epochs",
     "trainer.checkpoint_every",
     "trainer.accelerator",
-    "trainer.cuda_graphs",
     "trainer.enable_progress_bar",
     "data.root",
     "test",

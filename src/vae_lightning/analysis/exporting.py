@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vae_lightning.config import UserError
 from vae_lightning.files import together
-from vae_lightning.model import ImageModel
-from vae_lightning.runs import open_run
-from vae_lightning.vae import VAE
+from vae_lightning.models.base import ImageModel
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.loading import open_run
 
 TOLERANCE = 1e-4  # between the graphs and PyTorch, absolute and relative: float32, kernels of another make
 

@@ -16,13 +16,13 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-from vae_lightning.backbones import Backbone, set_output_bias
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec, build
-from vae_lightning.likelihoods import Likelihood
-from vae_lightning.model import Array, ImageModel, check_counts
-from vae_lightning.objectives import Objective, kl_divergence
-from vae_lightning.posterior import DiagonalGaussian, diagonal_gaussian
-from vae_lightning.priors import Prior
+from vae_lightning.models.backbones import Backbone, set_output_bias
+from vae_lightning.models.base import Array, ImageModel, check_counts
+from vae_lightning.models.likelihoods import Likelihood
+from vae_lightning.models.objectives import Objective, kl_divergence
+from vae_lightning.models.posteriors import DiagonalGaussian, diagonal_gaussian
+from vae_lightning.models.priors import Prior
 
 
 class VAE(ImageModel):
@@ -37,10 +37,10 @@ class VAE(ImageModel):
     def __init__(
         self,
         latent_dim: PositiveInt = 20,
-        backbone: Spec = {"_target_": "vae_lightning.backbones.MLP"},  # noqa: B006 (read, never written)
-        likelihood: Spec = {"_target_": "vae_lightning.likelihoods.Bernoulli"},  # noqa: B006
-        prior: Spec = {"_target_": "vae_lightning.priors.StandardNormal"},  # noqa: B006
-        objective: Spec = {"_target_": "vae_lightning.objectives.ELBO"},  # noqa: B006
+        backbone: Spec = {"_target_": "vae_lightning.models.backbones.MLP"},  # noqa: B006 (read, never written)
+        likelihood: Spec = {"_target_": "vae_lightning.models.likelihoods.Bernoulli"},  # noqa: B006
+        prior: Spec = {"_target_": "vae_lightning.models.priors.StandardNormal"},  # noqa: B006
+        objective: Spec = {"_target_": "vae_lightning.models.objectives.ELBO"},  # noqa: B006
         beta: NonNegative = 1.0,
         data_bias: bool = False,
         image_shape: ImageShape = (1, 28, 28),

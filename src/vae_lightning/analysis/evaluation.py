@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, PositiveInt, Seed, check_arguments
-from vae_lightning.data import stream_seed
+from vae_lightning.data.pixels import stream_seed
 from vae_lightning.files import write_json
-from vae_lightning.likelihoods import remark
-from vae_lightning.objectives import active_units, importance_weighted_bound, kl_divergence
-from vae_lightning.posterior import DiagonalGaussian
-from vae_lightning.priors import Mixture
-from vae_lightning.runs import open_run
-from vae_lightning.vae import VAE
+from vae_lightning.models.likelihoods import remark
+from vae_lightning.models.objectives import active_units, importance_weighted_bound, kl_divergence
+from vae_lightning.models.posteriors import DiagonalGaussian
+from vae_lightning.models.priors import Mixture
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.loading import open_run
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Evaluation, pictures, reports, explorer and export of finished runs."""

@@ -1,0 +1,90 @@
+"""Batches by index on the device that trains: no worker processes, and no work for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
+
+
+class DeviceBatches:
+    """Batches by index, on `device`, from images `[n, 1, 28, 28]`, uint8, that already lie there, or else on the CPU.
+
+    With a `shuffle_seed` the order depends on (shuffle_seed, epoch) and on nothing else, and so does the Bernoulli draw
+    of each batch where `draw` is set: an epoch is the same whatever came before it. Batch i of `world_size` processes
+    together is what a single process would see with `world_size` times the batch size; `share` says which of its images
+    this process has.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        draw: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or images.device
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.draw = draw
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0  # the batch that the next iteration begins with
+        self.given = 0  # batches of the running one
+        if shuffle_seed is not None:
+            self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // (self.batch_size * self.world_size))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration where another one was."""
+        self.start = state["given"]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.given, self.start = self.start, 0
+        return self._batches(self.given)
+
+    def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._order().to(self.images.device)
+        for i, batch in enumerate(order.split(self.batch_size * self.world_size)):
+            if i < start:
+                continue
+            self.given = i + 1
+            self.share = share = Share(len(batch), self.rank, self.world_size)
+            index = batch[share.rows]
+            images = self.images.index_select(0, index).to(self.device)
+            if self.draw:
+                seed = stream_seed(self.shuffle_seed or 0, self.epoch, i, 0)
+                generator = torch.Generator(self.device).manual_seed(seed)
+                x = bernoulli_draw(images, generator, share).float()
+            else:
+                x = images.float().div_(255)
+            yield x, self.labels.index_select(0, index).to(self.device)
+
+    def _order(self) -> Tensor:
+        if self.shuffle_seed is None:
+            return torch.arange(len(self.images))
+        generator = torch.Generator().manual_seed(stream_seed(self.shuffle_seed, self.epoch))
+        return torch.randperm(len(self.images), generator=generator)
+
+
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether images may lie on a device for good: not if a GPU would have less than half of its free memory left."""
+    return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2

@@ -1,0 +1,1 @@
+"""The science: VAE and Autoencoder, and the parts that they are built from."""

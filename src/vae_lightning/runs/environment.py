@@ -1,0 +1,79 @@
+"""Code, versions, machine and data of a run: the content of its environment.json."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vae_lightning.data.module import ImageDataModule
+from vae_lightning.models.base import ImageModel
+
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
+LONGEST_DIFF = 100_000  # characters of uncommitted changes
+
+
+def describe_environment(model: ImageModel, device: torch.device, data: ImageDataModule) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: code, versions, machine, command, data and model size."""
+    return {
+        "command": shlex.join(sys.argv),
+        "seed": data.seed,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        **describe_code(),
+        "data_checksums": data.checksums(),
+        "parameters": count_parameters(model),
+        "encoder_parameters": count_parameters(model.encoder),
+        "decoder_parameters": count_parameters(model.decoder),
+    }
+
+
+def describe_code() -> dict[str, Any]:
+    """Which code runs: versions, commit, and what is not committed."""
+    return {
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
+        "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of trained values in `module`."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as "NVIDIA H100" or "AMD EPYC (2 cores)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{'' if device.type == 'cpu' else f'{device.type}, '}{model} ({os.cpu_count()} cores)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the code that runs; None where it is no checkout, or git is not there."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

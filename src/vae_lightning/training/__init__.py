@@ -1,0 +1,1 @@
+"""Training: `train(config)`, and everything that happens during a run."""

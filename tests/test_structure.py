@@ -1,0 +1,75 @@
+"""The package's structure: a folder imports only from those above it, no file imports in a circle, imports are light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "src" / "vae_lightning"
+ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch"]
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of this package that a file imports, those for type checkers included: `models.vae`, `config`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vae_lightning"):
+            base = (node.module or "").split(".")[1:]
+            for alias in node.names:
+                name = ".".join([*base, alias.name])
+                path = PACKAGE / name.replace(".", "/")
+                found.add(name if path.with_suffix(".py").exists() or path.is_dir() else ".".join(base))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("vae_lightning.")}
+    return found
+
+
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
+GRAPH = {name.removesuffix(".__init__"): imports(path) for name, path in FILES.items()}
+
+
+def test_a_folder_imports_only_from_those_above_it() -> None:
+    assert {name.partition(".")[0] for name in GRAPH} == set(ORDER)
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if ORDER.index(other.partition(".")[0]) > ORDER.index(name.partition(".")[0])
+    ]
+    assert wrong == []
+
+
+@pytest.mark.xfail(reason="objectives and vae import each other for their types until the loss stands in one place")
+def test_no_file_imports_in_a_circle() -> None:
+    finished: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join([*path, name])
+        if name not in finished:
+            for other in GRAPH.get(name, ()):
+                visit(other, (*path, name))
+            finished.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+def test_importing_the_package_loads_nothing_and_changes_nothing() -> None:
+    code = """
+import atexit, gc, sys
+before = gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks()
+import vae_lightning
+assert not {"torch", "lightning", "hydra"} & set(sys.modules)
+assert before == (gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks())
+from vae_lightning import VAE, Autoencoder, MNISTDataModule, load_run
+assert not {"hydra", "sklearn", "optuna"} & set(sys.modules), "needed for commands alone"
+assert gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
