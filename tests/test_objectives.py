@@ -9,7 +9,7 @@ from torch import Tensor
 from vae_lightning.config import ConfigError
 from vae_lightning.models import objectives
 from vae_lightning.models.objectives import ELBO, IWAE, DReG, Objective
-from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian, diagonal_gaussian
+from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND, DiagonalGaussian, Gaussian
 from vae_lightning.models.vae import VAE
 
 
@@ -48,20 +48,20 @@ def test_importance_weighted_bound() -> None:
 
 def test_posterior_log_variance_is_bounded_and_its_gradient_alive() -> None:
     outputs = torch.tensor([[0.0, 0.0, 30.0, -30.0]], requires_grad=True)
-    q = diagonal_gaussian(outputs)
+    q = Gaussian(2)(outputs)
     assert q.log_variance.abs().max() <= LOG_VARIANCE_BOUND
     (objectives.kl_divergence(q.mean, q.log_variance).sum()).backward()
     assert outputs.grad is not None
     assert outputs.grad.isfinite().all()
     assert outputs.grad[0, 2] > 0 > outputs.grad[0, 3]  # both are pulled back towards the prior
-    extreme = diagonal_gaussian(torch.tensor([[0.0, 0.0, 1e30, -1e30]]))
+    extreme = Gaussian(2)(torch.tensor([[0.0, 0.0, 1e30, -1e30]]))
     assert objectives.kl_divergence(extreme.mean, extreme.log_variance).isfinite().all()
     assert extreme.log_prob(torch.zeros(1, 2)).isfinite().all()
 
 
 def test_posterior_is_nearly_linear_where_posteriors_live() -> None:
     raw = torch.linspace(-3, 3, 7).reshape(1, -1)
-    bounded = diagonal_gaussian(torch.cat([torch.zeros_like(raw), raw], dim=1)).log_variance
+    bounded = Gaussian(7)(torch.cat([torch.zeros_like(raw), raw], dim=1)).log_variance
     torch.testing.assert_close(bounded, raw, rtol=0.02, atol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_iwae_weights_its_best_samples_most() -> None:
 
 def test_free_bits_stop_the_gradient_below_the_floor() -> None:
     kl = torch.tensor([[0.1, 3.0], [0.3, 1.0]], requires_grad=True)
-    penalty = objectives.free_bits(kl, floor=0.5)
+    penalty = objectives.with_free_bits(kl, floor=0.5)
     assert penalty.mean().item() == pytest.approx(0.5 + 2.0)
     penalty.mean().backward()
     assert kl.grad is not None
@@ -126,7 +126,7 @@ def test_warm_up_weights_the_kl_in_training_alone() -> None:
     vae, x = linear_vae(beta=2.0), torch.rand(10, *SHAPE)
     objective = ELBO(warmup_epochs=10)
     for epoch, weight in ((0.0, 0.0), (2.5, 0.25), (10.0, 1.0), (99.0, 1.0), (math.inf, 1.0)):
-        terms = objective(vae, x, epoch)
+        terms = objective(vae, x, epoch=epoch)
         torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 2 * weight * terms["kl"])
         torch.testing.assert_close(terms["elbo"], -terms["reconstruction"] - terms["kl"])
 
@@ -142,3 +142,14 @@ def test_objectives_refuse_models_that_they_are_not_defined_for() -> None:
     free = {"_target_": "vae_lightning.models.objectives.ELBO", "free_bits": 0.5, "kl": "monte_carlo"}
     with pytest.raises(ConfigError, match=r"model\.objective\.free_bits=0\.5"):
         linear_vae(objective=free)
+    with pytest.raises(ConfigError, match=r"free_bits=0\.5: needs a KL in closed form"):
+        linear_vae().elbo(torch.rand(1, *SHAPE), kl="monte_carlo", free_bits=0.5)
+
+
+def test_the_default_loss_is_reconstruction_and_weighted_kl_with_free_bits() -> None:
+    vae, x = linear_vae(beta=3.0), torch.rand(10, *SHAPE)
+    terms = vae.elbo(x, epoch=1.0, warmup_epochs=4.0, free_bits=0.2)
+    kl = objectives.kl_divergence(vae.encode(x).mean, vae.encode(x).log_variance)
+    floored = torch.where(kl.mean(dim=0) > 0.2, kl, torch.tensor(0.2)).sum(dim=-1)
+    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 3 * 0.25 * floored)
+    torch.testing.assert_close(terms["kl"], kl.sum(dim=-1))

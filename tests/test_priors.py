@@ -7,7 +7,7 @@ from linear import SHAPE, linear_vae
 
 from vae_lightning.models.objectives import kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
-from vae_lightning.models.priors import Mixture, StandardNormal, VampPrior
+from vae_lightning.models.priors import StandardNormal, VampPrior
 
 VAMP = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 7}
 
@@ -44,7 +44,7 @@ def test_the_mixture_is_exact_for_narrow_components_far_from_the_origin() -> Non
             for m, v in zip(mean.double(), log_variance.double(), strict=True)
         ]
     )
-    found = Mixture(DiagonalGaussian(mean, log_variance)).log_prob(z)
+    found = DiagonalGaussian(mean, log_variance).mixture().log_prob(z)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), each.logsumexp(0) - math.log(50), atol=1e-4, rtol=0)
 
@@ -75,7 +75,7 @@ def test_sampled_kl_agrees_with_the_closed_form_and_is_not_negative() -> None:
     for options in ({}, {"prior": VAMP}):
         vae = linear_vae(**options)
         with torch.no_grad():
-            sampled = vae.elbo(x, analytic_kl=False)["kl"]
+            sampled = vae.elbo(x, kl="monte_carlo")["kl"]
             closed = vae.elbo(x[:1])["kl"].item()
             exact = kl_divergence(vae.encode(x[:1]).mean, vae.encode(x[:1]).log_variance).sum().item()
         error = sampled.std().item() / math.sqrt(len(x))
@@ -83,3 +83,22 @@ def test_sampled_kl_agrees_with_the_closed_form_and_is_not_negative() -> None:
         if not options:
             assert closed == pytest.approx(exact)
             assert abs(sampled.mean().item() - exact) < 4 * error
+
+
+class Shifted(StandardNormal):
+    """A prior whose distribution has no formula for its moments."""
+
+    def forward(self, encode, temperature: float = 1.0) -> td.Distribution:
+        normal = super().forward(encode, temperature)
+        return td.TransformedDistribution(normal, td.AffineTransform(15.0, 3.0))
+
+
+def test_the_prior_s_own_centre_and_spread() -> None:
+    assert [moment.tolist() for moment in linear_vae().prior_moments()] == [[0, 0], [1, 1]]
+    center, spread = linear_vae(prior={"_target_": "test_priors.Shifted"}).prior_moments()
+    torch.testing.assert_close(center, torch.full((2,), 15.0), atol=0.2, rtol=0)
+    torch.testing.assert_close(spread, torch.full((2,), 3.0), atol=0.1, rtol=0)
+    vae = linear_vae(prior=VAMP)
+    z = vae.prior(vae.encode).sample((20_000,))
+    for found, expected in zip(vae.prior_moments(), (z.mean(0), z.std(0)), strict=True):
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)

@@ -1,13 +1,19 @@
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError
 from vae_lightning.models.autoencoder import Autoencoder
-from vae_lightning.models.objectives import importance_weighted_bound
+from vae_lightning.models.backbones import MLP
+from vae_lightning.models.base import Array
+from vae_lightning.models.objectives import ELBO, IWAE, DReG, importance_weighted_bound
+from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import count_parameters
 
@@ -149,18 +155,97 @@ def test_autoencoder_error_is_per_pixel_on_its_own_scale(output: str, scale: flo
     error = (scale * (model.reconstruct(mnist[:8]) - mnist[:8])).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms["mse"], error)
     torch.testing.assert_close(terms["loss"], error)
-    assert model.encode(mnist[:8]).shape == (8, 3)
+    assert model.codes(mnist[:8]).shape == (8, 3)
     assert 0 <= model.reconstruct(mnist[:8]).min() <= model.reconstruct(mnist[:8]).max() <= 1
 
 
-def test_optimizer_and_schedule() -> None:
-    vae = VAE(2, SMALL, learning_rate=0.01, weight_decay=0.1)
-    optimizer = vae.configure_optimizers()
-    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.01, 0.1)
-    spec = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": [1], "gamma": 0.1}
-    (optimizer,), (schedule,) = VAE(2, SMALL, schedule=spec).configure_optimizers()
-    optimizer.step()
-    schedule.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
-    with pytest.raises(ConfigError, match=r"model\.schedule\.milestone=3: no such key"):
-        VAE(2, SMALL, schedule={**spec, "milestone": 3}).configure_optimizers()
+class Flat(MLP):
+    """A decoder that forgets the shape of images."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.decoder = self.decoder[:-1]
+
+
+class Narrow(MLP):
+    """An encoder with one output too few."""
+
+    def __init__(self, encoder_outputs: int, **options: Any) -> None:
+        super().__init__(encoder_outputs=encoder_outputs - 1, **options)
+
+
+def test_networks_that_return_something_else_are_told_what_is_wanted(mnist: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"its decoder returns \[8, 784\] for 8 latents; should be \[8, 1, 28, 28\]"):
+        VAE(3, {"_target_": "test_vae.Flat"}).elbo(mnist[:8])
+    with pytest.raises(ConfigError, match=r"its encoder returns \[8, 5\] for 8 images; should be \[8, 6\]"):
+        VAE(3, {"_target_": "test_vae.Narrow"}).elbo(mnist[:8])
+    with pytest.raises(ConfigError, match=r"its encoder returns \[8, 2\] for 8 images; should be \[8, 3\]"):
+        Autoencoder(3, {"_target_": "test_vae.Narrow"}).terms(mnist[:8])
+
+
+class Shifted(Gaussian):
+    """Another posterior: the encoder's outputs, and one more for a shift of all dimensions; sampled from two noises."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.encoder_outputs += 1
+
+    def forward(self, outputs: Tensor) -> PosteriorDistribution:
+        return ShiftedDistribution(super().forward(outputs[:, 1:]), outputs[:, :1])
+
+
+class ShiftedDistribution(PosteriorDistribution):
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, base: DiagonalGaussian, shift: Tensor) -> None:
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+        self.base, self.shift = base, shift
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base.mean + self.shift
+
+    def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_q = self.base.transform_and_log_prob(noise)
+        return z + self.shift, log_q
+
+
+def test_a_posterior_of_one_s_own(mnist: Tensor) -> None:
+    vae, x = VAE(3, SMALL, posterior={"_target_": "test_vae.Shifted"}), mnist[:4]
+    assert not vae.has_analytic_kl
+    torch.manual_seed(1)
+    terms = vae.elbo(x)
+    torch.manual_seed(1)
+    weights = vae.log_weights(x, k=1)[0]
+    torch.testing.assert_close(terms["elbo"], weights)
+    assert vae.reconstruct(x).shape == x.shape
+    with pytest.raises(ConfigError, match="DReG needs a posterior with `detach`, and ShiftedDistribution has none"):
+        DReG()(vae, x)
+
+
+class Conditional(VAE):
+    """A decoder that is told the label: it shifts all latents."""
+
+    def decode(self, z: Array, labels: Tensor | None = None) -> td.Distribution:
+        shift = torch.zeros(1) if labels is None else labels.float()
+        return super().decode(self.latents(z) + shift.unsqueeze(-1))
+
+
+def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None:
+    vae, x, labels = Conditional(3, SMALL).eval(), mnist[:4], torch.arange(4)
+
+    def drawn(call: Callable[..., Any], *arguments: Any) -> Tensor:
+        torch.manual_seed(0)
+        found = call(*arguments)
+        return found["elbo"] if isinstance(found, dict) else found
+
+    objectives = {"ELBO": ELBO(), "IWAE": IWAE(), "DReG": DReG()}
+    for call, *arguments in [
+        (vae.elbo, x), (vae.log_weights, x, 5), (vae.reconstruct, x), (vae.sample, 4), (vae.terms, x),
+        *((functools.partial(objective, vae), x) for objective in objectives.values()),
+    ]:  # fmt: skip
+        place = [*arguments, 1.0] if call == vae.sample else arguments
+        with_labels, shifted = drawn(call, *place, labels), drawn(call, *place, labels + 1)
+        assert not torch.allclose(with_labels, shifted)
+    vae.training_step((x, labels), 0)
+    vae.validation_step((x, labels), 0)

@@ -83,7 +83,7 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
         raise ConfigError(f"{path}={spec}: should be {{_target_: class, argument: value}}, of a {kind.__name__}")
     if "_target_" not in spec:
         raise ConfigError(f"{path}._target_: missing; it names the class to build, a {kind.__name__}")
-    target = _locate(spec["_target_"], kind, f"{path}._target_")
+    target = locate(spec["_target_"], kind, f"{path}._target_")
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     check_arguments(target, arguments, path, given)
     try:
@@ -111,7 +111,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _locate(name: object, kind: type[T], key: str) -> type[T]:
+def locate(name: object, kind: type[T], key: str) -> type[T]:
+    """The class of that dotted name, which must be or inherit from `kind`. Raises ConfigError, naming `key`."""
     module_name, _, class_name = str(name).rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -135,8 +136,11 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _check_value(hint: Any, value: Any, key: str) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    if isinstance(value, list) and "tuple[" in str(hint):  # a configuration has no tuples
+        value = tuple(value)
     try:
-        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        adapter.validate_python(value, strict=True)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
         # A union is wrong in as many ways as it has members: say each once. A list names the wrong element.

@@ -23,7 +23,6 @@ from vae_lightning.files import write_json
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
-from vae_lightning.models.priors import Mixture
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import open_run
 
@@ -42,7 +41,7 @@ class ImportanceSampling:
 @torch.inference_mode()
 def posteriors(vae: VAE, images: Tensor, batch_size: int = 1_000) -> DiagonalGaussian:
     """q(z|x) of all `images` `[n, …]`, bytes: its mean and log variance are `[n, latent_dim]`."""
-    parts = [vae.encode(batch) for batch in images.split(batch_size)]
+    parts: list[Any] = [vae.encode(batch) for batch in images.split(batch_size)]
     return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.log_variance for q in parts]))
 
 
@@ -104,7 +103,7 @@ def aggregate_posterior(vae: VAE, posterior: DiagonalGaussian, seed: int = 0) ->
     noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
     z = posterior.mean + posterior.stddev * noise
     log_conditional = posterior.log_prob(z)
-    aggregate = Mixture(posterior)
+    aggregate = posterior.mixture()
     log_aggregate = torch.cat([aggregate.log_prob(part) for part in z.split(1_000)])
     log_prior = vae.prior(vae.encode).log_prob(z)
     return (log_conditional - log_aggregate).mean().item(), (log_aggregate - log_prior).mean().item()

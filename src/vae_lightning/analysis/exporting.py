@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vae_lightning.config import UserError
 from vae_lightning.files import together
 from vae_lightning.models.base import ImageModel
+from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import open_run
 
@@ -34,9 +35,8 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.model, VAE):
-            posterior = self.model.encode(images)
-            return posterior.mean, posterior.log_variance
+        if isinstance(self.model, VAE) and isinstance(q := self.model.encode(images), DiagonalGaussian):
+            return q.mean, q.log_variance
         return (self.model.codes(images),)
 
 

@@ -1,6 +1,6 @@
-"""What every model here shares: the steps, exact epoch means, and the optimizer.
+"""What every model here shares: its networks, the steps, exact epoch means, and the optimizer.
 
-A model says what an image costs, `terms(x)`; the rest of training is the same for all.
+A model says what an image costs, `terms(x, labels)`; the rest of training is the same for all.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import LightningModule
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from vae_lightning.config import ImageShape, NonNegative, Positive, Spec, UserError, build
+from vae_lightning.config import ConfigError, ImageShape, PositiveInt, Spec, UserError, build
 from vae_lightning.data.pixels import Share
+from vae_lightning.models.backbones import Backbone
 from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
+from vae_lightning.models.optimization import make_optimizer, make_schedule
 
 Array = Tensor | ArrayLike  # what torch.as_tensor takes
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
@@ -51,33 +52,45 @@ def check_counts(**counts: object) -> None:
 
 
 class ImageModel(LightningModule, ABC):
-    """A model of images, trained on `terms(x)["loss"]`, which logs the mean over images of every term each epoch."""
+    """A model of images, trained on `terms(x, labels)["loss"]`. Logs the mean over images of every term each epoch.
 
-    encoder: nn.Module
-    decoder: nn.Module
-    latent_dim: int
+    `backbone` is a spec, `{"_target_": class, argument: value}`, and its encoder has `encoder_outputs` outputs. A
+    subclass saves its arguments with `save_hyperparameters`: plain values, from which a checkpoint rebuilds the model.
+    Those of the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
+    Raises ConfigError for a spec that does not fit.
+    """
+
     config: dict[str, Any]  # of the run that it was loaded from,
     protocol: dict[str, str]  # and what its checkpoint says of the data: data.name, data.pixels
 
     def __init__(
         self,
+        latent_dim: PositiveInt,
+        encoder_outputs: PositiveInt,
+        backbone: Spec,
         image_shape: ImageShape,
-        learning_rate: Positive = 1e-3,
-        weight_decay: NonNegative = 0.0,
-        schedule: Spec | None = None,
     ) -> None:
         super().__init__()
+        self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
+        networks = build(
+            backbone,
+            Backbone,
+            "model.backbone",
+            latent_dim=latent_dim,
+            encoder_outputs=encoder_outputs,
+            image_shape=self.image_shape,
+        )
+        self.encoder: nn.Module = networks.encoder
+        self.decoder: nn.Module = networks.decoder
+        self.encoder_outputs = encoder_outputs
         self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.schedule = schedule
         # In a plain dictionary: they hold no weights, and do not belong in checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
 
     @abstractmethod
-    def terms(self, x: Tensor) -> dict[str, Tensor]:
-        """Per-image figures `[batch]` by name; `"loss"` is minimised, all are logged."""
+    def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Per-image figures `[batch]` by name; `"loss"` is minimised, all are logged. `labels` are `[batch]`."""
 
     def images(self, x: Array) -> Tensor:
         """What a person calls images as the batch that the model takes: `[batch, *image_shape]` in [0, 1].
@@ -109,27 +122,50 @@ class ImageModel(LightningModule, ABC):
             raise ShapeError(f"latents of shape {tuple(z.shape)}: the model has latent_dim={self.latent_dim}")
         return z
 
+    def encoded(self, x: Tensor) -> Tensor:
+        """The encoder's outputs `[batch, encoder_outputs]` for images `[batch, *image_shape]`. Raises ConfigError."""
+        outputs = self.encoder(x)
+        if outputs.shape[1:] != (self.encoder_outputs,):
+            raise ConfigError(
+                f"model.backbone: its encoder returns {list(outputs.shape)} for {len(x)} images; "
+                f"should be [{len(x)}, {self.encoder_outputs}]"
+            )
+        return outputs
+
+    def decoded(self, z: Array) -> Tensor:
+        """The decoder's outputs `[..., *image_shape]`, float32, for latents `[..., latent_dim]`. Raises ConfigError."""
+        z = self.latents(z)
+        outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
+        if outputs.ndim != 4 or outputs.shape[2:] != self.image_shape[1:]:
+            raise ConfigError(
+                f"model.backbone: its decoder returns {list(outputs.shape)} for {len(outputs)} latents; "
+                f"should be {[len(outputs), *self.image_shape]}"
+            )
+        return outputs.reshape(*z.shape[:-1], *outputs.shape[1:])
+
     @abstractmethod
-    def codes(self, x: Array) -> Tensor:
+    def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
         """Where images lie in latent space, `[batch, latent_dim]`: of a VAE, the posterior means."""
 
     @torch.no_grad()
-    def all_codes(self, images: Tensor) -> Tensor:
+    def all_codes(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """`codes` of many images `[n, *image_shape]`, a thousand at a time: `[n, latent_dim]`."""
-        return torch.cat([self.codes(self.images(batch)) for batch in images.split(1_000)])
+        parts = [None] * -(-len(images) // 1_000) if labels is None else labels.to(self.device).split(1_000)
+        pairs = zip(images.split(1_000), parts, strict=True)
+        return torch.cat([self.codes(self.images(batch), part) for batch, part in pairs])
 
     @abstractmethod
-    def pictures(self, z: Array) -> Tensor:
+    def pictures(self, z: Array, labels: Tensor | None = None) -> Tensor:
         """Latents `[..., latent_dim]` as images to show, `[..., *image_shape]` in [0, 1]: of a VAE, p(x|z)'s mean."""
 
-    def forward(self, x: Array) -> Tensor:
+    def forward(self, x: Array, labels: Tensor | None = None) -> Tensor:
         """Images through the model and back, `[batch, *image_shape]` in [0, 1]."""
-        return self.pictures(self.codes(x))
+        return self.pictures(self.codes(x, labels), labels)
 
     @torch.no_grad()
-    def reconstruct(self, x: Array) -> Tensor:
+    def reconstruct(self, x: Array, labels: Tensor | None = None) -> Tensor:
         """Images through the model and back, `[batch, *image_shape]` in [0, 1], without gradients."""
-        return self(x)
+        return self(x, labels)
 
     @torch.no_grad()
     def interpolate(self, start: Array, end: Array, steps: int = 10, spherical: bool = False) -> Tensor:
@@ -178,15 +214,15 @@ class ImageModel(LightningModule, ABC):
         return self.trainer.global_step / self.trainer.num_training_batches
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        terms = self.terms(batch[0])
+        terms = self.terms(*batch)
         self.count("train", terms)
         return self.batch_mean(terms["loss"])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.count("val", self.terms(batch[0]))
+        self.count("val", self.terms(*batch))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        self.count("test", self.terms(batch[0]))
+        self.count("test", self.terms(*batch))
 
     def on_train_epoch_end(self) -> None:
         self._log_means("train")
@@ -204,13 +240,10 @@ class ImageModel(LightningModule, ABC):
         means.reset()
 
     def configure_optimizers(self) -> Any:
-        # fused: one kernel for all parameters, three times quicker than the default here, and the same update.
-        # Lightning cannot clip its gradients under mixed precision.
-        trainer = self._trainer
+        trainer = self._trainer  # Lightning cannot clip the gradients of a fused optimizer under mixed precision
         fused = not (trainer and trainer.gradient_clip_val and "mixed" in str(trainer.precision))
-        optimizer = torch.optim.Adam(
-            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused
+        h = self.hparams
+        optimizer = make_optimizer(
+            h["optimizer"], self.parameters(), h["learning_rate"], h["weight_decay"], h["decay_biases"], fused
         )
-        if self.schedule is None:
-            return optimizer
-        return [optimizer], [build(self.schedule, LRScheduler, "model.schedule", optimizer=optimizer)]
+        return optimizer if h["schedule"] is None else ([optimizer], [make_schedule(h["schedule"], optimizer)])

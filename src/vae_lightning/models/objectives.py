@@ -1,23 +1,21 @@
 """What is minimised: pure functions on tensors, and the objectives that are made of them.
 
-An objective is called with the model and a batch of images, and returns per-image terms `[batch]` in nats: `loss`,
-which is minimised, and `elbo`, always the lower bound on log p(x) with β = 1. To add one, write a class with a
-`__call__`, and a YAML file in conf/model/objective/ that names it.
+An objective is called with the model and a batch, and returns per-image terms `[batch]` in nats: `loss`, which is
+minimised, and `elbo`, always the lower bound on log p(x) with β = 1. The default one is `VAE.elbo` in vae.py. To add
+one, write a class with a `__call__`, and a YAML file in conf/model/objective/ that names it.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt
-
-if TYPE_CHECKING:
-    from vae_lightning.models.vae import VAE
+from vae_lightning.models.posteriors import PosteriorDistribution
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
 
 
-def free_bits(kl: Tensor, floor: float) -> Tensor:
+def with_free_bits(kl: Tensor, floor: float) -> Tensor:
     """The KL of which `floor` nats a dimension are free: `[batch]` from `[batch, latent_dim]`.
 
     A dimension whose mean over the batch lies below the floor counts as the floor, and gets no gradient (Kingma et al.
@@ -53,23 +51,48 @@ def active_units(means: Tensor) -> Tensor:
     return (means.var(dim=0) > 0.01).sum()
 
 
+class LatentVariableModel(Protocol):
+    """What an objective may ask of a model: a VAE, whose methods these are."""
+
+    beta: float
+    training: bool
+
+    @property
+    def has_analytic_kl(self) -> bool: ...
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> PosteriorDistribution: ...
+    def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor: ...
+    def elbo(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        epoch: float = math.inf,
+        warmup_epochs: float = 0.0,
+        free_bits: float = 0.0,
+    ) -> dict[str, Tensor]: ...
+    def log_joint(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
+    def log_weights(self, x: Tensor, k: int, labels: Tensor | None = None) -> Tensor: ...
+
+
 class Objective(ABC):
     """What training minimises. `epoch` is how far training is, in epochs and fractions of one."""
 
-    def check(self, vae: VAE) -> None:  # noqa: B027 (most are defined for all)
+    def check(self, vae: LatentVariableModel) -> None:  # noqa: B027 (most are defined for all)
         """Raise ConfigError for a model that this objective is not defined for."""
 
     @abstractmethod
-    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
+    def __call__(
+        self, vae: LatentVariableModel, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf
+    ) -> dict[str, Tensor]:
         """The terms of each image."""
 
 
 class ELBO(Objective):
     """−ELBO, with the KL weighted by β: reconstruction + β · KL (Kingma & Welling 2014, eq. 3; Higgins et al. 2017).
 
-    `kl="analytic"` takes the closed form of KL(q ‖ p) where the prior has one, `"monte_carlo"` the sampled
+    `kl="analytic"` takes the closed form of KL(q ‖ p) where there is one, `"monte_carlo"` the sampled
     log q(z|x) − log p(z). The KL's weight rises linearly from 0 over the first `warmup_epochs` (Bowman et al. 2016;
-    Sønderby et al. 2016), and `free_bits` nats of each latent dimension's KL cost nothing.
+    Sønderby et al. 2016), and `free_bits` nats of each latent dimension's KL cost nothing. `VAE.elbo` computes it.
     """
 
     def __init__(
@@ -82,20 +105,17 @@ class ELBO(Objective):
         self.warmup_epochs = warmup_epochs
         self.free_bits = free_bits
 
-    def check(self, vae: VAE) -> None:
-        if self.free_bits and not (self.kl == "analytic" and vae.prior.has_analytic_kl):
+    def check(self, vae: LatentVariableModel) -> None:
+        if self.free_bits and not (self.kl == "analytic" and vae.has_analytic_kl):
             raise ConfigError(
                 f"model.objective.free_bits={self.free_bits}: needs the KL of each dimension, which only "
-                "model.objective.kl=analytic with model/prior=normal has"
+                "model.objective.kl=analytic with model/prior=normal and model/posterior=gaussian has"
             )
 
-    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
-        warmup = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
-        return vae.elbo(
-            x,
-            analytic_kl=self.kl == "analytic",
-            penalty=lambda kl: vae.beta * warmup * (free_bits(kl, self.free_bits) if self.free_bits else kl.sum(-1)),
-        )
+    def __call__(
+        self, vae: LatentVariableModel, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf
+    ) -> dict[str, Tensor]:
+        return vae.elbo(x, labels, self.kl, epoch, self.warmup_epochs, self.free_bits)
 
 
 class IWAE(Objective):
@@ -104,14 +124,16 @@ class IWAE(Objective):
     def __init__(self, samples: PositiveInt = 5) -> None:
         self.samples = samples
 
-    def check(self, vae: VAE) -> None:
+    def check(self, vae: LatentVariableModel) -> None:
         if vae.beta != 1:
             raise ConfigError(f"model.beta={vae.beta}: an importance-weighted bound has no KL to weight; allowed: 1")
 
-    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
-        log_weights = vae.log_weights(x, self.samples)
+    def __call__(
+        self, vae: LatentVariableModel, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf
+    ) -> dict[str, Tensor]:
+        log_weights = vae.log_weights(x, self.samples, labels)
         terms = {"loss": -importance_weighted_bound(log_weights), "elbo": log_weights.mean(dim=0)}
-        return terms if vae.training else vae.elbo(x) | terms
+        return terms if vae.training else vae.elbo(x, labels) | terms
 
 
 class DReG(IWAE):
@@ -121,14 +143,16 @@ class DReG(IWAE):
     ∂zᵢ/∂φ: the same in expectation, without the score term whose noise grows with k.
     """
 
-    def __call__(self, vae: VAE, x: Tensor, epoch: float = math.inf) -> dict[str, Tensor]:
-        posterior = vae.encode(x)
-        z = vae.reparameterize(posterior, self.samples)
-        log_weights = vae.log_joint(x, z) - posterior.detach().log_prob(z)  # φ acts through z alone
+    def __call__(
+        self, vae: LatentVariableModel, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf
+    ) -> dict[str, Tensor]:
+        q = vae.encode(x, labels)
+        z = vae.reparameterize(q, self.samples)
+        log_weights = vae.log_joint(x, z, labels) - q.detach().log_prob(z)  # φ acts through z alone
         normalized = log_weights.detach().softmax(dim=0)  # w̃, [k, batch]
         if z.requires_grad:
             z.register_hook(lambda gradient: normalized.unsqueeze(-1) * gradient)  # the second factor w̃, for φ only
         bound = importance_weighted_bound(log_weights.detach())
         surrogate = (normalized * log_weights).sum(dim=0)  # has the gradient; the bound has the value
         terms = {"loss": -(bound + surrogate - surrogate.detach()), "elbo": log_weights.detach().mean(dim=0)}
-        return terms if vae.training else vae.elbo(x) | terms
+        return terms if vae.training else vae.elbo(x, labels) | terms

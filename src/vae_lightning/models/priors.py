@@ -7,7 +7,6 @@ file in conf/model/prior/ that names it.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -17,9 +16,9 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import PositiveInt
-from vae_lightning.models.posteriors import DiagonalGaussian
+from vae_lightning.models.posteriors import PosteriorDistribution
 
-Encode = Callable[[Tensor], DiagonalGaussian]
+Encode = Callable[[Tensor], PosteriorDistribution]
 
 
 class Prior(nn.Module, ABC):
@@ -53,29 +52,6 @@ class StandardNormal(Prior):
         return td.Independent(td.Normal(self.mean, scale, validate_args=False), 1, validate_args=False)
 
 
-class Mixture(td.MixtureSameFamily):
-    """(1/K) Σₖ N(z; μₖ, diag σₖ²), whose `log_prob` costs two matrix products, not a tensor `[..., K, latent_dim]`.
-
-    (z − μ)²/σ² is expanded to z²/σ² − 2zμ/σ² + μ²/σ². Where σ is small those terms are large and cancel, so they are
-    summed in float64 (float32 on Apple's GPUs, which have no other).
-    """
-
-    def __init__(self, components: DiagonalGaussian) -> None:
-        logits = torch.zeros(len(components.mean), device=components.mean.device)
-        even = td.Categorical(logits=logits, validate_args=False)  # a GPU would be waited for to look at them
-        super().__init__(even, components, validate_args=False)
-        self.components = components
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """`[...]` of latents `[..., latent_dim]`, in nats."""
-        exact = torch.float32 if value.device.type == "mps" else torch.float64
-        z, mean, log_variance = value.to(exact), self.components.mean.to(exact), self.components.log_variance.to(exact)
-        precision = torch.exp(-log_variance)
-        constant = (mean.square() * precision + log_variance + math.log(2 * math.pi)).sum(-1)  # [K]
-        distance = z.square() @ precision.T - 2 * z @ (mean * precision).T + constant  # [..., K]
-        return (torch.logsumexp(-0.5 * distance, dim=-1) - math.log(len(mean))).to(value.dtype)
-
-
 class VampPrior(Prior):
     """The mixture of posteriors (1/K) Σₖ q(z|uₖ) at K learnt pseudo-inputs uₖ (Tomczak & Welling 2018, eq. 9).
 
@@ -104,6 +80,4 @@ class VampPrior(Prior):
         self.pseudo_inputs.data.copy_(chosen)
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
-        q = encode(self.pseudo_inputs.clamp(0, 1))
-        components = DiagonalGaussian(q.mean, q.log_variance + 2 * math.log(temperature)) if temperature != 1 else q
-        return Mixture(components)
+        return encode(self.pseudo_inputs.clamp(0, 1)).mixture(temperature)

@@ -20,6 +20,7 @@ from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.objectives import active_units, kl_divergence
+from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 
 log = logging.getLogger(__name__)
@@ -143,16 +144,19 @@ class Health(Callback):
         if not isinstance(module, VAE):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        images = (data.val_images if data.val_size else data.train_images)[: self.IMAGES]
+        split = "val" if data.val_size else "train"
+        images, labels = (getattr(data, f"{split}_{what}")[: self.IMAGES] for what in ("images", "labels"))
         module.eval()
-        posterior = module.encode(images)
+        posterior = module.encode(images, labels.to(module.device))
         module.train()
         active = active_units(posterior.mean)
-        kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
-        figures = {"active_units": active.float(), "kl_max": kl.max(), "kl_min": kl.min()}
+        figures = {"active_units": active.float()}
+        if isinstance(posterior, DiagonalGaussian):
+            kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
+            figures |= {"kl_max": kl.max(), "kl_min": kl.min()}
+            for board in boards(trainer):
+                board.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
         module.log_dict({f"health/{name}": value for name, value in figures.items()}, sync_dist=True)
-        for board in boards(trainer):
-            board.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
         if not self.warned and active == 0:
             self.warned = True
             log.warning(
@@ -218,7 +222,7 @@ class Figures(Callback):
             assert isinstance(module, ImageModel)
             images, labels = data.test_images[: self.embedded], data.test_labels[: self.embedded]
             for board in boards(trainer):
-                codes = module.all_codes(images).cpu()
+                codes = module.all_codes(images, labels).cpu()
                 codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector draws nothing in fewer dimensions
                 board.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
 
@@ -228,21 +232,25 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         was_training = module.training
         module.eval()
-        x = module.images(images[: self.pairs])
+        x, labels = module.images(images[: self.pairs]), labels.to(module.device)
         pictures: dict[str, Tensor | Figure] = {
-            "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x))
+            "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x, labels[: self.pairs]))
         }
         if isinstance(module, VAE):
             rows, columns = self.samples
-            z = torch.randn(rows * columns, module.latent_dim, generator=torch.Generator().manual_seed(0))
-            pictures["samples"] = figures.image_grid(module.pictures(z), columns)
+            with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+                torch.manual_seed(0)
+                pictures["samples"] = figures.image_grid(module.sample(rows * columns), columns)
         if self.points:
             pictures["points"] = figures.image_grid(module.pictures(self.points), len(self.points))
         if module.latent_dim == 2:
-            codes = module.all_codes(images[:10_000])
-            pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000].to(codes.device))
+            codes = module.all_codes(images[:10_000], labels[:10_000])
+            pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
             if isinstance(module, VAE):
-                pictures["manifold"] = figures.manifold_grid(module.pictures)
+                center, spread = module.prior_moments()
+                pictures["manifold"] = figures.manifold_grid(
+                    lambda z: module.pictures(center + spread * z.to(center.device))
+                )
         module.train(was_training)
         return pictures
 

@@ -264,7 +264,7 @@ def is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
         optim._global_optimizer_pre_hooks,
         optim._global_optimizer_post_hooks,
     )
-    fused = all(group.get("fused") and not group["amsgrad"] for group in optimizer.param_groups)
+    fused = all(group.get("fused") and not group.get("amsgrad") for group in optimizer.param_groups)
     return type(optimizer) is Adam and fused and not any(listening)
 
 

@@ -1,0 +1,74 @@
+"""The optimizer and the learning-rate schedule, from their specs.
+
+`model.learning_rate` and `model.weight_decay` are passed to the optimizer that `model/optimizer` chooses. To use one of
+your own, name its class in a YAML file in conf/model/optimizer/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from inspect import signature
+from typing import Any, Literal, get_args
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from vae_lightning.config import ConfigError, Spec, build, locate
+
+Interval = Literal["epoch", "step"]
+
+
+def make_optimizer(
+    spec: Spec,
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    decay_biases: bool = True,
+    fused: bool = True,
+) -> Optimizer:
+    """The optimizer that `spec` describes.
+
+    Without `decay_biases`, parameters of fewer than two dimensions (biases, normalization) get no weight decay. `fused`
+    allows one kernel for all parameters, which is faster than PyTorch's default and makes the same update.
+    Raises ConfigError for a spec that does not fit.
+    """
+    target = locate(spec.get("_target_"), Optimizer, "model.optimizer._target_")
+    takes = signature(target).parameters
+    given: dict[str, Any] = {"lr": learning_rate}
+    if "weight_decay" in takes:
+        given["weight_decay"] = weight_decay
+    elif weight_decay:
+        raise ConfigError(f"model.weight_decay={weight_decay}: {target.__name__} has no weight decay. Allowed: 0")
+    if fused and "fused" in takes and not {"fused", "foreach"} & set(spec) and issubclass(target, Adam | AdamW | SGD):
+        given["fused"] = True
+    groups: list[Any] = list(parameters)
+    if weight_decay and not decay_biases:
+        groups = [
+            {"params": [p for p in groups if p.ndim > 1]},
+            {"params": [p for p in groups if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return build(spec, Optimizer, "model.optimizer", params=groups, **given)
+
+
+def make_schedule(spec: Spec, optimizer: Optimizer) -> dict[str, Any]:
+    """The learning-rate schedule that `spec` describes, as Lightning takes it.
+
+    `interval` in the spec says whether it counts epochs (the default) or steps; `monitor` which metric
+    ReduceLROnPlateau watches. Raises ConfigError for a spec that does not fit.
+    """
+    options = {key: spec[key] for key in ("interval", "monitor") if key in spec}
+    scheduler = build(
+        {key: value for key, value in spec.items() if key not in options},
+        LRScheduler,
+        "model.schedule",
+        optimizer=optimizer,
+    )
+    if "interval" not in options and isinstance(scheduler, OneCycleLR | CyclicLR):
+        raise ConfigError(f"model.schedule.interval: missing; {type(scheduler).__name__} needs interval=step, or epoch")
+    interval = options.get("interval", "epoch")
+    if interval not in get_args(Interval):
+        raise ConfigError(f"model.schedule.interval={interval}: should be epoch or step")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": interval, "monitor": options.get("monitor", "val/loss")}
+    return {"scheduler": scheduler, "interval": interval}
