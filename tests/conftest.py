@@ -55,7 +55,7 @@ def _clean_slate() -> Iterator[None]:
 def composed(*overrides: str) -> dict[str, Any]:
     """What `train.py` would hand to `train` for these overrides, on this repository's MNIST and the CPU."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        whole = compose("train", [f"data.root={DATA}", "trainer.accelerator=cpu", *overrides], True)
+        whole = compose("train", ["trainer.accelerator=cpu", *overrides], True)
     HydraConfig.instance().set_config(whole)
     with open_dict(whole):
         del whole["hydra"]
@@ -96,8 +96,7 @@ def command(script: Callable[..., Any]) -> Callable[..., Any]:
     """`command("model.latent_dim=2", ...)`: `python train.py …` on this repository's MNIST."""
 
     def run(*words: str) -> Any:
-        root = [] if any("data.root=" in word for word in words) else [f"++data.root={DATA}"]
-        return script("train.py", *words, *root)
+        return script("train.py", *words)
 
     return run
 

@@ -38,9 +38,12 @@ def write_images(root: Path) -> None:
 
 
 def test_every_guide_is_short_and_has_its_command() -> None:
-    assert {name for name in FILES if name.endswith(".py")} == {"folder.py", "cifar.py", "laplace.py", "capacity.py"}
+    assert {name for name in FILES if name.endswith(".py")} == {
+        *("folder.py", "cifar.py", "laplace.py", "capacity.py", "triangular.py", "conditional.py", "lion.py"),
+        "square_root.py",
+    }
     assert all(len(code.splitlines()) < 40 for code in FILES.values())
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 8
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -58,7 +61,7 @@ def test_guides(line: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = command(*words, *own)
     assert result.code == 0, result.err
     directory = result.out.splitlines()[-1]
-    module = re.search(r"=(folder|cifar|laplace|capacity)", line)
+    module = re.search(r"=(folder|cifar|laplace|capacity|triangular|conditional|lion|square_root)", line)
     assert module
     data = json.loads((tmp_path / directory / "metrics.json").read_text())["data"]
     assert data == {"folder": "Folder", "cifar": "CIFAR"}.get(module[1], "MNIST")
