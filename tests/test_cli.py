@@ -114,13 +114,6 @@ def test_a_file_gets_one_line_an_epoch_and_the_summary(command) -> None:
     assert "cross-entropies, not likelihoods" in result.out
 
 
-def test_multirun_leaves_a_whole_run_directory_a_job(command, tmp_path: Path) -> None:
-    result = command("-m", "model.latent_dim=2,5", "model/backbone=mlp,conv", *BRIEF)
-    assert result.code == 0
-    runs = sorted((tmp_path / "outputs" / "sweeps").glob("*/*/metrics.json"))
-    assert [run.parent.name for run in runs] == ["0", "1", "2", "3"]
-
-
 def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None:
     result = command("-m", "model.latent_dim=0,2", *BRIEF)
     assert result.code == 2
@@ -130,6 +123,7 @@ def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None
     assert [run.parent.name for run in (tmp_path / "outputs" / "sweeps").glob("*/*/metrics.json")] == ["1"]
 
 
+@pytest.mark.proof
 def test_a_process_of_its_own(tmp_path: Path) -> None:
     """Two at the same moment, from another directory: exit status, streams, and run directories that stay apart."""
     words = [sys.executable, str(ROOT / "train.py"), f"data.root={DATA}", *BRIEF]

@@ -20,7 +20,8 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains(choice: str, config, tmp_path: Path) -> None:
-    metrics = train(config(choice, *BRIEF), tmp_path / "run")
+    smaller = ["model.backbone.channels=[4,8,8]"] if choice == "model/backbone=residual_conv" else []
+    metrics = train(config(choice, *smaller, *BRIEF), tmp_path / "run")
     assert metrics["steps"] == 2
     assert torch.tensor(metrics["test/loss"]).isfinite()
 
@@ -52,8 +53,7 @@ def test_parameter_counts(experiment: str, parameters: int, config, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["parameters"] == parameters
 
 
-@pytest.mark.parametrize("latent_dim", [1, 2, 5, 20, 200])
-@pytest.mark.parametrize("backbone", ["mlp", "conv"])
+@pytest.mark.parametrize(("latent_dim", "backbone"), [(1, "mlp"), (2, "conv")])  # test_readme.py has 2, 5, 20 and 200
 def test_latent_dimensions(latent_dim: int, backbone: str, config, tmp_path: Path) -> None:
     metrics = train(config(f"model.latent_dim={latent_dim}", f"model/backbone={backbone}", *BRIEF), tmp_path / "run")
     assert metrics["latent_dim"] == latent_dim

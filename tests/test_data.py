@@ -165,6 +165,7 @@ def test_a_half_extracted_file_left_by_someone_else_does_no_harm(copied: Path) -
     assert len(train) == 60_000
 
 
+@pytest.mark.proof
 def test_processes_that_start_together_do_not_meet(copied: Path) -> None:
     code = (
         "from vae_lightning.data.mnist import load_images; from pathlib import Path;"

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.config import ConfigError, build
+from vae_lightning.files import as_yaml
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunError, held
 from vae_lightning.runs.loading import load_checkpoint
@@ -380,7 +381,7 @@ def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
     composed = config(*SMALL)
     for name in ("a", "b", "broken"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("{" if name == "broken" else json.dumps(composed | {"name": name}))
+        (tmp_path / name / "config.yaml").write_text("{" if name == "broken" else as_yaml(composed | {"name": name}))
     places = [tmp_path / name for name in ("broken", "a", "b", "nowhere")]
     assert find_run(composed | {"name": "b"}, places) == tmp_path / "b"
     assert find_run(composed | {"name": "c"}, places) is None

@@ -45,6 +45,7 @@ def finished(directory: Path) -> list[int]:
     return sorted(json.loads(file.read_text())["latent_dim"] for file in directory.glob("*/metrics.json"))
 
 
+@pytest.mark.proof
 def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     first = sweep(tmp_path / "sweep", "model.latent_dim=2,3,0", TROUBLE, "hydra/launcher=joblib")
     assert first.returncode == 2, first.stderr

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import DATA, ROOT
 
 
+@pytest.mark.proof
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     for name in ("train.py", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)
