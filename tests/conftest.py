@@ -20,7 +20,7 @@ from omegaconf import open_dict
 from vae_lightning.data.mnist import load_images
 from vae_lightning.launch.cli import plain
 from vae_lightning.runs.resume import run_config
-from vae_lightning.training.train import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
+from vae_lightning.training.trainer import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

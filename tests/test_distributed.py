@@ -19,7 +19,7 @@ from vae_lightning.data.batches import DeviceBatches
 from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.pixels import Share
 from vae_lightning.models.vae import VAE
-from vae_lightning.training.train import check_accelerator
+from vae_lightning.training.trainer import check_accelerator
 
 # 2,001 images in batches of 100: 21 batches, and the last one is a single image. 509 to validate on.
 WORDS = [

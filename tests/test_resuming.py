@@ -16,7 +16,7 @@ from conftest import BRIEF, ROOT
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vae_lightning.config import ConfigError, build
+from vae_lightning.config import ConfigError, Interval, build
 from vae_lightning.files import as_yaml
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunError, held
@@ -24,7 +24,6 @@ from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.runs.resume import find_run
 from vae_lightning.training.callbacks import TrainingError
 from vae_lightning.training.checkpoints import last_checkpoint, moved
-from vae_lightning.training.fast_loop import Every
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import train
 
@@ -108,13 +107,15 @@ class Signal(Callback):
     [
         ["model/schedule=cosine", "data.pixels=dynamic", "trainer.checkpoint_every=3", "model/prior=vamp",
          "model.prior.pseudo_inputs=4", "model.objective.warmup_epochs=2", "trainer.val_check_interval=15"],
+        ["trainer.fast_loop=false", "model/schedule=warmup", "trainer.checkpoint_every=5",
+         "trainer.log_every_n_steps=7", "trainer.val_check_interval=15"],
         pytest.param(
             ["trainer=ema", "data.val_size=0", "trainer.accumulate_grad_batches=3", "trainer.checkpoint_every=4",
              "trainer.gradient_clip_val=1", "model.data_bias=true", "trainer.max_epochs=9"],
             marks=pytest.mark.proof,
         ),
     ],
-    ids=["vamp", "ema"],
+    ids=["vamp", "lightning", "ema"],
 )  # fmt: skip
 def test_twenty_deaths_change_nothing(tmp_path: Path, overrides: list[str]) -> None:
     killed = subprocess.run(
@@ -355,12 +356,13 @@ def test_a_full_disk_costs_a_line_and_no_checkpoint(tmp_path: Path, limit: int) 
 @pytest.mark.parametrize("text", ["0", "-5", "5parsecs", "1.5", "true", "10 min later"])
 def test_checkpoint_every_is_steps_or_a_time(text: str) -> None:
     with pytest.raises(ConfigError, match="should be a number of steps, or a time such as"):
-        Every.parse(text)
+        Interval.parse(text, "trainer.checkpoint_every")
 
 
 def test_checkpoint_every_reads_steps_and_times() -> None:
-    assert [Every.parse(text) for text in (None, 500, "500", "30s", "10min", "2h")] == [
-        Every(), Every(steps=500), Every(steps=500), Every(seconds=30), Every(seconds=600), Every(seconds=7200),
+    assert [Interval.parse(text, "trainer.checkpoint_every") for text in (None, 500, "500", "30s", "10min", "2h")] == [
+        Interval(), Interval(steps=500), Interval(steps=500), Interval(seconds=30), Interval(seconds=600),
+        Interval(seconds=7200),
     ]  # fmt: skip
 
 
@@ -372,7 +374,7 @@ def test_a_time_passes_between_checkpoints(config, tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, *a, **k: (saved.append(1), original(self, *a, **k)))
     train(config(*SMALL, "trainer.checkpoint_every=1s", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "rarely")
     rarely = len(saved)
-    monkeypatch.setattr(Every, "parse", classmethod(lambda cls, text: cls(seconds=0.0001)))
+    monkeypatch.setattr(Interval, "parse", classmethod(lambda cls, *_: cls(seconds=0.0001)))
     train(config(*SMALL, "trainer.log_every_n_steps=10", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "often")
     assert len(saved) - rarely >= rarely + 3
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -37,6 +38,25 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A wrong key, choice, type or value in the configuration."""
+
+
+class Interval(NamedTuple):
+    """A number of steps, or seconds; neither for null."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: int | str | None, key: str, steps: bool = True) -> Interval:
+        """`500` (steps, where allowed), `30s`, `10min`, `2h` or null. Raises ConfigError, naming `key`."""
+        if text is None:
+            return cls()
+        match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
+        if not match or not int(match[1]) or isinstance(text, bool | float) or not (match[2] or steps):
+            wanted = "a number of steps, or a time" if steps else "a time"
+            raise ConfigError(f"{key}={text}: should be {wanted} such as 30s, 10min or 2h")
+        number, unit = int(match[1]), match[2]
+        return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
 
 
 def did_you_mean(given: object, allowed: Iterable[object]) -> str:

@@ -23,13 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from vae_lightning.config import ConfigError
+from vae_lightning.config import ConfigError, Interval
 from vae_lightning.launch.cli import MENDABLE, one_line, rank
 from vae_lightning.launch.sweeps import note_failure, quoted, share_of_machine, train_apart
 from vae_lightning.runs.resume import Assignment, assign, find_run, run_config
-from vae_lightning.training.fast_loop import Every
 from vae_lightning.training.signals import Interrupted
-from vae_lightning.training.train import TRAINER_DEFAULTS
+from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ def runs_apart(run: Assignment, timeout: str | None) -> bool:
 def train_job_apart(run: Assignment, timeout: str | None) -> None:
     """Train a job's run in a process of its own, with its share of the machine. Raises what `train_apart` does."""
     hydra = HydraConfig.get()
-    seconds = Every.parse(timeout, "timeout", steps=False).seconds
+    seconds = Interval.parse(timeout, "timeout", steps=False).seconds
     launcher = str(hydra.runtime.choices.get("hydra/launcher"))
     devices = (TRAINER_DEFAULTS | run.config["trainer"])["devices"]
     share = share_of_machine(launcher, hydra.job.num, devices, hydra.launcher.get("cpus_per_task"))

@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from tabulate import tabulate
 
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, check_arguments, flatten
+from vae_lightning.config import ConfigError, Interval, NonNegativeInt, PositiveInt, check_arguments, flatten
 from vae_lightning.files import as_yaml, read_json, read_yaml, whole, write_json
 from vae_lightning.launch.sweeps import JobError, share_of_machine, train_apart
 from vae_lightning.runs.directory import RunError, held
 from vae_lightning.runs.resume import Assignment, difference, set_key
-from vae_lightning.training.fast_loop import Every
 from vae_lightning.training.signals import StopRequest
-from vae_lightning.training.train import TRAINER_DEFAULTS
+from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
 if TYPE_CHECKING:
     import optuna
@@ -96,7 +95,7 @@ def search(config: dict[str, Any], options: dict[str, Any], directory: Path) -> 
     """Search, and return the winner's run directory. Raises UserError, and Interrupted for a search to go on with."""
     check_arguments(check_search, options, "hparams_search")
     check_space(options["space"], config)
-    timeout = Every.parse(options["timeout"], "hparams_search.timeout", steps=False).seconds
+    timeout = Interval.parse(options["timeout"], "hparams_search.timeout", steps=False).seconds
     if not config["data"].get("val_size"):
         raise ConfigError(f"data.val_size={config['data'].get('val_size')}: a search needs images to validate on")
     try:

@@ -30,6 +30,7 @@ CHANGEABLE = (
     "trainer.max_epochs",
     "trainer.checkpoint_every",
     "trainer.accelerator",
+    "trainer.fast_loop",
     "trainer.enable_progress_bar",
     "data.root",
     "test",

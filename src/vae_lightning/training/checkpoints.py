@@ -1,10 +1,9 @@
 """Checkpoints from which a run goes on exactly where it stopped.
 
-`last.ckpt` is written between two steps, where nothing is half done: at the start of each epoch, every
-`trainer.checkpoint_every`, when a signal asks to stop, and when training is over. Lightning puts weights, optimizer,
-schedules, callbacks and counters into it; what else a run's future depends on is added here: the random numbers, the
-epoch's sums so far, the history, and how long TensorBoard's files were. The one before it stays as `previous.ckpt`
-until the run is finished.
+`last.ckpt` is written between two steps: at the start of each epoch, every `trainer.checkpoint_every`, when a signal
+asks to stop, and at the end of training. Lightning puts weights, optimizer, schedules, callbacks and counters into it.
+The rest is added here: random states, the epoch's sums so far, the history, and the lengths of TensorBoard's files. The
+checkpoint before it stays as `previous.ckpt` until the run is finished.
 """
 
 from __future__ import annotations
@@ -28,12 +27,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from vae_lightning.config import Interval
 from vae_lightning.files import remove_partial, whole
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.runs.directory import RunError
 from vae_lightning.runs.loading import load_checkpoint, load_weights
+from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.history import History
+from vae_lightning.training.signals import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +67,22 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Progress(Callback):
-    """Puts into each checkpoint what Lightning leaves out, and takes it from there when training goes on."""
+    """Save between two steps, stop there on a signal, and complete checkpoints with what Lightning leaves out.
 
-    def __init__(self, directory: Path, history: History) -> None:
+    `interval` is how often to save beside the start of each epoch. Without `saves` the run only stops on a signal.
+    """
+
+    def __init__(
+        self, directory: Path, history: History, stop: StopRequest, interval: Interval, saves: bool = True
+    ) -> None:
         self.directory = directory
         self.history = history
+        self.stop = stop
+        self.interval = interval
+        self.saves = saves
+        self.saved_step = 0
+        self.saved_time = time.monotonic()
+        self.next_batch: int | None = None  # of the epoch, while a checkpoint is written between two steps
         self.random = random_states()  # as the model's making left them
         self.logged: dict[str, torch.Tensor] = {}
         self.loaded = False  # all this, from a checkpoint
@@ -78,8 +91,37 @@ class Progress(Callback):
         # Where there are several processes Lightning seeds them anew at each stage, and where there is one it does not.
         set_random_states(self.random)
 
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save or stop before a batch that ends no accumulation of gradients. Raises Interrupted."""
+        stop, due = self.due(trainer, batch_idx)
+        if self.saves and (stop or due) and trainer.global_step != self.saved_step:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, NonFiniteGuard):
+                    callback.check_training(trainer, module)
+            self.next_batch = batch_idx
+            trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+            self.next_batch = None
+            self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
+        if stop:
+            raise Interrupted(f"stopped by {self.stop.name or 'another process'} after step {trainer.global_step}")
+
+    def due(self, trainer: Trainer, batch_idx: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, before a batch of the epoch; the same in all processes."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return False, False
+        every = self.interval
+        due = trainer.global_step != self.saved_step and (
+            batch_idx == 0
+            or bool(every.steps and trainer.global_step % every.steps == 0)
+            or bool(every.seconds and time.monotonic() - self.saved_time >= every.seconds)
+        )
+        anywhere = trainer.strategy.reduce_boolean_decision
+        return anywhere(self.stop.name is not None, all=False), anywhere(due, all=False)
+
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, ImageModel)
+        if self.next_batch is not None:
+            take_back_batch(trainer, checkpoint["loops"]["fit_loop"], self.next_batch)
         checkpoint["progress"] = {
             "directory": str(self.directory),
             "random": random_states(),
@@ -107,14 +149,36 @@ class Progress(Callback):
                 callback.current_score = states[callback.state_key]["current_score"]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.stop.listen()
+        self.stop.stepping = True
+        self.saved_step = trainer.global_step
         if self.loaded:
-            connector: Any = trainer._logger_connector
-            connector._callback_metrics.update(self.logged)
+            trainer.callback_metrics.update(self.logged)
             set_random_states(self.random)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.random = random_states()
-        trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+        if self.saves:
+            trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def take_back_batch(trainer: Trainer, loops: dict[str, Any], next_batch: int) -> None:
+    """Let the saved counters say that `next_batch` of the epoch, which Lightning has fetched, was not."""
+    progress = loops["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for counter in ("total", "current"):
+        progress[counter]["ready"] -= 1
+    for loader in loops["state_dict"].get("combined_loader", []):
+        if "given" in loader:  # of DeviceBatches
+            loader["given"] = next_batch
+    # On a restart Lightning first looks whether a validation is due after the batch before. If so it skips that one,
+    # but counts a step for its loggers.
+    epoch_wise = trainer.check_val_every_n_epoch is not None
+    batches = next_batch if epoch_wise else progress["total"]["ready"]
+    epoch_validates = not epoch_wise or (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+    every = trainer.val_check_batch
+    if trainer.enable_validation and epoch_validates and isinstance(every, int) and batches % every == 0:
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def random_states() -> dict[str, Any]:

@@ -1,22 +1,23 @@
-"""Optimizer steps that nobody watches, one straight after the other.
+"""Run the steps between two logged ones in a plain loop: `trainer.fast_loop`.
 
 Around every optimizer step Lightning calls some twenty hooks. For a small model they take a good part of the time, and
-between two of the steps that it logs, one in `trainer.log_every_n_steps`, most of them do nothing. So those steps run
-here in a plain loop, with the same arithmetic and the same counters, to the bit; the last of each stretch is
-Lightning's own, with all that hangs on it. A run in which something does act at each step, a callback or a hook of the
-model, takes Lightning's road throughout, and says why.
+between two steps that are logged (`trainer.log_every_n_steps`) most of them do nothing. Those steps run here in a plain
+loop, with the same arithmetic and counters, to the bit; the last of each stretch is Lightning's own. A run in which a
+callback or a hook of the model acts at each step uses Lightning's loop for every step and logs the reason.
+
+This file leans on private parts of libraries, and is the only one that does so for speed. Lightning:
+`_TrainingEpochLoop` and its counters, `_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer.
+PyTorch: the functional `adam`, and the dictionaries of optimizer hooks. Where `install` finds them changed, it raises
+Unsupported, and the run goes on through Lightning's loop. The file can be deleted: the result is the same, only slower.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from inspect import signature
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -30,10 +31,9 @@ from torch.optim import Adam
 from torch.optim import optimizer as optim
 from torch.optim.adam import adam
 
-from vae_lightning.config import ConfigError
 from vae_lightning.data.batches import DeviceBatches
 from vae_lightning.training.callbacks import NonFiniteGuard
-from vae_lightning.training.signals import Interrupted, StopRequest
+from vae_lightning.training.checkpoints import Progress
 
 log = logging.getLogger(__name__)
 
@@ -49,90 +49,60 @@ MODULE_HOOKS = (*STEP_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class Every(NamedTuple):
-    """How often to save, beside the start of each epoch: a number of steps, or seconds. Neither: not."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    @classmethod
-    def parse(cls, text: int | str | None, key: str = "trainer.checkpoint_every", steps: bool = True) -> Every:
-        """`500` (steps, where allowed), `30s`, `10min`, `2h` or null. Raises ConfigError."""
-        if text is None:
-            return cls()
-        match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
-        if not match or not int(match[1]) or isinstance(text, bool | float) or not (match[2] or steps):
-            wanted = "a number of steps, or a time" if steps else "a time"
-            raise ConfigError(f"{key}={text}: should be {wanted} such as 30s, 10min or 2h")
-        number, unit = int(match[1]), match[2]
-        return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
+class Unsupported(Exception):
+    """A version of Lightning or PyTorch that this loop does not know."""
 
 
-class ManySteps(_TrainingEpochLoop):
-    """Lightning's loop over an epoch's batches, with the steps between two that are logged in a loop of its own."""
+def install(trainer: Trainer) -> None:
+    """Put the fast loop into a trainer, in place of Lightning's own. Raises Unsupported."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    parts = (
+        *("batch_progress", "automatic_optimization", "_batches_that_stepped", "_build_kwargs", "restarting"),
+        *("automatic_optimization.optim_progress.optimizer.step", "batch_idx", "global_step", "max_steps"),
+    )
+    trainer_parts = ("_logger_connector.on_batch_start", "lr_scheduler_configs", "precision_plugin.train_step_context")
+    missing = [part for part in parts if not reaches(loop, part)]
+    missing += [part for part in trainer_parts if not reaches(trainer, part)]
+    if type(loop) is not _TrainingEpochLoop or missing or list(signature(loop.advance).parameters) != ["data_fetcher"]:
+        raise Unsupported(f"its loop is another one ({', '.join(missing) or type(loop).__name__})")
+    trainer.fit_loop.epoch_loop = FastLoop(trainer)
+
+
+def reaches(instance: object, path: str) -> bool:
+    """Whether an object has an attribute, by its dotted path."""
+    for name in path.split("."):
+        if not hasattr(instance, name):
+            return False
+        instance = getattr(instance, name)
+    return True
+
+
+class FastLoop(_TrainingEpochLoop):
+    """Lightning's loop over an epoch's batches, with a plain loop for the steps between two that are logged."""
 
     reason: str | None = None  # why each step is Lightning's
 
-    def __init__(self, trainer: Trainer, last: Path | None, every: Every, stop: StopRequest) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
-        self.last = last  # the checkpoint to write between two steps; None: there are to be none
-        self.every = every
-        self.stop = stop
-        self.saved_step = 0
-        self.saved_time = time.monotonic()
-
-    def reset(self) -> None:
-        resumed = self.restarting
-        super().reset()
-        if resumed:  # from between two steps: of the one before, nothing is left to be done
-            self.restarting = False
-            self.saved_step = self.global_step
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.progress_callback = next((c for c in callbacks if isinstance(c, Progress)), None)
 
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
         before, self.reason = self.reason, watched(self.trainer)
         if self.reason and self.reason != before:
             log.info("steps run one at a time: %s", self.reason)
-        self.stop.listen()
-        self.stop.stepping = True
 
     def advance(self, data_fetcher: Any) -> None:
-        self._pause()
-        if not self.reason:
+        callback = self.progress_callback
+        # Lightning's step comes first where it has to: after a restart, and where the callback saves or stops.
+        due = callback is not None and any(callback.due(self.trainer, self.batch_progress.current.ready))
+        if not (self.reason or self.restarting or due):
             self._run_unwatched(data_fetcher)
         super().advance(data_fetcher)
 
-    def _pause(self) -> None:
-        """Between two steps, where nothing is half done: save if it is time to, and stop if a signal asked for it."""
-        trainer: Any = self.trainer
-        done = self.batch_progress.current.ready  # batches of this epoch
-        if done % trainer.accumulate_grad_batches:
-            return
-        due = self.global_step != self.saved_step and (
-            done == 0
-            or bool(self.every.steps and self.global_step % self.every.steps == 0)
-            or bool(self.every.seconds and time.monotonic() - self.saved_time >= self.every.seconds)
-        )
-        stop, due = self._anywhere(self.stop.name is not None, due)
-        if self.last and (due or stop) and self.global_step != self.saved_step:
-            for callback in trainer.callbacks:
-                if isinstance(callback, NonFiniteGuard):
-                    callback.check_training(trainer, trainer.lightning_module)
-            trainer.save_checkpoint(self.last, weights_only=False)
-            self.saved_step, self.saved_time = self.global_step, time.monotonic()
-        if stop:
-            raise Interrupted(f"stopped by {self.stop.name or 'another process'} after step {self.global_step}")
-
-    def _anywhere(self, *questions: bool) -> tuple[bool, ...]:
-        """Whether each holds in any process, so that all of them do the same."""
-        if self.trainer.world_size == 1:
-            return questions
-        answers = torch.tensor(questions, dtype=torch.int32, device=self.trainer.strategy.root_device)
-        torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MAX)
-        return tuple(map(bool, answers.tolist()))
-
     def _run_unwatched(self, data_fetcher: Any) -> None:
-        trainer: Any = self.trainer
+        trainer, callback = cast(Any, self.trainer), self.progress_callback
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         progress = self.automatic_optimization.optim_progress.optimizer
@@ -151,7 +121,7 @@ class ManySteps(_TrainingEpochLoop):
 
         module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
         for _ in range(self._steps_until_watched()):
-            if self.stop.name and trainer.world_size == 1:  # several processes agree on it between two stretches
+            if callback and callback.stop.name and trainer.world_size == 1:  # several agree on it between two stretches
                 break
             batch, _, _ = next(data_fetcher)
             batch = trainer.precision_plugin.convert_input(batch)
@@ -173,8 +143,8 @@ class ManySteps(_TrainingEpochLoop):
             last.append(trainer.log_every_n_steps - self._batches_that_stepped % trainer.log_every_n_steps)
         if self.max_steps != -1:
             last.append(self.max_steps - self.global_step)
-        if self.every.steps:
-            last.append(self.every.steps - self.global_step % self.every.steps)
+        if self.progress_callback and (steps := self.progress_callback.interval.steps):
+            last.append(steps - self.global_step % steps)
         if trainer.val_check_batch not in (None, float("inf")):
             batches = self.total_batch_idx + 1 if trainer.check_val_every_n_epoch is None else done
             last.append(int(trainer.val_check_batch) - batches % int(trainer.val_check_batch))
@@ -209,8 +179,8 @@ def watched(trainer: Any) -> str | None:
 
 
 def listens(callback: Callback) -> bool:
-    """Whether a callback acts at each step: NaNs are looked for, and a bar is moved, after any number of them."""
-    if isinstance(callback, NonFiniteGuard | ProgressBar):
+    """Whether a callback acts at each step; checks for NaN, progress bars and saves may wait for a few steps."""
+    if isinstance(callback, NonFiniteGuard | ProgressBar | Progress):
         return False
     if isinstance(callback, ModelCheckpoint):
         return bool(callback._every_n_train_steps or callback._train_time_interval)

@@ -11,29 +11,24 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning import figures
 from vae_lightning.config import (
     ConfigError,
-    NonNegative,
-    PositiveInt,
+    Interval,
     Seed,
     Spec,
     build,
     check_arguments,
-    did_you_mean,
     flatten,
     out_of_memory,
 )
@@ -44,21 +39,13 @@ from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunError, held, reopen_run, start_run
 from vae_lightning.runs.environment import count_parameters, describe_environment
-from vae_lightning.training.callbacks import Figures, Health, NonFiniteGuard, SkipNonFinite, TrainingError, boards
-from vae_lightning.training.checkpoints import Progress, WholeCheckpoints, epochs_begun, last_checkpoint, rewind
-from vae_lightning.training.fast_loop import Every, ManySteps
+from vae_lightning.training.callbacks import Figures, TrainingError, boards
+from vae_lightning.training.checkpoints import Progress, epochs_begun, last_checkpoint, rewind
 from vae_lightning.training.history import History, format_terms
 from vae_lightning.training.signals import StopRequest
+from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
 
 log = logging.getLogger(__name__)
-
-OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` fills in itself
-# Every other argument of Lightning's Trainer, with Lightning's default: conf/trainer/default.yaml builds on these, so
-# that `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` does not.
-TRAINER_DEFAULTS = {
-    name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
-}
-ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
 
 
 @dataclass
@@ -100,9 +87,10 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     best = ModelCheckpoint(directory / "checkpoints", filename="best", monitor="val/loss", enable_version_counter=False)
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
     keeps = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
-    kept = [*([Progress(directory, history)] if keeps else []), *([best] if keeps and validates else [])]
+    interval = Interval.parse(options.get("checkpoint_every"), "trainer.checkpoint_every")
     stop = StopRequest()
-    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history], stop)
+    kept = [Progress(directory, history, stop, interval, keeps), *([best] if keeps and validates else [])]
+    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
         model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 
@@ -113,7 +101,7 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
             last = stack.enter_context(started(directory, config, resume, environment, model))
         else:
             last = last_checkpoint(directory, model) if resume else None
-        with mendable(trainer, data.batch_size):
+        with user_errors(trainer, data.batch_size):
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
         stop.stepping = False
         stop.check()  # a signal of the last step: everything is saved
@@ -166,7 +154,7 @@ def started(
 
 
 @contextlib.contextmanager
-def mendable(trainer: Trainer, batch_size: int) -> Iterator[None]:
+def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
     """Around training: what the person at the keyboard can mend, in a line, as TrainingError or ConfigError."""
     try:
         yield
@@ -227,59 +215,6 @@ def finish(
     return results
 
 
-def make_trainer(
-    options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger], stop: StopRequest
-) -> Trainer:
-    """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
-    options = dict(options)
-    own = options.pop("callbacks", None) or []
-    every = Every.parse(options.pop("checkpoint_every", None))
-    additions = {"on_nan": options.pop("on_nan", "stop")}
-    check_arguments(trainer_additions, additions, "trainer")
-    check_arguments(Trainer, options, "trainer")
-    check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
-    check_accelerator(options["accelerator"], options["devices"])
-    if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
-        options["enable_progress_bar"] = sys.stderr.isatty()
-    if options["enable_progress_bar"]:
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
-    if options["enable_model_summary"] is not False:
-        callbacks = [*callbacks, ModelSummary(max_depth=-1)]
-    if additions["on_nan"] == "skip":
-        callbacks = [SkipNonFinite(), *callbacks]
-    options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
-    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(own))]
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        options["enable_checkpointing"] = False  # or Lightning would add one of its own
-    try:
-        # The guard comes first, so that nothing else acts on a loss that is not finite.
-        trainer = Trainer(
-            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory
-        )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    keeps = any(isinstance(callback, Progress) for callback in callbacks)
-    last = directory / "checkpoints" / "last.ckpt" if keeps else None
-    trainer.fit_loop.epoch_loop = ManySteps(trainer, last, every, stop)
-    return trainer
-
-
-def trainer_limits(
-    accumulate_grad_batches: PositiveInt,
-    gradient_clip_val: NonNegative | None,
-    check_val_every_n_epoch: PositiveInt | None,
-) -> None:
-    """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
-
-
-def trainer_additions(on_nan: Literal["stop", "skip"]) -> None:
-    """What conf/trainer has beside Lightning's arguments, checked here; checkpoint_every is in `Every.parse`."""
-
-
-def as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
 def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) -> Figures:
     """The pictures callback; `figures.points` must be latents of the model. Raises ConfigError."""
     options = options | {"directory": directory / "figures"}
@@ -293,24 +228,6 @@ def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) ->
 def schedule_monitor(model: Spec) -> list[Callback]:
     """Lightning's learning-rate curve, where the learning rate has one."""
     return [LearningRateMonitor("epoch")] if model.get("schedule") else []
-
-
-def check_accelerator(name: str, devices: Any) -> None:
-    """Raise ConfigError for an accelerator that Lightning does not know, or devices that this machine does not have."""
-    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
-    if name not in known:
-        raise ConfigError(
-            f"trainer.accelerator={name}: no such accelerator{did_you_mean(name, known)} Allowed: {', '.join(known)}"
-        )
-
-    def there(kind: str) -> bool:
-        return bool(AcceleratorRegistry[kind]["accelerator"].is_available())
-
-    if name == "cpu" and isinstance(devices, int) and devices > (cores := os.cpu_count() or 1):
-        raise ConfigError(f"trainer.devices={devices}: a process each, and this machine has {cores} cores")
-    if name != "auto" and not (there("cuda") or there("mps") if name == "gpu" else there(name)):
-        here = ["auto", *(kind for kind in AcceleratorRegistry.available_accelerators() if there(kind))]
-        raise ConfigError(f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(here)}")
 
 
 def steady_cpu() -> None:

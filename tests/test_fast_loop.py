@@ -1,10 +1,12 @@
 import csv
+import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_training import events
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -12,6 +14,7 @@ from vae_lightning.models.vae import VAE
 from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.fast_loop import quick_step
 from vae_lightning.training.train import train
+from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
 
 SMALL = [
     "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
@@ -86,22 +89,53 @@ def differences(a, b, where: str = "") -> list[str]:
         ["trainer.max_steps=31", "model.objective.warmup_epochs=3", "model/prior=vamp", "model.prior.pseudo_inputs=4"],
         ["trainer.precision=bf16-mixed", "model.weight_decay=0.01"],
         ["model/likelihood=gaussian"],  # with a parameter that has no gradient
-        ["model._target_=test_stepping.OfBatchAlone"],
+        ["model._target_=test_fast_loop.OfBatchAlone"],
     ],
 )
 def test_steps_together_are_the_same_to_the_bit(config, tmp_path: Path, guarded: list[int], overrides) -> None:
     found, counts = [], []
-    for together in (1, 50):
-        run = tmp_path / str(together)
-        train(config(*SMALL, *overrides, f"trainer.log_every_n_steps={together}"), run)
+    for fast, together in (("false", 50), ("true", 1), ("true", 50)):
+        run = tmp_path / f"{fast}{together}"
+        train(config(*SMALL, *overrides, f"trainer.fast_loop={fast}", f"trainer.log_every_n_steps={together}"), run)
         found.append(left(run))
         counts.append(len(guarded))
         guarded.clear()
-    (alone, rows), (many, rows_of_many) = found
-    assert rows == rows_of_many
-    assert differences(alone, many) == []
-    assert alone["global_step"] == counts[0] in (46, 31)
-    assert counts[1] < 10  # Lightning's hooks ran a few times, and not at each step
+    for checkpoint, rows in found[1:]:
+        assert rows == found[0][1]
+        assert differences(found[0][0], checkpoint) == []
+    assert found[0][0]["global_step"] == counts[0] == counts[1] in (46, 31)
+    assert counts[2] < 10  # Lightning's hooks ran a few times, and not at each step
+
+
+def deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vae_lightning.training.fast_loop", None)  # an import of it fails
+
+
+def other_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_TrainingEpochLoop, "_build_kwargs")
+
+
+def other_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", lambda self, data_fetcher, more: None)
+
+
+@pytest.mark.parametrize("change", [deleted, other_counters, other_signature])
+def test_where_it_does_not_fit_it_steps_aside_in_a_line(change, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch)
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(TRAINER_DEFAULTS | {"accelerator": "cpu", "fast_loop": True}, Path("."), [], [])
+    assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
+    (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
+    assert line.startswith("trainer.fast_loop: steps run through Lightning's own loop: ")
+
+
+def test_a_run_without_the_file_has_the_same_bits(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config(*SMALL), tmp_path / "fast")
+    deleted(monkeypatch)
+    train(config(*SMALL), tmp_path / "deleted")
+    (fast, rows), (without, rows_without) = left(tmp_path / "fast"), left(tmp_path / "deleted")
+    assert rows == rows_without
+    assert differences(fast, without) == []
 
 
 def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
@@ -139,13 +173,13 @@ def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
 
 def test_lightning_sees_the_steps_that_it_logs_and_the_last_of_each_epoch(config, tmp_path, guarded) -> None:
     train(config(*SMALL, "trainer.log_every_n_steps=10"), tmp_path / "run")
-    assert guarded == [10, 20, 23, 30, 40, 46]
+    assert guarded == [10, 20, 23, 24, 30, 40, 46]  # 24: saved before it, at the start of the epoch
 
 
 def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
     for together in (1, 10):
         train(
-            config(*SMALL, "model._target_=test_stepping.Logging", f"trainer.log_every_n_steps={together}"),
+            config(*SMALL, "model._target_=test_fast_loop.Logging", f"trainer.log_every_n_steps={together}"),
             tmp_path / str(together),
         )
     alone, many = (events(tmp_path / run) for run in ("1", "10"))
@@ -156,9 +190,9 @@ def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["trainer.callbacks=[{_target_: test_stepping.Watcher}]"], "the callback Watcher acts at each"),
+        (["trainer.callbacks=[{_target_: test_fast_loop.Watcher}]"], "the callback Watcher acts at each"),
         (["trainer=ema"], "the callback EMAWeightAveraging acts at each"),
-        (["model._target_=test_stepping.Hooked"], "the model's or data's on_before_optimizer_step acts at each"),
+        (["model._target_=test_fast_loop.Hooked"], "the model's or data's on_before_optimizer_step acts at each"),
         (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2"),
         (["trainer.profiler=simple"], "trainer.profiler=SimpleProfiler"),
     ],

@@ -1,0 +1,111 @@
+"""Lightning's Trainer, built from the configuration under `trainer`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra.core.config_store import ConfigStore
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pydantic import Field
+
+from vae_lightning.config import ConfigError, NonNegative, PositiveInt, build, check_arguments, did_you_mean
+from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
+from vae_lightning.training.checkpoints import WholeCheckpoints
+
+log = logging.getLogger(__name__)
+
+OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` fills in itself
+# Every other argument of Lightning's Trainer, with Lightning's default: conf/trainer/default.yaml builds on these, so
+# that `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` does not.
+TRAINER_DEFAULTS = {
+    name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
+}
+ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
+
+
+def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+    """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
+    options = dict(options)
+    own = options.pop("callbacks", None) or []
+    options.pop("checkpoint_every", None)  # Progress has it
+    additions = {"on_nan": options.pop("on_nan", "stop"), "fast_loop": options.pop("fast_loop", True)}
+    check_arguments(trainer_additions, additions, "trainer")
+    check_arguments(Trainer, options, "trainer")
+    check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
+    check_accelerator(options["accelerator"], options["devices"])
+    if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
+        options["enable_progress_bar"] = sys.stderr.isatty()
+    if options["enable_progress_bar"]:
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
+    if options["enable_model_summary"] is not False:
+        callbacks = [*callbacks, ModelSummary(max_depth=-1)]
+    if additions["on_nan"] == "skip":
+        callbacks = [SkipNonFinite(), *callbacks]
+    options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
+    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(own))]
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        options["enable_checkpointing"] = False  # or Lightning would add one of its own
+    try:
+        # The guard comes first, so that nothing else acts on a loss that is not finite.
+        trainer = Trainer(
+            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if additions["fast_loop"]:
+        use_fast_loop(trainer)
+    return trainer
+
+
+def use_fast_loop(trainer: Trainer) -> None:
+    """Put the fast loop in place of Lightning's own; where it does not fit, say so and leave Lightning's."""
+    try:
+        from vae_lightning.training.fast_loop import install
+
+        install(trainer)
+    except Exception as reason:  # whatever a new version of Lightning or PyTorch changes
+        log.info("trainer.fast_loop: steps run through Lightning's own loop: %s", " ".join(str(reason).split()))
+
+
+def trainer_limits(
+    max_epochs: Annotated[int, Field(ge=-1)] | None,
+    accumulate_grad_batches: PositiveInt,
+    gradient_clip_val: NonNegative | None,
+    check_val_every_n_epoch: PositiveInt | None,
+) -> None:
+    """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
+
+
+def trainer_additions(on_nan: Literal["stop", "skip"], fast_loop: bool) -> None:
+    """What conf/trainer has beside Lightning's arguments; checkpoint_every is checked by `Interval.parse`."""
+
+
+def as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def check_accelerator(name: str, devices: Any) -> None:
+    """Raise ConfigError for an accelerator that Lightning does not know, or devices that this machine does not have."""
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if name not in known:
+        raise ConfigError(
+            f"trainer.accelerator={name}: no such accelerator{did_you_mean(name, known)} Allowed: {', '.join(known)}"
+        )
+
+    def there(kind: str) -> bool:
+        return bool(AcceleratorRegistry[kind]["accelerator"].is_available())
+
+    if name == "cpu" and isinstance(devices, int) and devices > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"trainer.devices={devices}: a process each, and this machine has {cores} cores")
+    if name != "auto" and not (there("cuda") or there("mps") if name == "gpu" else there(name)):
+        here = ["auto", *(kind for kind in AcceleratorRegistry.available_accelerators() if there(kind))]
+        raise ConfigError(f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(here)}")
