@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vae_lightning.launch.cli import one_line_errors, plain, print_once
-from vae_lightning.launch.jobs import assigned, job, resumable, runs_apart, train_job_apart
+from vae_lightning.launch.jobs import job, plan_job, resumable, runs_apart, train_job_apart
 from vae_lightning.launch.search import search
 from vae_lightning.runs.resume import run_config
 from vae_lightning.training.train import train
@@ -30,14 +30,14 @@ def main(config: DictConfig) -> None:
             with resumable(directory, "the same command"):
                 print_once(search(run_config(plain(config)), plain(options), directory))
             return
-        run = assigned(plain(config), directory)
-        if not run.finished:
-            with resumable(run.directory):
-                if runs_apart(run, config.timeout):
-                    train_job_apart(run, config.timeout)
+        plan = plan_job(plain(config), directory)
+        if not plan.finished:
+            with resumable(plan.run.path):
+                if runs_apart(plan, config.timeout):
+                    train_job_apart(plan, config.timeout)
                 else:
-                    train(run.config, run.directory, run.resume)
-        print_once(run.directory)
+                    train(plan.config, plan.run, plan.resume)
+        print_once(plan.run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from conftest import DATA, composed
 from vae_lightning.config import build
 from vae_lightning.data.mnist import load_images
 from vae_lightning.models.base import ImageModel
-from vae_lightning.runs.resume import is_finished
+from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.checkpoints import last_checkpoint
 from vae_lightning.training.train import train
 
@@ -53,21 +53,21 @@ def wait_for_saves(file: Path, times: int, process: int) -> tuple[int, float]:
 
 def main() -> None:
     directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    config = composed(*sys.argv[4:])
+    run, config = RunDirectory(directory), composed(*sys.argv[4:])
     moments = random.Random(seed)
     load_images("MNIST", DATA.resolve())  # for all lives
     os.waitpid(live(config, directory.with_name("whole")), 0)
     for _ in range(kills):
         process = live(config, directory)
-        saves, pause = wait_for_saves(directory / "checkpoints" / "last.ckpt", moments.randint(0, 2), process)
+        saves, pause = wait_for_saves(run.last_checkpoint, moments.randint(0, 2), process)
         time.sleep(moments.uniform(0, 1.5) * pause)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        found = last_checkpoint(directory, build(config["model"], ImageModel, "model"))
+        found = last_checkpoint(run, build(config["model"], ImageModel, "model"))
         print(f"{saves} saves, step {found[1]['global_step'] if found else 0}", flush=True)
-        if is_finished(directory):
+        if run.state == "finished":
             break
-    while not is_finished(directory):
+    while run.state != "finished":
         process = live(config, directory)
         if os.waitpid(process, 0)[1]:
             raise SystemExit("the last life failed")

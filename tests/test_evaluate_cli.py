@@ -68,7 +68,7 @@ def test_a_likelihood_proper_needs_no_remark(config, tmp_path: Path) -> None:
     ("words", "line"),
     [
         ([], "run: missing; say run=…"),
-        (["run=nowhere"], "nowhere: no whole run is there"),
+        (["run=nowhere"], "nowhere: not a run directory"),
         (["run=nowhere", "smaples=3"], "smaples=3: no such key; did you mean samples?"),
         (["run=nowhere", "samples=0"], "samples=0: should be greater than or equal to 1."),
         (["run=nowhere", "split=tset"], "split=tset: should be 'test' or 'val'; did you mean test?"),

@@ -152,7 +152,7 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
     port = served.rpartition(":")[2]
     for words, line in (
         ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot be served there"),
-        (["run=no"], "no whole run"),
+        (["run=no"], "not a run directory"),
         ([f"run={tmp_path / 'run'}", "port=99999"], "port=99999: should be less than or equal to 65535"),
         ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot be served there"),
     ):

@@ -55,7 +55,7 @@ def test_a_graph_that_computes_something_else_is_an_error(config, tmp_path: Path
 
 
 def test_wrong_input_and_a_missing_extra_get_one_clear_line(script, monkeypatch, tmp_path: Path) -> None:
-    for words, line in ((["run=nowhere"], "nowhere: no whole run is there"), ([], "run: missing; say run=…")):
+    for words, line in ((["run=nowhere"], "nowhere: not a run directory"), ([], "run: missing; say run=…")):
         result = script("export.py", *words)
         assert (result.code, len(result.err.splitlines())) == (2, 1)
         assert result.err.startswith(line)

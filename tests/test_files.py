@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_lightning.files import FileError, as_yaml, read_json, read_yaml, together, whole, write_json
+from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml, staging_directory, write_json
 
 
 def test_plain_values_come_back(tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        fails(whole(path), "")
+        fails(atomic_write(path), "")
     assert path.read_text() == "old"
     with pytest.raises(RuntimeError):
-        fails(together(tmp_path / "folder"), "a")
+        fails(staging_directory(tmp_path / "folder"), "a")
     assert list((tmp_path / "folder").iterdir()) == []
-    with together(tmp_path / "folder") as scratch:
+    with staging_directory(tmp_path / "folder") as scratch:
         (scratch / "a").write_text("a")
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["a"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "x.json"]

@@ -150,8 +150,8 @@ def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> No
     moved = open_run(tmp_path / "elsewhere", "cpu")
     assert moved.data.pixels == "threshold"
     assert moved.data.root == DATA
-    assert json.loads((moved.directory / "metrics.json").read_text())["pixels"] == "threshold"
-    file = moved.directory / "config.yaml"
+    assert json.loads(moved.directory.metrics_file.read_text())["pixels"] == "threshold"
+    file = moved.directory.config_file
     file.write_text(file.read_text().replace(f"root: {DATA}", f"root: {tmp_path}/of/another/machine"))
     assert torch.equal(open_run(moved.directory, "cpu", data_root=str(DATA)).data.test_images, moved.data.test_images)
 

@@ -15,7 +15,7 @@ import yaml
 from conftest import BRIEF, Finished
 
 from vae_lightning.analysis.reports import differing_keys, find_results, read_result, tables
-from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.training.train import train
 
 BERNOULLI = {"_target_": "vae_lightning.models.likelihoods.Bernoulli"}
@@ -83,7 +83,7 @@ def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Pat
         json.dumps({"test/nll": 95.0, "samples": 500, "data": "MNIST", "pixels": "dynamic"})
     )
     with pytest.raises(RunError, match=r"metrics.json and evaluation.json are of different pixels"):
-        read_result(run)
+        read_result(RunDirectory(run))
 
 
 def test_arguments_of_other_classes_are_no_difference_of_their_own() -> None:

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vae_lightning.config import ConfigError, Interval, build
 from vae_lightning.files import as_yaml
 from vae_lightning.models.base import ImageModel
-from vae_lightning.runs.directory import RunError, held
+from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.runs.resume import find_run
 from vae_lightning.training.callbacks import TrainingError
@@ -228,13 +228,13 @@ def test_what_is_no_run_cannot_be_resumed(command, tmp_path: Path) -> None:
     for directory in ("nowhere", "empty"):
         refused = command(f"resume={directory}")
         assert refused.code == 2
-        assert "no whole run is there" in refused.err
+        assert "not a run directory" in refused.err
         assert len(refused.err.splitlines()) == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_one_process_to_a_run(stopped: Path, command) -> None:
-    with held(stopped):
+    with RunDirectory(stopped).locked():
         refused = command("resume=run", "trust=[test_resuming]")
     assert refused.code == 2
     assert refused.err == f"{stopped}: is being trained by another process\n"
@@ -385,7 +385,9 @@ def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("{" if name == "broken" else as_yaml(composed | {"name": name}))
     places = [tmp_path / name for name in ("broken", "a", "b", "nowhere")]
-    assert find_run(composed | {"name": "b"}, places) == tmp_path / "b"
+    found = find_run(composed | {"name": "b"}, places)
+    assert found is not None
+    assert found.path == tmp_path / "b"
     assert find_run(composed | {"name": "c"}, places) is None
 
 
@@ -396,7 +398,7 @@ def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None
         del content["progress"]
         torch.save(content, file)
     with pytest.raises(RunError, match="could not go on yet"):
-        last_checkpoint(stopped, build(config(*SMALL)["model"], ImageModel, "model"))
+        last_checkpoint(RunDirectory(stopped), build(config(*SMALL)["model"], ImageModel, "model"))
 
 
 def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:

@@ -36,24 +36,24 @@ class Trials:
         self.fails = {2}
         self.interrupts: set[int] = set()
 
-    def __call__(self, run, environment, timeout=None, watch=lambda: False, words=()) -> None:
-        number = int(run.directory.name)
+    def __call__(self, plan, environment, timeout=None, watch=lambda: False, words=()) -> None:
+        number = int(plan.run.path.name)
         if words == ["test=true"]:
-            metrics = json.loads((run.directory / "metrics.json").read_text())
-            (run.directory / "metrics.json").write_text(json.dumps(metrics | {"test/loss": 99.0}))
+            metrics = json.loads(plan.run.metrics_file.read_text())
+            plan.run.metrics_file.write_text(json.dumps(metrics | {"test/loss": 99.0}))
             self.seen.append((number, True))
             return
-        assert run.config["test"] is False
+        assert plan.config["test"] is False
         self.seen.append((number, False))
-        run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "config.yaml").write_text("")
+        plan.run.path.mkdir(parents=True, exist_ok=True)
+        plan.run.config_file.write_text("")
         if number in self.fails:
             raise JobError("killed by SIGKILL")
         rows = []
         for epoch in range(1, 6):
-            loss = 100 + 10 * (9 - run.config["model"]["latent_dim"]) + 10 / epoch
+            loss = 100 + 10 * (9 - plan.config["model"]["latent_dim"]) + 10 / epoch
             rows.append({"epoch": epoch, "val/loss": loss})
-            with (run.directory / "history.csv").open("w", newline="") as file:
+            with plan.run.history_file.open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
@@ -62,7 +62,7 @@ class Trials:
                 raise Interrupted("stopped by SIGTERM")
             if watch():
                 return
-        (run.directory / "metrics.json").write_text("{}")
+        plan.run.metrics_file.write_text("{}")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The package's structure: folders import in their order, no file imports in a circle, imports are light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,15 @@ assert not {"hydra", "sklearn", "optuna"} & set(sys.modules), "needed for comman
 assert gc.isenabled()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_files_of_a_run_directory_are_named_in_one_place() -> None:
+    files = ("config.yaml", "metrics.json", "history.csv", "environment.json", "evaluation.json", "train.log", ".ckpt")
+    names = re.compile("|".join([*(name.replace(".", r"\.", 1) for name in files), "^checkpoints$"]))
+    found = set()
+    for module, file in FILES.items():
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+        found |= {module for string in strings if names.search(str(string))}
+    assert found == {"runs.directory"}

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from vae_lightning.files import whole
+from vae_lightning.files import atomic_write
 
 # Ten colours told apart by colour-blind readers (Petroff 2021, arXiv:2107.02270).
 COLOURS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadb".split()
@@ -200,7 +200,7 @@ def finish(axes: Axes, **labels: str) -> None:
 
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         _save(picture, partial)
 
 

@@ -29,10 +29,10 @@ class FileError(UserError):
 
 
 @contextmanager
-def whole(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A name beside `path`, with its suffix, to write to: it becomes `path` at the end, and goes if it fails.
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, with its suffix; it replaces `path` when the block ends without an error.
 
-    `durable` waits for the disk first, so that it is there after a power cut too.
+    `durable` waits for the disk first, so that the file survives a power cut.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     partial.unlink(missing_ok=True)
@@ -49,15 +49,15 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what `whole` was writing under `directory` when its process was killed."""
+    """Remove what `atomic_write` was writing under `directory` when its process was killed."""
     for path in directory.rglob(".*"):
         if re.fullmatch(r"\..+\.[0-9]+\.[a-z]+", path.name) and path.is_file():
             path.unlink()
 
 
 @contextmanager
-def together(directory: Path) -> Iterator[Path]:
-    """An empty directory to write to, whose files move into `directory` when the block ends; none do if it fails."""
+def staging_directory(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory; its files move into `directory` when the block ends without an error."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
         yield Path(scratch)
@@ -77,7 +77,7 @@ def as_yaml(content: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole(path, durable=True) as partial:
+    with atomic_write(path, durable=True) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -189,7 +189,7 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(vae, VAE):
         raise ConfigError(f"run={o.run}: its model, {type(vae).__name__}, has no likelihood to measure")
     if not os.access(run.directory, os.W_OK):
-        raise ConfigError(f"run={o.run}: cannot be written to, and evaluation.json belongs there")
+        raise ConfigError(f"run={o.run}: cannot be written to, and the evaluation belongs there")
     images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
 
     started = time.monotonic()
@@ -209,13 +209,10 @@ def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
         "remark": caution,
     }
     print(table(results, o, data.pixels, caution), flush=True)  # first: it took minutes, and a disk can be full
-    # The numbers of another checkpoint than the best must not pass for the run's.
-    name = "evaluation" if run.checkpoint.stem == "best" else f"evaluation_{run.checkpoint.stem}"
-    write_json(run.directory / f"{name}.json", content)
-    (run.directory / "figures").mkdir(exist_ok=True)
+    write_json(run.directory.evaluation_of(run.checkpoint), content)
     unit = "cross-entropy" if caution else "−log p(x)"
     curve = figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels")
-    figures.save(curve, run.directory / "figures" / "nll_curve.png")
+    figures.save(curve, run.directory.subdirectory(run.directory.figures) / "nll_curve.png")
     return content
 
 

@@ -184,7 +184,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
     if codes.shape[1] == 2:  # nothing to order, and nothing to turn
         bases = {"dimensions": {"center": center.tolist(), "axes": torch.diag(spread).tolist(), "names": ["z1", "z2"]}}
     return {
-        "title": f"{run.directory.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
+        "title": f"{run.directory.path.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
         f"{run.data.dataset}, {run.data.pixels} pixels",
         "shape": list(run.model.image_shape),
         "bases": bases,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_lightning.config import UserError
-from vae_lightning.files import together
+from vae_lightning.files import staging_directory
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
@@ -65,7 +65,8 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
     except ImportError as error:
         raise ExportError(f"export needs {error.name}: pip install -e '.[export]'") from None
     opened = open_run(run, "cpu", trust, data_root)
-    model, data, directory = opened.model, opened.data, opened.directory / "export"
+    model, data = opened.model, opened.data
+    directory = opened.directory.subdirectory(opened.directory.export)
     images = model.images(data.test_images[:7])
     latents = torch.randn(7, model.latent_dim, generator=torch.Generator().manual_seed(0))
     description = {
@@ -81,7 +82,7 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
         "encoder": (Encoder(model).eval(), "images", images),
         "decoder": (Decoder(model).eval(), "latents", latents),
     }
-    with together(directory) as scratch:
+    with staging_directory(directory) as scratch:
         for name, (module, given, x) in wrapped.items():
             weights = {key: value.contiguous() for key, value in getattr(model, name).state_dict().items()}
             file = scratch / f"{name}.safetensors"

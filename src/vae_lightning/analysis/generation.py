@@ -175,8 +175,7 @@ def generate_run(options: dict[str, Any]) -> Path:
     suffix = "gif" if isinstance(picture, list) else o.format
     given = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
     name = "_".join([o.what, *given])
-    path = run.directory / "figures" / f"{name[:200]}.{suffix}"
-    path.parent.mkdir(exist_ok=True)
+    path = run.directory.subdirectory(run.directory.figures) / f"{name[:200]}.{suffix}"
     figures.save(picture, path)
     return path
 

@@ -20,9 +20,9 @@ from tabulate import tabulate
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
-from vae_lightning.files import read_json, together
-from vae_lightning.runs.directory import RunError
-from vae_lightning.runs.loading import load_run, open_run, read_config
+from vae_lightning.files import read_json, staging_directory
+from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.loading import load_run, open_run
 
 EVALUATED = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")  # of evaluation.json
 NO_DIFFERENCE = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")
@@ -33,7 +33,7 @@ DRAWN = 10  # runs in one picture, as many as there are colours
 class Result:
     """A finished run: its configuration, flat, with dotted keys, and its metrics."""
 
-    directory: Path
+    run: RunDirectory
     config: dict[str, Any]
     metrics: dict[str, float]
     protocol: str
@@ -79,30 +79,30 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path}: no such directory")
-        for folder, below, files in os.walk(path):
-            if "config.yaml" not in files:
+        for folder, below, _ in os.walk(path):
+            run = RunDirectory(folder)
+            if not run.config_file.is_file():
                 continue
             below.clear()  # a run holds no other runs
-            directory = Path(folder).resolve()
             try:
-                results[directory] = read_result(Path(folder))
+                results[run.path.resolve()] = read_result(run)
             except UserError as error:
                 broken[Path(folder)] = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     return [results[directory] for directory in sorted(results)], broken
 
 
-def read_result(directory: Path) -> Result:
-    """Configuration and metrics of a run directory. Raises RunError where they are not there whole."""
-    config = read_config(directory)
-    if not (directory / "metrics.json").exists():
-        raise RunError(f"{directory}: not finished, it has no metrics.json")
-    measured = read_json(directory / "metrics.json")
+def read_result(run: RunDirectory) -> Result:
+    """Configuration and metrics of a run. Raises RunError where one of them is missing."""
+    config = run.read_config()
+    if not run.metrics_file.exists():
+        raise RunError(f"{run}: not finished, it has no {run.metrics_file.name}")
+    measured = read_json(run.metrics_file)
     metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_finite(value)}
-    if (directory / "evaluation.json").exists():
-        evaluated = read_json(directory / "evaluation.json")
+    if run.evaluation_file.exists():
+        evaluated = read_json(run.evaluation_file)
         for key in ("data", "pixels"):
             if evaluated.get(key) != measured.get(key):
-                raise RunError(f"{directory}: metrics.json and evaluation.json are of different {key}")
+                raise RunError(f"{run}: {run.metrics_file.name} and {run.evaluation_file.name} are of different {key}")
         for key, value in evaluated.items():
             name = key.partition("/")[2]
             if name in EVALUATED and is_finite(value):
@@ -111,7 +111,7 @@ def read_result(directory: Path) -> Result:
     likelihood = model.get("likelihood")
     kind = likelihood if isinstance(likelihood, dict) else model
     protocol = f"{measured.get('data')}, {measured.get('pixels')} pixels, {short(kind.get('_target_'))}"
-    return Result(directory, flatten(config), metrics, protocol)
+    return Result(run, flatten(config), metrics, protocol)
 
 
 def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table]:
@@ -133,11 +133,11 @@ def table(protocol: str, results: Sequence[Result], metrics: Sequence[str]) -> T
     keys = differing_keys([result.config for result in results])
     rows: dict[str, Row] = {}
     repeated = []
-    for result in sorted(results, key=lambda result: (result.directory / "metrics.json").stat().st_mtime, reverse=True):
+    for result in sorted(results, key=lambda result: result.run.metrics_file.stat().st_mtime, reverse=True):
         settings = {key.removesuffix("._target_"): shown(key, result.config.get(key)) for key in keys}
         row = rows.setdefault(str(settings), Row(settings, []))
         if any(other.seed == result.seed for other in row.results):
-            repeated.append(result.directory)
+            repeated.append(result.run.path)
         else:
             row.results.append(result)
     have = list(dict.fromkeys(metric for result in results for metric in result.metrics))
@@ -243,7 +243,7 @@ def plots(table: Table) -> dict[str, Figure]:
             if lines and len(lines) <= DRAWN:
                 drawn[f"{re.sub('[^a-z0-9=.]+', '_', metric)}_against_{key}"] = figures.against(lines, key, metric)
     best = best_rows(table)
-    curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].directory))}
+    curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
     if curves:
         drawn["learning_curves"] = figures.learning_curves(curves)
     points = {
@@ -263,10 +263,10 @@ def best_rows(table: Table) -> list[Row]:
     return [row for row in table.rows if losses[id(row)] <= kept[0]][:DRAWN]
 
 
-def learning_curve(directory: Path) -> tuple[str, list[tuple[int, float]]] | None:
+def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | None:
     """(metric, points) of a run's history.csv: val/loss an epoch, or train/loss where nothing was held out."""
     try:
-        with (directory / "history.csv").open() as file:
+        with run.history_file.open() as file:
             rows = list(csv.DictReader(file))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
@@ -283,11 +283,11 @@ def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -
     rows = best_rows(table)
     if len(rows) < 2:
         return None
-    run = open_run(rows[0].results[0].directory, "cpu", trust)
+    run = open_run(rows[0].results[0].run, "cpu", trust)
     labels = run.data.test_labels
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:digits]]
     x = run.model.images(run.data.test_images[first])
-    pictures = [load_run(row.results[0].directory, trust).reconstruct(x) for row in rows]
+    pictures = [load_run(row.results[0].run, trust).reconstruct(x) for row in rows]
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
 
@@ -308,7 +308,7 @@ def report(
     notes += [f"left out: {directory}: a later run has the same configuration and seed" for directory in repeated]
     markdown = as_text(found, "markdown")
     stale = pictures_of(destination / "report.md")
-    with together(destination) as scratch:
+    with staging_directory(destination) as scratch:
         (scratch / "report.tex").write_text(as_text(found, "latex"))
         write_csv(found, scratch / "report.csv")
         for number, table in enumerate(found, start=1):

@@ -26,7 +26,8 @@ from hydra.types import RunMode
 from vae_lightning.config import ConfigError, Interval
 from vae_lightning.launch.cli import MENDABLE, one_line, rank
 from vae_lightning.launch.sweeps import note_failure, quoted, share_of_machine, train_apart
-from vae_lightning.runs.resume import Assignment, assign, find_run, run_config
+from vae_lightning.runs.directory import RunDirectory
+from vae_lightning.runs.resume import RunPlan, find_run, plan_run, run_config
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
@@ -82,7 +83,7 @@ def remove_lonely_log() -> None:
                 file.parent.rmdir()
 
 
-def assigned(config: dict[str, Any], directory: Path) -> Assignment:
+def plan_job(config: dict[str, Any], directory: Path) -> RunPlan:
     """The run that this command, or this job of a sweep, is about: a new one in `directory`, or one that is there.
 
     A job of a sweep is known by its configuration: one that the sweep's directory has already is gone on with, or left
@@ -96,11 +97,11 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
         raise ConfigError(f"timeout={config['timeout']}: is for each job of a sweep; trainer.max_time is for a run")
     if rank() and RUN in os.environ:  # the first process has decided
         theirs = json.loads(os.environ[RUN])
-        run = Assignment(theirs["config"], Path(theirs["directory"]), theirs["resume"])
+        plan = RunPlan(theirs["config"], RunDirectory(theirs["directory"]), theirs["resume"])
     elif rank():  # of processes that torchrun or srun started
         there = config["resume"] or config["repeat"]
-        run = assign(config, directory, given) if there else Assignment(run_config(config), directory)
-        run.resume = run.resume or (config["autoresume"] and (directory / "checkpoints").is_dir())
+        plan = plan_run(config, directory, given) if there else RunPlan(run_config(config), RunDirectory(directory))
+        plan.resume = plan.resume or (config["autoresume"] and plan.run.checkpoints.is_dir())
     elif hydra.mode == RunMode.MULTIRUN:
         if config["resume"] or config["repeat"]:
             raise ConfigError("resume is for one run; a sweep goes on when it is run again in its hydra.sweep.dir")
@@ -108,20 +109,20 @@ def assigned(config: dict[str, Any], directory: Path) -> Assignment:
         others = sweep.parent.glob("*/*") if config["autoresume"] else []
         places = [*siblings(directory), *sorted(others, reverse=True)]
         for n in itertools.count(2):  # job 3 of another sweep is there, and this one's job 3 is something else
-            if not (directory / "config.yaml").exists() or find_run(run_config(config), [directory]):
+            if RunDirectory(directory).state == "new" or find_run(run_config(config), [directory]):
                 break
             directory = sweep / f"{hydra.job.num}_{n}"
-        run = assign(config | {"autoresume": True}, directory, given, places)
+        plan = plan_run(config | {"autoresume": True}, directory, given, places)
     else:
         looks = config["autoresume"] and not names_directory(hydra.overrides.hydra)
-        run = assign(config, directory, given, siblings(directory) if looks else [])
-    write_log_to(run.directory)
-    if run.finished:
-        log.info("%s: finished already; nothing to do", run.directory)
+        plan = plan_run(config, directory, given, siblings(directory) if looks else [])
+    write_log_to(plan.run)
+    if plan.finished:
+        log.info("%s: finished already; nothing to do", plan.run)
     else:
-        content = {"config": run.config, "directory": str(run.directory), "resume": run.resume}
+        content = {"config": plan.config, "directory": str(plan.run), "resume": plan.resume}
         os.environ[RUN] = json.dumps(content)
-    return run
+    return plan
 
 
 def launched_from_outside() -> bool:
@@ -149,13 +150,13 @@ def siblings(directory: Path) -> list[Path]:
     return sorted(directory.parent.iterdir(), reverse=True) if directory.parent.is_dir() else []
 
 
-def write_log_to(directory: Path) -> None:
+def write_log_to(run: RunDirectory) -> None:
     """Have train.log written in the run's directory, by the first process alone; nothing was written to it yet."""
-    directory.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(parents=True, exist_ok=True)
     for handler in list(logging.root.handlers):
         if isinstance(handler, logging.FileHandler):
             handler.close()
-            handler.baseFilename = str(directory / "train.log")
+            handler.baseFilename = str(run.log_file)
             if rank():
                 logging.root.removeHandler(handler)
 
@@ -168,7 +169,7 @@ def resumable(directory: Path, by: str = "python train.py resume={}") -> Iterato
     except Interrupted as stop:
         if rank():  # Lightning takes another status of a process for a crash, and kills the rest
             raise SystemExit(0) from None
-        there = any((directory / name).exists() for name in ("config.yaml", "search.yaml"))
+        there = RunDirectory(directory).state != "new" or (directory / "search.yaml").exists()
         what = f"to go on: {by.format(shell_word(directory))}" if there else "before anything was written"
         print(f"{stop}; {what}", file=sys.stderr)
         raise SystemExit(stop.status) from None
@@ -180,24 +181,24 @@ def shell_word(directory: Path) -> str:
     return str(directory) if plain else shlex.quote(quoted(directory))
 
 
-def runs_apart(run: Assignment, timeout: str | None) -> bool:
+def runs_apart(plan: RunPlan, timeout: str | None) -> bool:
     """Whether a job of a sweep needs a process of its own."""
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return False
-    trainer = TRAINER_DEFAULTS | run.config["trainer"]
+    trainer = TRAINER_DEFAULTS | plan.config["trainer"]
     one = trainer["accelerator"] == "cpu" or torch.cuda.device_count() < 2  # where "auto" is not several
     many = trainer["devices"] not in ((1, "1", "auto") if one else (1, "1")) or trainer["num_nodes"] > 1
     side_by_side = hydra.runtime.choices.get("hydra/launcher") != "basic"
     return many or side_by_side or timeout is not None
 
 
-def train_job_apart(run: Assignment, timeout: str | None) -> None:
+def train_job_apart(plan: RunPlan, timeout: str | None) -> None:
     """Train a job's run in a process of its own, with its share of the machine. Raises what `train_apart` does."""
     hydra = HydraConfig.get()
     seconds = Interval.parse(timeout, "timeout", steps=False).seconds
     launcher = str(hydra.runtime.choices.get("hydra/launcher"))
-    devices = (TRAINER_DEFAULTS | run.config["trainer"])["devices"]
+    devices = (TRAINER_DEFAULTS | plan.config["trainer"])["devices"]
     share = share_of_machine(launcher, hydra.job.num, devices, hydra.launcher.get("cpus_per_task"))
-    train_apart(run, share, seconds)
-    log.info("job %s: finished %s", hydra.job.num, run.directory)
+    train_apart(plan, share, seconds)
+    log.info("job %s: finished %s", hydra.job.num, plan.run)

@@ -22,10 +22,10 @@ from pydantic import Field
 from tabulate import tabulate
 
 from vae_lightning.config import ConfigError, Interval, NonNegativeInt, PositiveInt, check_arguments, flatten
-from vae_lightning.files import as_yaml, read_json, read_yaml, whole, write_json
+from vae_lightning.files import as_yaml, atomic_write, read_json, read_yaml, write_json
 from vae_lightning.launch.sweeps import JobError, share_of_machine, train_apart
-from vae_lightning.runs.directory import RunError, held
-from vae_lightning.runs.resume import Assignment, difference, set_key
+from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.resume import RunPlan, first_difference, set_key
 from vae_lightning.training.signals import StopRequest
 from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
@@ -105,7 +105,7 @@ def search(config: dict[str, Any], options: dict[str, Any], directory: Path) -> 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory.mkdir(parents=True, exist_ok=True)
     _start(directory, {"config": config, "hparams_search": options})
-    with held(directory):
+    with RunDirectory(directory).locked():
         study = optuna.create_study(
             storage=f"sqlite:///{directory.absolute() / 'study.db'}",
             study_name="search",
@@ -126,9 +126,9 @@ def _start(directory: Path, content: dict[str, Any]) -> None:
             theirs["hparams_search"].pop(free, None)
             ours["hparams_search"].pop(free, None)
         if theirs != ours:
-            key, old, new = difference(theirs, ours)
+            key, old, new = first_difference(theirs, ours)
             raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(as_yaml(content))
 
 
@@ -159,8 +159,8 @@ def _run_trials(
                     slot = slots.pop(0)
                     values = suggest(trial, options["space"])
                     share = _share(slot, options["jobs"], (TRAINER_DEFAULTS | config["trainer"])["devices"])
-                    run = _assignment(config, values, directory / "trials" / str(trial.number))
-                    running[pool.submit(_run_trial, study, trial, run, share, timeout, stopping)] = slot
+                    plan = _trial_plan(config, values, directory / "trials" / str(trial.number))
+                    running[pool.submit(_run_trial, study, trial, plan, share, timeout, stopping)] = slot
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     slots.append(running.pop(future))
@@ -170,11 +170,12 @@ def _run_trials(
             raise
 
 
-def _assignment(config: dict[str, Any], values: Mapping[str, Any], directory: Path) -> Assignment:
+def _trial_plan(config: dict[str, Any], values: Mapping[str, Any], directory: Path) -> RunPlan:
     config = copy.deepcopy(config) | {"test": False}
     for key, value in values.items():
         set_key(config, key, value)
-    return Assignment(config, directory, resume=(directory / "config.yaml").exists())
+    run = RunDirectory(directory)
+    return RunPlan(config, run, resume=run.state != "new")
 
 
 def _share(slot: int, jobs: int, devices: Any) -> dict[str, str]:
@@ -185,7 +186,7 @@ def _share(slot: int, jobs: int, devices: Any) -> dict[str, str]:
 def _run_trial(
     study: optuna.Study,
     trial: optuna.Trial,
-    run: Assignment,
+    plan: RunPlan,
     share: Mapping[str, str],
     timeout: float | None,
     stopping: threading.Event,
@@ -197,7 +198,7 @@ def _run_trial(
 
     def report() -> bool:
         known = study.trials[trial.number].intermediate_values
-        new = {epoch: loss for epoch, loss in validation_losses(run.directory).items() if epoch not in known}
+        new = {epoch: loss for epoch, loss in validation_losses(plan.run).items() if epoch not in known}
         for epoch, loss in new.items():
             trial.report(loss, epoch)
         return bool(new) and trial.should_prune()
@@ -211,7 +212,7 @@ def _run_trial(
                          for key, value in trial.params.items())  # fmt: skip
     log.info("trial %d: %s", trial.number, settings)
     try:
-        train_apart(run, share, timeout, enough)
+        train_apart(plan, share, timeout, enough)
     except JobError as problem:
         if stopping.is_set():
             return
@@ -219,21 +220,21 @@ def _run_trial(
         if not problem.again:  # else it is still a running one, for the same command to go on with
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return
-    losses = validation_losses(run.directory)
+    losses = validation_losses(plan.run)
     if not pruned:
         report()
     if pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         log.info("trial %d: given up after epoch %d, val/loss %.2f", trial.number, max(losses), losses[max(losses)])
-    elif (run.directory / "metrics.json").exists():
+    elif plan.run.metrics_file.exists():
         study.tell(trial, min(losses.values()))
         log.info("trial %d: val/loss %.2f", trial.number, min(losses.values()))
 
 
-def validation_losses(directory: Path) -> dict[int, float]:
+def validation_losses(run: RunDirectory) -> dict[int, float]:
     """val/loss after each epoch that a run has validated so far."""
     try:
-        with (directory / "history.csv").open() as file:
+        with run.history_file.open() as file:
             return {int(row["epoch"]): float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")}
     except FileNotFoundError:
         return {}
@@ -248,14 +249,14 @@ def _finish(study: optuna.Study, directory: Path) -> Path:
     if not complete:
         raise RunError(f"{directory}: none of {len(study.trials)} trials came to an end; its log says why")
     best = study.best_trial
-    winner = directory / "trials" / str(best.number)
-    if "test/loss" not in read_json(winner / "metrics.json") and "test/mse" not in read_json(winner / "metrics.json"):
-        train_apart(Assignment({}, winner, resume=True), {}, words=["test=true"])
-    metrics = {key: value for key, value in read_json(winner / "metrics.json").items() if key.startswith("test/")}
+    winner = RunDirectory(directory / "trials" / str(best.number))
+    if not {"test/loss", "test/mse"} & set(read_json(winner.metrics_file)):
+        train_apart(RunPlan({}, winner, resume=True), {}, words=["test=true"])
+    metrics = {key: value for key, value in read_json(winner.metrics_file).items() if key.startswith("test/")}
     content = {"trials": states, "best": best.number, "val/loss": best.value, "params": best.params}
     write_json(directory / "search.json", content | metrics | {"run": str(winner)})
     first = sorted(complete, key=lambda trial: trial.value or 0)[:10]
     rows = [[trial.number, f"{trial.value:.2f}", *trial.params.values()] for trial in first]
     log.info("%s", tabulate(rows, ["trial", "val/loss", *best.params], tablefmt="plain"))
     log.info("winner, test: %s", "  ".join(f"{key[5:]} {value:.2f}" for key, value in metrics.items()))
-    return winner
+    return winner.path

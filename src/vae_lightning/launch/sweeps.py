@@ -23,9 +23,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from vae_lightning.config import UserError
-from vae_lightning.runs.directory import start_run
 from vae_lightning.runs.loading import untrusted
-from vae_lightning.runs.resume import Assignment
+from vae_lightning.runs.resume import RunPlan
 from vae_lightning.training.signals import Interrupted, StopRequest
 
 SCRIPT = Path(__file__).resolve().parents[3] / "train.py"
@@ -41,10 +40,10 @@ class JobError(UserError):
         self.again = again
 
 
-def command_for(run: Assignment) -> list[str]:
+def command_for(plan: RunPlan) -> list[str]:
     """What trains, or goes on to train, the run of an assignment; its configuration is written for it to find."""
-    trust = ",".join(dict.fromkeys(module for _, _, module in untrusted(run.config)))
-    directory = quoted(run.directory)
+    trust = ",".join(dict.fromkeys(module for _, _, module in untrusted(plan.config)))
+    directory = quoted(plan.run.path)
     return [sys.executable, str(SCRIPT), f"resume={directory}", f"hydra.run.dir={directory}", f"trust=[{trust}]"]
 
 
@@ -56,7 +55,7 @@ def quoted(path: Path) -> str:
 
 
 def train_apart(
-    run: Assignment,
+    plan: RunPlan,
     environment: Mapping[str, str],
     timeout: float | None = None,
     watch: Callable[[], bool] = lambda: False,
@@ -67,13 +66,13 @@ def train_apart(
     Raises JobError with the reason it gave where it failed, was killed, or took longer than `timeout` seconds, and
     Interrupted where a signal asked this process to stop, which is passed on.
     """
-    new = not run.resume
+    new = not plan.resume
     if new:
-        start_run(run.directory, run.config)
+        plan.run.create(plan.config)
     stop = StopRequest()
     with stop.listening(), tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
-            [*command_for(run), *words],
+            [*command_for(plan), *words],
             stdout=subprocess.DEVNULL,
             stderr=errors,
             env={**own_environment(), **environment},
@@ -88,8 +87,8 @@ def train_apart(
         lines = errors.read().strip().splitlines()
     if process.returncode == 0 or reason == "ended":
         return
-    if new and process.returncode == 2 and not (run.directory / "environment.json").exists():
-        (run.directory / "config.yaml").unlink()  # refused, before anything began
+    if new and process.returncode == 2 and not plan.run.environment_file.exists():
+        plan.run.config_file.unlink()  # refused, before anything began
     again = process.returncode < 0 or process.returncode == Interrupted.status
     raise JobError(reason or _reason(process.returncode, lines), again and reason is None)
 

@@ -1,4 +1,4 @@
-"""A run directory: the files that a training run leaves behind, and who may write them."""
+"""A run directory: the files of one training run, who may write them, and how far the run is."""
 
 from __future__ import annotations
 
@@ -6,75 +6,150 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, as_yaml, read_json, whole
+from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml
+
+StrPath = str | os.PathLike[str]
 
 
 class RunError(UserError):
-    """A run directory that cannot be written, or is not whole."""
+    """A run directory that is incomplete, or that cannot be written."""
 
 
-def start_run(directory: Path, config: dict[str, Any]) -> None:
-    """Create `directory` with its config.yaml. Raises RunError if it already holds a run."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f".config.{os.getpid()}.yaml"
-    file.write_text(as_yaml(config))
-    try:
-        os.link(file, directory / "config.yaml")  # whole, and only once: of two jobs that choose it, one wins
-    except FileExistsError:
-        raise RunError(f"{directory}: already holds a run; choose another hydra.run.dir") from None
-    finally:
-        file.unlink(missing_ok=True)
+class RunDirectory:
+    """The paths, lock, configuration and state of one run. To make one touches no file."""
 
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.history_file = self.path / "history.csv"
+        self.metrics_file = self.path / "metrics.json"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.log_file = self.path / "train.log"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.best_checkpoint = self.checkpoints / "best.ckpt"
+        self.previous_checkpoint = self.checkpoints / "previous.ckpt"
+        self.tensorboard = self.path / "tensorboard"
+        self.figures = self.path / "figures"
+        self.export = self.path / "export"
 
-def reopen_run(directory: Path, config: dict[str, Any]) -> None:
-    """Let `directory` say that its run goes on, with `config`. What was measured so far is kept under its epochs."""
-    if (directory / "metrics.json").exists():
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def locate(cls, path: StrPath) -> tuple[RunDirectory, Path]:
+        """The run directory that `path` is, or that a checkpoint at `path` belongs to, and the checkpoint.
+
+        Of a directory that is the best one, or the last where there is no best one yet.
+        """
+        path = Path(path)
+        if path.suffix == ".ckpt" and not path.is_dir():
+            run = cls(path.absolute().parent.parent)  # checkpoints/ may be a link, and so may the file itself
+            return run if run.config_file.exists() else cls(path.resolve().parent.parent), path
+        run = cls(path)
+        no_best = run.last_checkpoint.exists() and not run.best_checkpoint.exists()
+        return run, run.last_checkpoint if no_best else run.best_checkpoint
+
+    @property
+    def state(self) -> Literal["new", "unfinished", "finished"]:
+        """A run begins with its config.yaml and ends with its metrics.json."""
+        if not self.config_file.exists():
+            return "new"
         try:
-            epochs = read_json(directory / "metrics.json").get("epochs")
+            return "finished" if read_json(self.metrics_file) else "unfinished"
         except FileError:
-            epochs = "some"
-        for file in directory.glob("evaluation.json"):
-            os.replace(file, directory / f"evaluation_{epochs}_epochs.json")
-        (directory / "metrics.json").unlink()
-    with whole(directory / "config.yaml") as partial:
-        partial.write_text(as_yaml(config))
+            return "unfinished"
 
-
-@contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Keep the run at `directory` to this process until it ends, however it ends. Raises RunError if another has it."""
-    with _locked(directory) as ours:
-        if not ours:
-            raise RunError(f"{directory}: is being trained by another process")
-        yield
-
-
-def is_held(directory: Path) -> bool:
-    """Whether a process trains the run at `directory`."""
-    with _locked(directory) as ours:
-        return not ours
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory until the end, or until the process dies: whether it was free."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two jobs in one directory are not told apart
-        yield True
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    def create(self, config: dict[str, Any]) -> None:
+        """Create the directory with its config.yaml. Raises RunError if it already holds a run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / f".config.{os.getpid()}.yaml"
+        file.write_text(as_yaml(config))
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
-        except OSError:  # a file system that knows no locks
-            ours = True
-        yield ours
-    finally:
-        os.close(descriptor)
+            os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
+        except FileExistsError:
+            raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
+        finally:
+            file.unlink(missing_ok=True)
+
+    def reopen(self, config: dict[str, Any]) -> None:
+        """Mark the run as unfinished, with `config`. An evaluation is kept under the number of its epochs."""
+        if self.metrics_file.exists():
+            try:
+                epochs = read_json(self.metrics_file).get("epochs")
+            except FileError:
+                epochs = "some"
+            if self.evaluation_file.exists():
+                os.replace(self.evaluation_file, self.path / f"{self.evaluation_file.stem}_{epochs}_epochs.json")
+            self.metrics_file.unlink()
+        with atomic_write(self.config_file) as partial:
+            partial.write_text(as_yaml(config))
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run. Raises RunError where there is none."""
+        try:
+            config = read_yaml(self.config_file)
+        except FileError as error:
+            raise RunError(f"{self}: not a run directory ({error})") from error
+        for key, kind in (("model", dict), ("data", dict), ("seed", int)):
+            if not isinstance(config.get(key), kind):
+                raise RunError(f"{self.config_file}: is not the configuration of a run: {key}={config.get(key)}")
+        return config
+
+    def read_environment(self) -> dict[str, Any]:
+        """The content of environment.json, or {} before there is one. Raises FileError."""
+        return read_json(self.environment_file) if self.environment_file.exists() else {}
+
+    def evaluation_of(self, checkpoint: Path) -> Path:
+        """The file for an evaluation of `checkpoint`. Only that of the best one counts as the run's."""
+        if checkpoint.stem == self.best_checkpoint.stem:
+            return self.evaluation_file
+        return self.path / f"{self.evaluation_file.stem}_{checkpoint.stem}.json"
+
+    def subdirectory(self, path: Path) -> Path:
+        """Create a directory of the run, such as `figures`. Raises RunError for a link, which may lead anywhere."""
+        if path.is_symlink():
+            raise RunError(f"{path}: is a link; nothing is written through it")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Reserve the run for this process until the block ends or the process dies. Raises RunError if it is taken."""
+        with self._lock() as free:
+            if not free:
+                raise RunError(f"{self}: is being trained by another process")
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is training the run."""
+        with self._lock() as free:
+            return not free
+
+    @contextmanager
+    def _lock(self) -> Iterator[bool]:
+        """Lock the directory; yields whether it was free."""
+        try:
+            import fcntl
+        except ImportError:  # Windows: two jobs in one directory are not told apart
+            yield True
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except BlockingIOError:
+                free = False
+            except OSError:  # a file system without locks
+                free = True
+            yield free
+        finally:
+            os.close(descriptor)

@@ -12,12 +12,11 @@ import torch
 
 from vae_lightning.config import ConfigError, build
 from vae_lightning.data.module import ImageDataModule
-from vae_lightning.files import FileError, read_yaml
 from vae_lightning.models.base import ImageModel
-from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 
 
-def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
+def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
     """The trained model of a run directory (its best checkpoint) or of one checkpoint in it, in evaluation mode.
 
     Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only. A configuration
@@ -25,8 +24,8 @@ def load_run(path: str | Path, trust: Iterable[str] = ()) -> ImageModel:
     backbone of your own in wide.py loads with `trust=["wide"]`. The whole configuration of the run is `model.config`.
     Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
     """
-    config = load_config(path, trust)
-    checkpoint = checkpoint_of(path)
+    run, checkpoint = RunDirectory.locate(path)
+    config = trusted_config(run, trust)
     content = read_checkpoint(checkpoint)
     model = build(config["model"], ImageModel, "model", image_shape=content["image_shape"])
     load_weights(content["state_dict"], model, checkpoint)
@@ -42,22 +41,9 @@ def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -
         same = all(weights[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
         finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise RunError(f"{checkpoint}: not the weights of the model in config.yaml") from error
+        raise RunError(f"{checkpoint}: not the weights of the model that is configured") from error
     if not (same and finite):
         raise RunError(f"{checkpoint}: has weights that are {'NaN or infinite' if same else 'of another type'}")
-
-
-def checkpoint_of(path: str | Path) -> Path:
-    """The checkpoint that `path` is, or the best one of the run at `path`: the last, of one that has none yet."""
-    path = Path(path)
-    if is_checkpoint(path):
-        return path
-    best, last = (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    return last if last.exists() and not best.exists() else best
-
-
-def is_checkpoint(path: Path) -> bool:
-    return path.suffix == ".ckpt" and not path.is_dir()
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """The whole content of a checkpoint, on the CPU. Raises RunError as `read_checkpoint` does."""
     if not file.is_file():
-        raise RunError(f"{file}: no whole run is there (no such file)")
+        raise RunError(f"{file}: no such checkpoint")
     try:
         with ZipFile(file) as archive:  # PyTorch does not look at the checksums that it writes
             if archive.testzip():
@@ -94,15 +80,13 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 class Run:
     """A trained run, opened for use: where it lies, its model on a device, and its data."""
 
-    directory: Path
+    directory: RunDirectory
     checkpoint: Path
     model: ImageModel
     data: ImageDataModule
 
 
-def open_run(
-    path: str | Path, accelerator: str = "auto", trust: Iterable[str] = (), data_root: str | None = None
-) -> Run:
+def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = (), data_root: str | None = None) -> Run:
     """The model of a run, on `accelerator` (auto, cpu or gpu), with the data that it was trained on, of its protocol.
 
     `data_root` says where the data lie on this machine, if not where the run found them.
@@ -110,34 +94,16 @@ def open_run(
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
+    directory, checkpoint = RunDirectory.locate(path)
     model = load_run(path, trust)
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})
     data = build(spec, ImageDataModule, "data", seed=model.config["seed"])
     for key, own in data.state_dict().items():
         if model.protocol.get(key, own) != own:
-            raise RunError(f"{path}: config.yaml says {key}={own}, and its checkpoint {key}={model.protocol[key]}")
+            raise RunError(f"{directory.config_file}: says {key}={own}, and its checkpoint {key}={model.protocol[key]}")
     data.setup()
-    return Run(run_directory(path), checkpoint_of(path), model, data)
-
-
-def run_directory(path: str | Path) -> Path:
-    """The run directory that `path` is, or that a checkpoint at `path` belongs to."""
-    path = Path(path)
-    return path.resolve().parent.parent if is_checkpoint(path) else path
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration of the run at `path`. Raises RunError where there is none."""
-    file = run_directory(path) / "config.yaml"
-    try:
-        config = read_yaml(file)
-    except FileError as error:
-        raise RunError(f"{path}: no whole run is there ({error})") from error
-    for key, kind in (("model", dict), ("data", dict), ("seed", int)):
-        if not isinstance(config.get(key), kind):
-            raise RunError(f"{file}: is not the configuration of a run: {key}={config.get(key)}")
-    return config
+    return Run(directory, checkpoint, model, data)
 
 
 # What builds a model and its data, and what else a run that goes on builds; callbacks that write no files of their own.
@@ -145,17 +111,17 @@ TRUSTED = ("vae_lightning", "torch.optim")
 TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("EMAWeightAveraging", "EarlyStopping"))
 
 
-def load_config(
-    path: str | Path, trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data")
+def trusted_config(
+    run: RunDirectory, trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data")
 ) -> dict[str, Any]:
-    """The configuration of the run at `path`, to build `parts` from. Raises RunError if it names code not trusted."""
-    config = read_config(path)
+    """The configuration of a run, to build `parts` from. Raises RunError if it names code that is not trusted."""
+    config = run.read_config()
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
     for key, target, module in untrusted(config, trust, parts):
         raise RunError(
-            f"{run_directory(path) / 'config.yaml'}: {key}={target}: not in vae_lightning or torch.optim, so "
-            f"to load it is to run code that was named by the run; where you know it, trust=[{module}] allows it"
+            f"{run.config_file}: {key}={target}: not in vae_lightning or torch.optim; loading would run code "
+            f"named by the run; if you know it, trust=[{module}] allows it"
         )
     return config
 

@@ -22,6 +22,7 @@ from vae_lightning.models.base import ImageModel
 from vae_lightning.models.objectives import active_units, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class SkipNonFinite(Callback):
 
 def last_good(trainer: Trainer) -> str:
     """What is kept of a run that cannot go on, in words."""
-    checkpoint = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    checkpoint = RunDirectory(trainer.default_root_dir).last_checkpoint
     return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
 

@@ -28,10 +28,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vae_lightning.config import Interval
-from vae_lightning.files import remove_partial, whole
+from vae_lightning.files import atomic_write, remove_partial
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.metrics import EpochMeans
-from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint, load_weights
 from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.history import History
@@ -45,16 +45,19 @@ EVENTS = "events.out.tfevents."
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes each checkpoint whole or not at all, keeps the `last.ckpt` before it, and unpickles nothing."""
 
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path, durable=True) as partial:
+        with atomic_write(path, durable=True) as partial:
             with partial.open("wb") as file:  # a file of Python's own says why it cannot be written
                 torch.save(checkpoint, file)
-            if path.name == "last.ckpt" and path.exists():
-                with whole(path.with_name("previous.ckpt")) as former:
+            if path.name == self.run.last_checkpoint.name and path.exists():
+                with atomic_write(path.with_name(self.run.previous_checkpoint.name)) as former:
                     try:
                         os.link(path, former)
                     except OSError:  # a file system without links
@@ -73,9 +76,9 @@ class Progress(Callback):
     """
 
     def __init__(
-        self, directory: Path, history: History, stop: StopRequest, interval: Interval, saves: bool = True
+        self, run: RunDirectory, history: History, stop: StopRequest, interval: Interval, saves: bool = True
     ) -> None:
-        self.directory = directory
+        self.run = run
         self.history = history
         self.stop = stop
         self.interval = interval
@@ -99,7 +102,7 @@ class Progress(Callback):
                 if isinstance(callback, NonFiniteGuard):
                     callback.check_training(trainer, module)
             self.next_batch = batch_idx
-            trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
             self.next_batch = None
             self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
         if stop:
@@ -123,7 +126,7 @@ class Progress(Callback):
         if self.next_batch is not None:
             take_back_batch(trainer, checkpoint["loops"]["fit_loop"], self.next_batch)
         checkpoint["progress"] = {
-            "directory": str(self.directory),
+            "directory": str(self.run.path.absolute()),
             "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
             "logged": logged(trainer),
@@ -135,7 +138,9 @@ class Progress(Callback):
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         # Paths in the states of callbacks, for a run that lies elsewhere now.
-        states = checkpoint["callbacks"] = moved(checkpoint["callbacks"], progress["directory"], str(self.directory))
+        states = checkpoint["callbacks"] = moved(
+            checkpoint["callbacks"], progress["directory"], str(self.run.path.absolute())
+        )
         if trainer.state.fn != TrainerFn.FITTING:
             return
         assert isinstance(module, ImageModel)
@@ -159,7 +164,7 @@ class Progress(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.random = random_states()
         if self.saves:
-            trainer.save_checkpoint(self.directory / "checkpoints" / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
 
 
 def take_back_batch(trainer: Trainer, loops: dict[str, Any], next_batch: int) -> None:
@@ -227,16 +232,15 @@ def moved(tree: Any, old: str, new: str) -> Any:
     return tree
 
 
-def last_checkpoint(directory: Path, model: ImageModel) -> tuple[Path, dict[str, Any]] | None:
+def last_checkpoint(run: RunDirectory, model: ImageModel) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run of `model` goes on from: the last, or, where it is damaged, the one before.
 
     None where there is none yet. Raises RunError where none of those that there are will do.
     """
-    if (directory / "checkpoints").exists() and not (directory / "checkpoints").is_dir():
-        raise RunError(f"{directory / 'checkpoints'}: is no directory")
-    files = [directory / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise RunError(f"{run.checkpoints}: not a directory")
     problems = []
-    for file in filter(Path.exists, files):
+    for file in filter(Path.exists, (run.last_checkpoint, run.previous_checkpoint)):
         try:
             content = load_checkpoint(file)
             check_content(content, model, file)
@@ -248,7 +252,7 @@ def last_checkpoint(directory: Path, model: ImageModel) -> tuple[Path, dict[str,
             log.warning("going on from the one before it, %s, at step %d", file, content["global_step"])
         return file, content
     if problems:
-        raise RunError(f"{problems[0]}; remove {directory / 'checkpoints'} to have it trained from the start")
+        raise RunError(f"{problems[0]}; remove {run.checkpoints} to have it trained from the start")
     return None
 
 
@@ -286,9 +290,9 @@ def epochs_begun(content: dict[str, Any]) -> int:
     return int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
 
 
-def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
+def rewind(run: RunDirectory, progress: Mapping[str, Any] | None) -> None:
     """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
-    board = directory / "tensorboard"
+    board = run.tensorboard
     kept = event_files(board, progress["events"]) if progress else {}
     for path in sorted(board.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
@@ -300,9 +304,9 @@ def rewind(directory: Path, progress: Mapping[str, Any] | None) -> None:
             log.warning("%s: shorter than it was; TensorBoard's curves have a gap", path)
         else:
             os.truncate(path, size)
-    remove_partial(directory)
+    remove_partial(run.path)
     if not progress:
-        (directory / "history.csv").unlink(missing_ok=True)
+        run.history_file.unlink(missing_ok=True)
     # TensorBoard reads its files in the order of the seconds in their names. Where the clock was set back since, or
     # this second is not over, the next one would come before these.
     now = int(time.time())

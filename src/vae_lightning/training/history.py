@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from vae_lightning.files import whole
+from vae_lightning.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class History(Logger):
     @rank_zero_only
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))  # not every epoch need have validation
-        with whole(self.path) as partial, partial.open("w", newline="") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)

@@ -33,11 +33,11 @@ from vae_lightning.config import (
     out_of_memory,
 )
 from vae_lightning.data.module import ImageDataModule
-from vae_lightning.files import as_yaml, read_json, remove_partial, whole, write_json
+from vae_lightning.files import as_yaml, atomic_write, remove_partial, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
-from vae_lightning.runs.directory import RunError, held, reopen_run, start_run
+from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
 from vae_lightning.training.callbacks import Figures, TrainingError, boards
 from vae_lightning.training.checkpoints import Progress, epochs_begun, last_checkpoint, rewind
@@ -61,7 +61,7 @@ class Config:
     test: bool = True
 
 
-def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict[str, Any]:
+def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> dict[str, Any]:
     """Train what `config` describes into `directory`, and return the content of its metrics.json.
 
     With `resume`, go on with the run that `directory` holds, from its last checkpoint, as if it had never stopped.
@@ -70,6 +70,7 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     images were held out. Raises UserError, before anything is written, for what cannot be trained, and Interrupted
     where a signal asked to stop.
     """
+    run = RunDirectory(directory)
     check_arguments(Config, config, "")
     c = Config(**config)
     c.trainer = TRAINER_DEFAULTS | c.trainer  # a run of another version of Lightning may lack an argument
@@ -81,16 +82,17 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
     data.setup()  # now, so that a wrong file or split is found before anything is written
     model = build(c.model, ImageModel, "model", image_shape=data.image_shape)
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
-    pictures = make_figures(c.figures, directory, model)
-    history = History(directory / "history.csv", c.trainer["max_epochs"])
-    board = TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False)
-    best = ModelCheckpoint(directory / "checkpoints", filename="best", monitor="val/loss", enable_version_counter=False)
+    pictures = make_figures(c.figures, run, model)
+    history = History(run.history_file, c.trainer["max_epochs"])
+    board = TensorBoardLogger(run.path, name=run.tensorboard.name, version="", default_hp_metric=False)
+    name = run.best_checkpoint.stem
+    best = ModelCheckpoint(run.checkpoints, filename=name, monitor="val/loss", enable_version_counter=False)
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
     keeps = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
     interval = Interval.parse(options.get("checkpoint_every"), "trainer.checkpoint_every")
     stop = StopRequest()
-    kept = [Progress(directory, history, stop, interval, keeps), *([best] if keeps and validates else [])]
-    trainer = make_trainer(options, directory, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
+    kept = [Progress(run, history, stop, interval, keeps), *([best] if keeps and validates else [])]
+    trainer = make_trainer(options, run, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
         model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 
@@ -98,58 +100,58 @@ def train(config: dict[str, Any], directory: Path, resume: bool = False) -> dict
         stack.enter_context(stop.listening())
         if trainer.is_global_zero:
             environment = describe_environment(model, trainer.strategy.root_device, data)
-            last = stack.enter_context(started(directory, config, resume, environment, model))
+            last = stack.enter_context(started(run, config, resume, environment, model))
         else:
-            last = last_checkpoint(directory, model) if resume else None
+            last = last_checkpoint(run, model) if resume else None
         with user_errors(trainer, data.batch_size):
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
         stop.stepping = False
         stop.check()  # a signal of the last step: everything is saved
-        checkpoints = Path(trainer.strategy.broadcast(str(directory / "checkpoints")))
-        if keeps and not checkpoints.exists():  # max_epochs=0
-            trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        first = RunDirectory(trainer.strategy.broadcast(str(run)))  # the first process's
+        if keeps and not first.checkpoints.exists():  # max_epochs=0
+            trainer.save_checkpoint(first.last_checkpoint, weights_only=False)
         if keeps and not best.best_model_path and trainer.is_global_zero:
             # The last is the best there is: no images were held out, or the run was too short to look at them.
-            with whole(checkpoints / "best.ckpt") as partial:
-                shutil.copyfile(checkpoints / "last.ckpt", partial)
+            with atomic_write(run.best_checkpoint) as partial:
+                shutil.copyfile(run.last_checkpoint, partial)
         if c.test:
-            chosen = checkpoints / "best.ckpt" if keeps else None
+            chosen = first.best_checkpoint if keeps else None
             trainer.test(model, data, ckpt_path=chosen, weights_only=True, verbose=False)
-        return finish(c, directory, model, data, trainer, history, best.best_model_path)
+        return finish(c, run, model, data, trainer, history, best.best_model_path)
 
 
 @contextlib.contextmanager
 def started(
-    directory: Path, config: dict[str, Any], resume: bool, environment: dict[str, Any], model: ImageModel
+    run: RunDirectory, config: dict[str, Any], resume: bool, environment: dict[str, Any], model: ImageModel
 ) -> Iterator[tuple[Path, dict[str, Any]] | None]:
     """A run directory, made or to go on in, kept to this process: yields the checkpoint to go on from, if any.
 
     Raises RunError where it holds another run, another process trains it, or it cannot go on: before it is touched.
     """
     if not resume:
-        start_run(directory, config)
-    with held(directory):
+        run.create(config)
+    with run.locked():
         last = None
         if resume:
-            last = last_checkpoint(directory, model)
-            if last is None and (directory / "metrics.json").exists():
-                raise RunError(f"{directory}: is finished, and has no checkpoint to go on from")
+            last = last_checkpoint(run, model)
+            if last is None and run.metrics_file.exists():
+                raise RunError(f"{run}: is finished, and has no checkpoint to go on from")
             epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"].get("max_epochs")
             if limit not in (None, -1) and limit < epochs:
-                raise RunError(f"trainer.max_epochs={limit}: {directory} is in epoch {epochs} already")
-            former = read_json(directory / "environment.json") if (directory / "environment.json").exists() else {}
+                raise RunError(f"trainer.max_epochs={limit}: {run} is in epoch {epochs} already")
+            former = run.read_environment()
             if former.get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
-                raise RunError(f"{directory}: was trained on other images than data.root={config['data']['root']} has")
-            reopen_run(directory, config)
-            rewind(directory, last[1]["progress"] if last else None)
+                raise RunError(f"{run}: was trained on other images than data.root={config['data']['root']} has")
+            run.reopen(config)
+            rewind(run, last[1]["progress"] if last else None)
             log.info("going on %s", f"after step {last[1]['global_step']}" if last else "from the start")
             changed = {key: value for key, value in environment.items() if value != former.get(key)}
             sittings = former.get("resumed", [])
             sittings = [*sittings, changed] if isinstance(sittings, list) else [changed]
             environment = (former or environment) | {"resumed": sittings}
         else:
-            remove_partial(directory)
-        write_json(directory / "environment.json", environment)
+            remove_partial(run.path)
+        write_json(run.environment_file, environment)
         yield last
 
 
@@ -173,7 +175,7 @@ def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
 
 def finish(
     c: Config,
-    directory: Path,
+    run: RunDirectory,
     model: ImageModel,
     data: ImageDataModule,
     trainer: Trainer,
@@ -208,16 +210,15 @@ def finish(
         logger.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
         board.add_text("config", f"```yaml\n{as_yaml(asdict(c))}```")
         logger.finalize("success")
-        (directory / "figures").mkdir(exist_ok=True)
-        figures.save(figures.loss_curves(history.rows), directory / "figures" / "loss_curves.png")
-    (directory / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
-    write_json(directory / "metrics.json", results)  # last: it says that the run is finished
+        figures.save(figures.loss_curves(history.rows), run.subdirectory(run.figures) / "loss_curves.png")
+    run.previous_checkpoint.unlink(missing_ok=True)
+    write_json(run.metrics_file, results)  # last: it says that the run is finished
     return results
 
 
-def make_figures(options: dict[str, Any], directory: Path, model: ImageModel) -> Figures:
+def make_figures(options: dict[str, Any], run: RunDirectory, model: ImageModel) -> Figures:
     """The pictures callback; `figures.points` must be latents of the model. Raises ConfigError."""
-    options = options | {"directory": directory / "figures"}
+    options = options | {"directory": run.figures}
     check_arguments(Figures, options, "figures")
     wrong = [point for point in options.get("points", ()) if len(point) != model.latent_dim]
     if wrong:

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from inspect import signature
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt, build, check_arguments, did_you_mean
+from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
 from vae_lightning.training.checkpoints import WholeCheckpoints
 
@@ -32,7 +32,9 @@ TRAINER_DEFAULTS = {
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
 
 
-def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+def make_trainer(
+    options: dict[str, Any], run: RunDirectory, callbacks: list[Callback], loggers: list[Logger]
+) -> Trainer:
     """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
     options = dict(options)
     own = options.pop("callbacks", None) or []
@@ -50,14 +52,14 @@ def make_trainer(options: dict[str, Any], directory: Path, callbacks: list[Callb
         callbacks = [*callbacks, ModelSummary(max_depth=-1)]
     if additions["on_nan"] == "skip":
         callbacks = [SkipNonFinite(), *callbacks]
-    options["plugins"] = [WholeCheckpoints(), *as_list(options["plugins"])]
+    options["plugins"] = [WholeCheckpoints(run), *as_list(options["plugins"])]
     callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(own))]
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         options["enable_checkpointing"] = False  # or Lightning would add one of its own
     try:
         # The guard comes first, so that nothing else acts on a loss that is not finite.
         trainer = Trainer(
-            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=directory
+            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=run.path
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
