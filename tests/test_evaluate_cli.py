@@ -60,7 +60,7 @@ def test_memory_that_is_not_there_gets_one_line(evaluate_py, run_directory: Path
 def test_a_likelihood_proper_needs_no_remark(config, tmp_path: Path) -> None:
     overrides = ["data.pixels=dynamic", "model.backbone.hidden=[16]", "data.val_size=200", *BRIEF]
     train(config(*overrides), tmp_path / "run")
-    content = evaluate_run({"run": str(tmp_path / "run"), **QUICK, "split": "val"})
+    content = evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
     assert (content["pixels"], content["remark"]) == ("dynamic", "")
 
 
@@ -84,9 +84,9 @@ def test_wrong_input_gets_one_clear_line(evaluate_py, words: list[str], line: st
 def test_runs_that_have_no_such_numbers(config, tmp_path: Path) -> None:
     train(config("model=autoencoder", "data.val_size=0", *BRIEF), tmp_path / "run")
     with pytest.raises(Exception, match="its model, Autoencoder, has no likelihood"):
-        evaluate_run({"run": str(tmp_path / "run"), **QUICK})
+        evaluate_run(**{"run": str(tmp_path / "run"), **QUICK})
     with pytest.raises(Exception, match=r"split=val: this run held no images out"):
-        evaluate_run({"run": str(tmp_path / "run"), **QUICK, "split": "val"})
+        evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
 
 
 def test_help(evaluate_py) -> None:

@@ -114,7 +114,7 @@ def test_one_bad_file_does_not_spoil_a_report(report_py, tmp_path: Path) -> None
     for n, (name, (file, content)) in enumerate(spoilt.items()):
         fake_run(runs / name, 200.0 + n, 10 + n, latent_dim=3 + n)
         (runs / name / file).write_text(content)
-    result = report_py(runs, "--to", tmp_path / "out")
+    result = report_py(runs, f"to={tmp_path / 'out'}")
     assert result.code == 0, result.err
     assert "101.00 ± 1.00" in result.out
     for name in ("deep", "date", "huge"):
@@ -126,9 +126,9 @@ def test_pictures_of_an_earlier_report_do_not_stay(report_py, tmp_path: Path) ->
         fake_run(tmp_path / "runs" / str(n), 100.0 + n, latent_dim=2 + n)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.png").touch()
-    assert report_py(tmp_path / "runs", "--to", tmp_path / "out").code == 0
+    assert report_py(tmp_path / "runs", f"to={tmp_path / 'out'}").code == 0
     assert (tmp_path / "out" / "1_rate_distortion.png").exists()
-    assert report_py(tmp_path / "runs" / "0", "--to", tmp_path / "out").code == 0
+    assert report_py(tmp_path / "runs" / "0", f"to={tmp_path / 'out'}").code == 0
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"mine.png", "1_learning_curves.png"}
 
 
@@ -152,7 +152,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("{model: {latent_dim: 3}, data: {}, seed: 0}\n")
     damaged = fake_run(tmp_path / "sweep" / "damaged", 1.0)
     (damaged / "metrics.json").write_text('{"test/loss": 1')
-    result = report_py("sweep", "--to", "out")
+    result = report_py("sweep", "to=out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == "MNIST, grey pixels, Bernoulli"
@@ -175,14 +175,14 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     assert all(f"({name})" in markdown for name in pictures)
     assert "no picture of reconstructions" in result.out  # these runs have no checkpoints
     for style in ("markdown", "latex", "csv"):
-        assert report_py("sweep", "--to", "out", "--style", style, "--metrics", "test/kl").code == 0
+        assert report_py("sweep", "to=out", f"style={style}", "metrics=[test/kl]").code == 0
 
 
 def test_the_same_digits_from_every_run_in_one_picture(report_py, config, tmp_path: Path) -> None:
     for d in (2, 5):
         train(config(f"model.latent_dim={d}", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF),
               tmp_path / "runs" / str(d))  # fmt: skip
-    result = report_py("runs", "--to", "out")
+    result = report_py("runs", "to=out")
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "1_reconstructions.png").exists()
     assert "latent_dim" in result.out
@@ -193,9 +193,10 @@ def test_the_same_digits_from_every_run_in_one_picture(report_py, config, tmp_pa
     [
         (["nowhere"], "nowhere: no such directory"),
         (["."], ".: no finished run is there"),
-        ([], "the following arguments are required: runs; python report.py --help shows how it is used"),
-        (["runs", "--metrics", "test/los"], "metrics=test/los: no run has it; did you mean test/loss?"),
-        (["runs", "--style", "excel"], "argument --style: invalid choice: 'excel'"),
+        ([], "runs: missing; say runs=…"),
+        (["runs", "metrics=[test/los]"], "metrics=test/los: no run has it; did you mean test/loss?"),
+        (["runs", "style=excel"], "style=excel: should be 'terminal', 'markdown', 'csv' or 'latex'"),
+        (["runs", "stile=csv"], "stile=csv: no such key; did you mean style?"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report_py, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, PositiveInt, Seed, check_arguments
+from vae_lightning.config import ConfigError, PositiveInt, Seed
 from vae_lightning.data.pixels import stream_seed
 from vae_lightning.files import write_json
 from vae_lightning.models.likelihoods import remark
@@ -159,66 +159,60 @@ def evaluate(
     return figures, sampled, posterior
 
 
-@dataclass
-class Options:
-    """What conf/evaluate.yaml composes."""
-
-    run: str
-    split: Literal["test", "val"]
-    samples: PositiveInt
-    seed: Seed
-    batch_size: PositiveInt
-    chunk: PositiveInt
-    probes: bool
-    accelerator: Literal["auto", "cpu", "gpu"]
-    trust: list[str]
-    data_root: str | None
-
-
-def evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
+def evaluate_run(
+    run: str,
+    split: Literal["test", "val"] = "test",
+    samples: PositiveInt = 5_000,
+    seed: Seed = 0,
+    batch_size: PositiveInt = 100,
+    chunk: PositiveInt = 10,
+    probes: bool = True,
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    data_root: str | None = None,
+    trust: Sequence[str] = (),
+) -> dict[str, Any]:
     """Evaluate a run directory: print a table, write evaluation.json and figures/nll_curve.png, return the numbers.
 
-    Raises UserError for options, a run or data that do not fit.
+    Raises UserError for a run or data that do not fit.
     """
-    check_arguments(Options, options, "")
-    o = Options(**options)
-    run = open_run(o.run, o.accelerator, o.trust, o.data_root)
-    vae, data = run.model, run.data
-    if o.split == "val" and not data.val_size:
+    opened = open_run(run, accelerator, trust, data_root)
+    vae, data = opened.model, opened.data
+    if split == "val" and not data.val_size:
         raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
     if not isinstance(vae, VAE):
-        raise ConfigError(f"run={o.run}: its model, {type(vae).__name__}, has no likelihood to measure")
-    if not os.access(run.directory, os.W_OK):
-        raise ConfigError(f"run={o.run}: cannot be written to, and the evaluation belongs there")
-    images, labels = getattr(data, f"{o.split}_images"), getattr(data, f"{o.split}_labels")
+        raise ConfigError(f"run={run}: its model, {type(vae).__name__}, has no likelihood to measure")
+    if not os.access(opened.directory, os.W_OK):
+        raise ConfigError(f"run={run}: cannot be written to, and the evaluation belongs there")
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
     started = time.monotonic()
-    results, sampled, posterior = evaluate(vae, images, o.samples, o.seed, o.batch_size, o.chunk, progress=True)
-    if o.probes:
+    results, sampled, posterior = evaluate(vae, images, samples, seed, batch_size, chunk, progress=True)
+    if probes:
         train = posteriors(vae, data.train_images)
         results |= probe_accuracy(train.mean, data.train_labels, posterior.mean, labels)
     caution = remark(vae.likelihood, data.pixels)
-    content = {f"{o.split}/{key}": value for key, value in results.items()} | {
-        f"{o.split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
-        "samples": o.samples,
+    content = {f"{split}/{key}": value for key, value in results.items()} | {
+        f"{split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
+        "samples": samples,
         "pixels": data.pixels,
         "data": data.dataset,
-        "seed": o.seed,
+        "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
-        "checkpoint": run.checkpoint.stem,
+        "checkpoint": opened.checkpoint.stem,
         "remark": caution,
     }
-    print(table(results, o, data.pixels, caution), flush=True)  # first: it took minutes, and a disk can be full
-    write_json(run.directory.evaluation_of(run.checkpoint), content)
+    heading = f"{split} set, {data.pixels} pixels, {samples} samples"
+    print(table(results, heading, caution), flush=True)  # first: it took minutes, and a disk can be full
+    write_json(opened.directory.evaluation_of(opened.checkpoint), content)
     unit = "cross-entropy" if caution else "−log p(x)"
     curve = figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels")
-    figures.save(curve, run.directory.subdirectory(run.directory.figures) / "nll_curve.png")
+    figures.save(curve, opened.directory.subdirectory(opened.directory.figures) / "nll_curve.png")
     return content
 
 
-def table(results: dict[str, Any], o: Options, pixels: str, caution: str) -> str:
-    """The results as lines of text, with the protocol in the heading."""
-    lines = [f"{o.split} set, {pixels} pixels, {o.samples} samples" + (f"; {caution}" if caution else "")]
+def table(results: dict[str, Any], heading: str, caution: str) -> str:
+    """The results as lines of text, below the protocol."""
+    lines = [heading + (f"; {caution}" if caution else "")]
     for name, value in results.items():
         if isinstance(value, float):
             label = f"{name} (cross-entropy)" if caution and name in ("nll", "elbo", "reconstruction") else name

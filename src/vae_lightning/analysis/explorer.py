@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vae_lightning.analysis.generation import middle
-from vae_lightning.config import ConfigError, UserError, check_arguments
+from vae_lightning.config import ConfigError, UserError
 from vae_lightning.figures import DIGIT_COLOURS
 from vae_lightning.models.latents import by_activity, principal_directions
 from vae_lightning.runs.loading import Run, open_run
@@ -36,37 +36,30 @@ EVERYWHERE = {"0.0.0.0", "::"}  # hosts that mean every address of this machine:
 SHOWN = 3_000  # test images on the map
 
 
-@dataclass
-class Options:
-    """What conf/explore.yaml composes."""
-
-    run: str
-    host: Annotated[str, Field(min_length=1)]
-    port: Annotated[int, Field(ge=1, le=65535)]
-    trust: list[str]
-    data_root: str | None
-
-
-def explore_run(options: dict[str, Any]) -> None:
+def explore_run(
+    run: str,
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1",
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000,
+    data_root: str | None = None,
+    trust: Sequence[str] = (),
+) -> None:
     """Serve the page until interrupted. Raises UserError for a run that cannot be opened or a port that is taken."""
-    check_arguments(Options, options, "")
-    o = Options(**options)
     try:
         from aiohttp import web
     except ImportError:
         raise ConfigError("explore needs aiohttp: pip install -e '.[explore]'") from None
-    application = make_application(open_run(o.run, "cpu", o.trust, o.data_root), o.host)
+    application = make_application(open_run(run, "cpu", trust, data_root), host)
     try:
         web.run_app(
             application,
-            host=o.host,
-            port=o.port,
+            host=host,
+            port=port,
             access_log=None,
-            print=lambda *_: print(f"http://{url_host(o.host)}:{o.port}    (Ctrl-C stops it)", flush=True),
+            print=lambda *_: print(f"http://{url_host(host)}:{port}    (Ctrl-C stops it)", flush=True),
         )
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no such host"
-        raise UserError(f"host={o.host} port={o.port}: cannot be served there ({reason}); try another port") from None
+        raise UserError(f"host={host} port={port}: cannot be served there ({reason}); try another port") from None
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -138,44 +137,38 @@ PICTURES: dict[str, Callable[..., Picture]] = {
 }
 
 
-@dataclass
-class Options:
-    """What every picture takes; the rest of conf/generate.yaml are arguments of the functions above."""
-
-    run: str
-    what: Literal[tuple(PICTURES)]  # type: ignore[valid-type]
-    format: Literal["png", "pdf", "svg"]
-    accelerator: Literal["auto", "cpu", "gpu"]
-    trust: list[str]
-    data_root: str | None
-
-
 @torch.inference_mode()
-def generate_run(options: dict[str, Any]) -> Path:
+def generate_run(
+    run: str,
+    what: Literal[tuple(PICTURES)],  # type: ignore[valid-type]
+    format: Literal["png", "pdf", "svg"] = "png",
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    data_root: str | None = None,
+    trust: Sequence[str] = (),
+    **options: Any,
+) -> Path:
     """Draw one picture of a run into its figures/, and return the file's path. Raises UserError for what does not fit.
 
-    An option that this picture has no use for is refused, as is one out of range: the functions' type hints say so. The
-    options are part of the file's name, manifold_plane=principal.png, so that no picture takes the place of another.
+    `options` are those of the function of that name above. One that this picture has no use for is refused, as is one
+    out of range: the functions' type hints say so. The options are part of the file's name,
+    manifold_plane=principal.png, so that no picture takes the place of another.
     """
-    common = {name: options[name] for name in Options.__annotations__}
-    check_arguments(Options, common, "")
-    o = Options(**common)
-    function = PICTURES[o.what]
-    if o.what == "decode" and options["z"] is None:
+    function = PICTURES[what]
+    arguments = {name: value for name, value in options.items() if value is not None}
+    if what == "decode" and "z" not in arguments:
         raise ConfigError("what=decode: wants latents to decode, such as z=[0.5,0] or z=[[0.5,0],[2,0]]")
-    arguments = {name: value for name, value in options.items() if name not in common and value is not None}
     try:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:
-        raise ConfigError(f"what={o.what}: {error}") from None
-    if o.what == "walk" and o.format != "png":
-        raise ConfigError(f"what=walk: is an animated GIF, and not format={o.format}")
-    run = open_run(o.run, o.accelerator, o.trust, o.data_root)
-    picture = function(run, **arguments)
-    suffix = "gif" if isinstance(picture, list) else o.format
+        raise ConfigError(f"what={what}: {error}") from None
+    if what == "walk" and format != "png":
+        raise ConfigError(f"what=walk: is an animated GIF, and not format={format}")
+    opened = open_run(run, accelerator, trust, data_root)
+    picture = function(opened, **arguments)
+    suffix = "gif" if isinstance(picture, list) else format
     given = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
-    name = "_".join([o.what, *given])
-    path = run.directory.subdirectory(run.directory.figures) / f"{name[:200]}.{suffix}"
+    name = "_".join([what, *given])
+    path = opened.directory.subdirectory(opened.directory.figures) / f"{name[:200]}.{suffix}"
     figures.save(picture, path)
     return path
 

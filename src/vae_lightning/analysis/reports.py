@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from tabulate import tabulate
 
 from vae_lightning import figures
@@ -292,16 +293,21 @@ def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -
 
 
 def report(
-    paths: Iterable[Path], metrics: Sequence[str], style: str, destination: Path, trust: Iterable[str] = ()
+    runs: Annotated[Sequence[str], Field(min_length=1)],
+    metrics: Sequence[str] = (),
+    style: Literal["terminal", "markdown", "csv", "latex"] = "terminal",
+    to: str = "outputs/report",
+    trust: Sequence[str] = (),
 ) -> str:
-    """Write report.md, .csv, .tex and pictures of all runs below `paths` into `destination`; return the text to print.
+    """Write report.md, .csv, .tex and pictures of all runs in and below `runs` into `to`; return the text to print.
 
     Raises UserError where there is no finished run, or a metric that none has.
     """
-    results, broken = find_results(paths)
+    destination = Path(to)
+    results, broken = find_results(map(Path, runs))
     if not results:
         reason = next((f"; {directory}: {reason}" for directory, reason in broken.items()), "")
-        raise RunError(f"{', '.join(map(str, paths))}: no finished run is there{reason}")
+        raise RunError(f"{', '.join(runs)}: no finished run is there{reason}")
     found = tables(results, metrics)
     notes = [f"left out: {directory}: {reason}" for directory, reason in broken.items()]
     repeated = [directory for table in found for directory in table.repeated]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,9 @@ from vae_lightning.config import ConfigError, UserError, did_you_mean, out_of_me
 from vae_lightning.launch.sweeps import report_failures
 from vae_lightning.training.signals import Interrupted
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
+PACKAGE = Path(__file__).resolve().parents[1]
+CHECKOUT = PACKAGE.parents[1]
+CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PACKAGE / "conf"
 
 
 MENDABLE = (UserError, HydraException, OmegaConfBaseException, OSError)  # what gets one line; the rest are bugs
@@ -71,21 +75,34 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def command_line(config_name: str, documentation: str | None) -> dict[str, Any]:
-    """The overrides of this command composed with conf/<config_name>.yaml: no run directory, no logging.
+def command_line(config_name: str, documentation: str | None, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The overrides of this command composed with conf/<config_name>.yaml, and `given`: no run directory, no logging.
 
     `--help` prints the documentation and stops. Raises what `one_line_errors` turns into a line.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(documentation)
+        print(inspect.cleandoc(documentation or ""))
         raise SystemExit
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(config_name, sys.argv[1:])
+    config = cast(DictConfig, OmegaConf.merge(config, given))
     missing = [str(key) for key in OmegaConf.missing_keys(config)]
     if missing:
         raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
     return plain(config)
+
+
+def config_directories() -> list[Path]:
+    """Where configurations are looked up: ours, and those that --config-dir or hydra.searchpath add."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    known, words = parser.parse_known_args(sys.argv[1:])
+    added = [known.config_dir] if known.config_dir else []
+    for word in words:
+        if word.lstrip("+").startswith("hydra.searchpath=["):
+            added += [part.strip().removeprefix("file://") for part in word.partition("[")[2].rstrip("]").split(",")]
+    return [CONF, *map(Path, added)]
 
 
 def rank() -> int:
@@ -135,7 +152,8 @@ def one_line(error: Exception, config_name: str) -> str:
 def unknown_key(key: str, config_name: str) -> str:
     """The line for an override whose key (`model.latent_dmi`) or group (`model/bakbone`) does not exist."""
     given = next((word for word in sys.argv[1:] if word.lstrip("+~").partition("=")[0] == key), key)
-    groups = sorted(str(p.relative_to(CONF)) for p in CONF.rglob("*") if p.is_dir())
+    places = config_directories()
+    groups = sorted({str(path.relative_to(place)) for place in places for path in place.rglob("*") if path.is_dir()})
     if "/" in key:
         return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
     config = composed(config_name, [word for word in sys.argv[1:] if word.partition("=")[0] in groups])
@@ -149,7 +167,8 @@ def unknown_key(key: str, config_name: str) -> str:
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:
     """The configuration that `overrides` lead to, or the default one where they do not compose."""
-    for words in (overrides, []):
+    places = f"hydra.searchpath=[{','.join(f'file://{place.absolute()}' for place in config_directories()[1:])}]"
+    for words in ([*overrides, places], []):
         GlobalHydra.instance().clear()
         with contextlib.suppress(HydraException), initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(config_name, words)
@@ -161,6 +180,7 @@ def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in map(str, config):
         keys.append(f"{prefix}{key}")
-        if isinstance(child := config._get_node(key), DictConfig) and not child._is_none():
+        child = None if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key) else config[key]
+        if isinstance(child, DictConfig):
             keys += all_keys(child, f"{prefix}{key}.")
     return keys

@@ -22,13 +22,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from vae_lightning.config import ConfigError, Interval
-from vae_lightning.launch.cli import MENDABLE, one_line, rank
+from vae_lightning.launch.cli import MENDABLE, one_line, plain, print_once, rank
+from vae_lightning.launch.search import search
 from vae_lightning.launch.sweeps import note_failure, quoted, share_of_machine, train_apart
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.runs.resume import RunPlan, find_run, plan_run, run_config
 from vae_lightning.training.signals import Interrupted
+from vae_lightning.training.train import train
 from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
 log = logging.getLogger(__name__)
@@ -202,3 +205,20 @@ def train_job_apart(plan: RunPlan, timeout: str | None) -> None:
     share = share_of_machine(launcher, hydra.job.num, devices, hydra.launcher.get("cpus_per_task"))
     train_apart(plan, share, seconds)
     log.info("job %s: finished %s", hydra.job.num, plan.run)
+
+
+def run_job(config: DictConfig) -> None:
+    """What `train.py` does with the configuration that Hydra composed: a run, a job of a sweep, or a search."""
+    with job("train") as directory:
+        if options := config.get("hparams_search"):
+            with resumable(directory, "the same command"):
+                print_once(search(run_config(plain(config)), plain(options), directory))
+            return
+        plan = plan_job(plain(config), directory)
+        if not plan.finished:
+            with resumable(plan.run.path):
+                if runs_apart(plan, config.timeout):
+                    train_job_apart(plan, config.timeout)
+                else:
+                    train(plan.config, plan.run, plan.resume)
+        print_once(plan.run)

@@ -27,7 +27,6 @@ from vae_lightning.runs.loading import untrusted
 from vae_lightning.runs.resume import RunPlan
 from vae_lightning.training.signals import Interrupted, StopRequest
 
-SCRIPT = Path(__file__).resolve().parents[3] / "train.py"
 FAILED = "failed"  # in a sweep's directory: a file for each job that is not a finished run
 PATIENCE = 60  # seconds between asking a job to stop and killing it
 
@@ -44,7 +43,14 @@ def command_for(plan: RunPlan) -> list[str]:
     """What trains, or goes on to train, the run of an assignment; its configuration is written for it to find."""
     trust = ",".join(dict.fromkeys(module for _, _, module in untrusted(plan.config)))
     directory = quoted(plan.run.path)
-    return [sys.executable, str(SCRIPT), f"resume={directory}", f"hydra.run.dir={directory}", f"trust=[{trust}]"]
+    return [
+        sys.executable,
+        "-m",
+        "vae_lightning.launch.commands",
+        f"resume={directory}",
+        f"hydra.run.dir={directory}",
+        f"trust=[{trust}]",
+    ]
 
 
 def quoted(path: Path) -> str:
@@ -94,8 +100,14 @@ def train_apart(
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment without Slurm's, in which Lightning would take a job for one task of several."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    """This process's environment for a child, which finds the same modules.
+
+    Without Slurm's variables, in which Lightning would take a job for one task of several, and without what
+    `one_line_errors` sets.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    kept.pop("HYDRA_FULL_ERROR", None)
+    return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float | None, watch: Callable[[], bool]) -> str | None:
