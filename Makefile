@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test proof audit lint types reproduce published benchmark tensorboard clean
+.PHONY: help setup train test proof audit lint types reproduce published benchmark tensorboard new clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ benchmark: $(STAMP)  ## seconds an epoch beside what one would run instead, in t
 
 tensorboard: $(STAMP)  ## look at all runs
 	@$(BIN)/tensorboard --logdir outputs
+
+new: $(STAMP)  ## turn a fresh clone into a project of your own: make new NAME=my_project
+	@$(BIN)/python scripts/new_project.py $(NAME)
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -17,7 +17,6 @@ REFUSED = [
         "model/backbone=covn",
         ["model/backbone=covn", "did you mean conv?", "Allowed: conv, gated_mlp, mlp, residual_conv"],
     ),
-    ("experiment=deep_bays", ["experiment=deep_bays", "did you mean deep_bayes_32?"]),
     ("data.pixels=gray", ["data.pixels=gray", "'grey', 'dynamic', 'fixed' or 'threshold'", "did you mean grey?"]),
     ("data.name=FashonMNIST", ["data.name=FashonMNIST", "did you mean FashionMNIST?"]),
     ("trainer.accelerator=cuda9", ["trainer.accelerator=cuda9", "did you mean cuda?", "Allowed: auto, gpu"]),

@@ -38,7 +38,8 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 
 scripts = {e.name: e for e in distribution("vae-lightning").entry_points if e.group == "console_scripts"}
-assert sorted(scripts) == ["vae-evaluate", "vae-explore", "vae-export", "vae-generate", "vae-report", "vae-train"]
+names = ["vae-evaluate", "vae-explore", "vae-export"]
+assert sorted(scripts) == [*names, "vae-generate", "vae-report", "vae-train"]
 
 def run(name, *words):
     GlobalHydra.instance().clear()

@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
     [
         (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "takes only trainer.max_epochs"]),
         (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.models.backbones.MLP"]),
-        (["experiment=deep_bayes_32"], ["experiment"]),
+        (["model/objective=iwae"], ["model/objective"]),
         (["seed=1"], ["seed: seed is 0"]),
         (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),
     ],

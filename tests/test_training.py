@@ -27,7 +27,8 @@ def events(directory: Path) -> EventAccumulator:
 
 
 def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
-    metrics = train(config("experiment=relu_mlp_20", "trainer.max_epochs=1", "figures.every=0"), tmp_path / "run")
+    overrides = ["model.backbone.hidden=[400]", "data.val_size=0", "trainer.max_epochs=1", "figures.every=0"]
+    metrics = train(config(*overrides), tmp_path / "run")
     assert metrics["test/loss"] < 132  # about 127 after one epoch; an untrained model has about 550
     assert metrics["test/elbo"] == pytest.approx(-metrics["test/loss"], abs=1e-3)
     assert metrics["test/reconstruction"] + metrics["test/kl"] == pytest.approx(metrics["test/loss"], abs=1e-3)
@@ -279,5 +280,5 @@ def test_a_checkpoint_is_not_used_under_another_protocol(config, tmp_path: Path)
 
 def test_small_autoencoder_keeps_its_pace(config, tmp_path: Path) -> None:
     """Denormal numbers are flushed to zero: without that, this model slows fivefold on the CPU as it trains."""
-    train(config("experiment=mlp_autoencoder_3", *BRIEF), tmp_path / "run")
+    train(config("model=autoencoder", *BRIEF), tmp_path / "run")
     assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
