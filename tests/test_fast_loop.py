@@ -11,6 +11,7 @@ from test_training import events
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.fast_loop import quick_step
 from vae_lightning.training.train import train
@@ -123,7 +124,7 @@ def other_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_it_does_not_fit_it_steps_aside_in_a_line(change, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     with caplog.at_level("INFO"):
-        trainer = make_trainer(TRAINER_DEFAULTS | {"accelerator": "cpu", "fast_loop": True}, Path("."), [], [])
+        trainer = make_trainer(TRAINER_DEFAULTS | {"accelerator": "cpu", "fast_loop": True}, RunDirectory("."), [], [])
     assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
     (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
     assert line.startswith("trainer.fast_loop: steps run through Lightning's own loop: ")
