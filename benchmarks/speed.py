@@ -32,7 +32,7 @@ from reproduce import write_between
 from tabulate import tabulate
 
 from vae_lightning import figures
-from vae_lightning.analysis.evaluation import importance_sampling, posteriors
+from vae_lightning.analysis.evaluation import importance_sampling
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import device_name
 from vae_lightning.training.train import steady_cpu
@@ -138,13 +138,13 @@ def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
         .to(device)
     )
     images = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8, device=device)
-    posterior, samples, chunk = posteriors(vae, images), 500, 1_000
+    labels, samples, chunk = torch.zeros(len(images), dtype=torch.long), 500, 1_000
     layers = [layer for layer in vae.decoder if isinstance(layer, torch.nn.Linear)]
     inputs = [torch.randn(chunk, layer.in_features, device=device) for layer in layers]
     found: dict[str, list[float]] = {"evaluate": [], "products": []}
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        importance_sampling(vae, images, posterior, samples)
+        importance_sampling(vae, images, labels, samples)
         found["evaluate"].append(len(images) * samples / (time.perf_counter() - started))
         started = time.perf_counter()
         for _ in range(len(images) * samples // chunk):

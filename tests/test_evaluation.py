@@ -16,6 +16,8 @@ from vae_lightning.analysis.evaluation import (
 from vae_lightning.models.objectives import importance_weighted_bound, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 
+LABELS = torch.arange(40) % 10
+
 
 @pytest.fixture
 def images() -> Tensor:
@@ -52,7 +54,7 @@ def test_evaluate_finds_the_exact_likelihood(images: Tensor) -> None:
     for shift in (0.0, 0.4):
         vae = linear_vae(shift)
         exact = exact_log_likelihood(vae, images / 255)
-        results, sampled, _ = evaluate(vae, images, samples=20_000)
+        results, sampled, _ = evaluate(vae, images, LABELS, samples=20_000)
         torch.testing.assert_close(sampled.log_likelihood.double(), exact, rtol=0, atol=0.05)
         assert results["nll"] == pytest.approx(-exact.mean().item(), abs=0.01)
         assert results["nll_stderr"] == pytest.approx(exact.std().item() / math.sqrt(40), rel=0.02)
@@ -66,21 +68,19 @@ def test_evaluate_finds_the_exact_likelihood(images: Tensor) -> None:
 
 def test_batches_and_chunks_change_nothing(images: Tensor) -> None:
     vae = linear_vae(shift=0.5)
-    posterior = posteriors(vae, images, batch_size=7)
-    whole = importance_sampling(vae, images, posteriors(vae, images), samples=100, batch_size=40, chunk=100)
+    whole = importance_sampling(vae, images, LABELS, samples=100, batch_size=40, chunk=100)
     for batch_size, chunk in ((1, 100), (40, 1), (7, 9)):
-        parts = importance_sampling(vae, images, posterior, samples=100, batch_size=batch_size, chunk=chunk)
-        for name in ("log_likelihood", "elbo", "reconstruction", "effective_samples"):
+        parts = importance_sampling(vae, images, LABELS, samples=100, batch_size=batch_size, chunk=chunk)
+        for name in ("log_likelihood", "kl", "reconstruction", "effective_samples", "deviation"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
         assert list(parts.curve.values()) == pytest.approx(list(whole.curve.values()), abs=1e-4)
-    again = importance_sampling(vae, images, posterior, samples=100, seed=1)
+    again = importance_sampling(vae, images, LABELS, samples=100, seed=1)
     assert not torch.allclose(again.log_likelihood, whole.log_likelihood, atol=1e-4)
 
 
 def test_the_curve_ends_at_the_estimate_and_uses_the_first_samples(images: Tensor) -> None:
     vae = linear_vae(shift=0.5)
-    q = posteriors(vae, images)
-    many, few = (importance_sampling(vae, images, q, samples=k) for k in (50, 10))
+    many, few = (importance_sampling(vae, images, LABELS, samples=k) for k in (50, 10))
     assert list(many.curve) == [1, 2, 5, 10, 20, 50]
     assert many.curve[50] == pytest.approx(many.log_likelihood.mean().item(), abs=1e-4)
     assert few.curve[10] == pytest.approx(few.log_likelihood.mean().item(), abs=1e-4)
@@ -95,14 +95,14 @@ def test_mutual_information_of_posteriors_far_apart_is_log_n() -> None:
     vae = linear_vae()
     n = 50
     apart = DiagonalGaussian(100 * torch.arange(float(n)).repeat(2, 1).T, torch.zeros(n, 2))
-    information, _ = aggregate_posterior(vae, apart)
+    information, _ = aggregate_posterior(vae, [apart])
     assert information == pytest.approx(math.log(n), abs=1e-3)
 
 
 def test_mutual_information_of_equal_posteriors_is_zero() -> None:
     vae = linear_vae()
     same = DiagonalGaussian(torch.full((2_000, 2), 0.5), torch.full((2_000, 2), -0.7))
-    information, marginal = aggregate_posterior(vae, same)
+    information, marginal = aggregate_posterior(vae, [same])
     exact = kl_divergence(same.mean, same.log_variance).sum(-1).mean().item()
     assert information == pytest.approx(0, abs=1e-4)
     assert marginal == pytest.approx(exact, abs=0.1)
@@ -110,8 +110,10 @@ def test_mutual_information_of_equal_posteriors_is_zero() -> None:
 
 def test_information_and_marginal_kl_add_up_to_the_kl() -> None:
     vae = linear_vae()
-    q = posteriors(vae, torch.randint(256, (3_000, *SHAPE), dtype=torch.uint8))
-    information, marginal = aggregate_posterior(vae, q)
+    images = torch.randint(256, (3_000, *SHAPE), dtype=torch.uint8)
+    (q,) = posteriors(vae, images, torch.zeros(3_000), batch_size=3_000)
+    information, marginal = aggregate_posterior(vae, posteriors(vae, images, torch.zeros(3_000)))
+    assert (information, marginal) == pytest.approx(aggregate_posterior(vae, [q]), abs=1e-4), "however it is split"
     assert information > 0
     assert marginal > 0
     assert information + marginal == pytest.approx(kl_divergence(q.mean, q.log_variance).sum(-1).mean().item(), abs=0.1)

@@ -68,7 +68,7 @@ def make_application(run: Run, host: str) -> web.Application:
     from aiohttp import web
 
     model, images, labels = run.model, run.data.test_images, run.data.test_labels
-    codes = model.all_codes(images)
+    codes = model.all_codes(images, labels)
 
     @web.middleware
     async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -104,7 +104,8 @@ def make_application(run: Run, host: str) -> web.Application:
         if not 0 <= index < len(images):
             raise ConfigError(f"{given[:20]}: the test set has {len(images)} images, numbered from 0")
         x = model.images(images[index])
-        return web.json_response({"image": as_base64(x[0]), "reconstruction": as_base64(model.reconstruct(x)[0])})
+        shown = model.reconstruct(x, labels[index : index + 1].to(model.device))
+        return web.json_response({"image": as_base64(x[0]), "reconstruction": as_base64(shown[0])})
 
     async def encode(request: web.Request) -> web.Response:
         drawn = await numbers(request, "image", math.prod(model.image_shape))

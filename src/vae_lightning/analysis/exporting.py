@@ -74,8 +74,9 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
         "pixels": data.pixels,
         "data": data.dataset,
     }
+    gaussian = isinstance(model, VAE) and isinstance(model.encode(images), DiagonalGaussian)
     outputs: dict[str, list[str]] = {
-        "encoder": ["mean", "log_variance"] if isinstance(model, VAE) else ["codes"],
+        "encoder": ["mean", "log_variance"] if gaussian else ["codes"],
         "decoder": ["images"],
     }
     wrapped: dict[str, tuple[nn.Module, str, Tensor]] = {

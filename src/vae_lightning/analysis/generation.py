@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed, check_arguments
-from vae_lightning.models.latents import arc, by_activity, principal_directions
+from vae_lightning.models.latents import arc, by_activity, line, principal_directions
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import Run, open_run
 
@@ -43,8 +43,8 @@ def samples(
 
 def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
     """Test images, the first n or those of the given indices, above their reconstructions."""
-    x = run.model.images(chosen(run, images or range(min(n, len(run.data.test_images)))))
-    return figures.reconstruction_grid(x, run.model.reconstruct(x))
+    x, labels = chosen(run, images or range(min(n, len(run.data.test_images))))
+    return figures.reconstruction_grid(x, run.model.reconstruct(x, labels))
 
 
 def manifold(run: Run, columns: PositiveInt = 20, plane: Plane | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Fi
     if plane is None and run.model.latent_dim > 2:
         plane = "principal"
     center, axes, names = latent_plane(run, plane)
-    codes = run.model.all_codes(run.data.test_images[:n])
+    codes = run.model.all_codes(run.data.test_images[:n], run.data.test_labels[:n])
     along = codes - center if plane == "principal" else codes
     return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
 
@@ -68,9 +68,9 @@ def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images:
 
     They are held at the middle of latent space, or at the code of the test image whose index is given.
     """
-    codes = run.model.all_codes(run.data.test_images)
+    codes = codes_of_test_set(run)
     center, spread = middle(run, codes)
-    still = run.model.codes(chosen(run, images))[0] if images else center
+    still = run.model.codes(*chosen(run, images))[0] if images else center
     rows = by_activity(codes)[:n]
     values = torch.linspace(-3, 3, columns, device=codes.device)
     z = still.repeat(len(rows), columns, 1)
@@ -86,16 +86,17 @@ def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, imag
     """From test image to test image, along the straight line and along the arc: two rows for each of n pairs.
 
     `images` are the indices of the pairs, one after the other; by default the first of each digit. At both ends of a
-    row stands the image itself.
+    row stands the image itself. A conditional model decodes a row with the label of its first image.
     """
     indices = list(images or first_of_each_digit(run))[: 2 * n]
     if len(indices) % 2:
         raise ConfigError(f"images={indices}: pairs are needed, and these are {len(indices)}")
-    x = run.model.images(chosen(run, indices))
+    x, labels = chosen(run, indices)
     ends = x.unflatten(0, (-1, 2)).movedim(1, 0)  # [2, pairs, …]
+    start, end = run.model.codes(x, labels).unflatten(0, (-1, 2)).movedim(1, 0)
     paths = [
-        torch.cat([ends[:1], run.model.interpolate(ends[0], ends[1], columns, spherical), ends[1:]])
-        for spherical in (False, True)
+        torch.cat([ends[:1], run.model.pictures(path(start, end, columns), labels[::2]), ends[1:]])
+        for path in (line, arc)
     ]
     rows = torch.stack(paths).movedim(2, 0).flatten(0, 1)  # line and arc of the first pair, of the second, …
     names = ["image", *[""] * columns, "image"]
@@ -124,8 +125,7 @@ def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Se
 
 def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
     """The frames of a round trip from test image to test image along arcs, `columns` frames from each to the next."""
-    x = run.model.images(chosen(run, images or first_of_each_digit(run)))
-    codes = run.model.codes(x)
+    codes = run.model.codes(*chosen(run, images or first_of_each_digit(run)))
     legs = [arc(start, end, columns + 1)[:-1] for start, end in pairwise([*codes, codes[0]])]
     return [figures.image_grid(image.unsqueeze(0), 1) for image in run.model.pictures(torch.cat(legs))]
 
@@ -180,12 +180,17 @@ def prior_samples(run: Run, n: int, temperature: float) -> Tensor:
     return run.model.sample(n, temperature)
 
 
-def chosen(run: Run, indices: Sequence[int]) -> Tensor:
-    """Test images by index, as bytes. Raises ConfigError for an index that there is no image of."""
+def chosen(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Test images by index, as the model takes them, and their labels. Raises ConfigError for an index too large."""
     images = run.data.test_images
     if max(indices) >= len(images):
         raise ConfigError(f"images={max(indices)}: the test set has {len(images)}, numbered from 0")
-    return images[list(indices)]
+    return run.model.images(images[list(indices)]), run.data.test_labels[list(indices)].to(run.model.device)
+
+
+def codes_of_test_set(run: Run) -> Tensor:
+    """The codes of all test images, `[n, latent_dim]`."""
+    return run.model.all_codes(run.data.test_images, run.data.test_labels)
 
 
 def first_of_each_digit(run: Run) -> list[int]:
@@ -197,7 +202,7 @@ def first_of_each_digit(run: Run) -> list[int]:
 def middle(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and standard deviation of latent space, `[latent_dim]`: the prior's, or where there is none the codes'."""
     if isinstance(run.model, VAE):
-        return torch.zeros_like(codes[0]), torch.ones_like(codes[0])
+        return run.model.prior_moments()
     return codes.mean(dim=0), codes.std(dim=0)
 
 
@@ -210,7 +215,7 @@ def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[s
     if plane is None and d != 2:
         others = "; say plane=principal, or plane=[1,2]" if d > 2 else ", and a plane needs two"
         raise ConfigError(f"run={run.directory}: has latent_dim={d}, and not 2{others}")
-    codes = run.model.all_codes(run.data.test_images)
+    codes = codes_of_test_set(run)
     if plane == "principal":
         directions, deviations = principal_directions(codes)
         if d < 2:

@@ -20,6 +20,7 @@ from pydantic import Field
 from tabulate import tabulate
 
 from vae_lightning import figures
+from vae_lightning.analysis.generation import chosen, first_of_each_digit
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.files import read_json, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
@@ -285,10 +286,8 @@ def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -
     if len(rows) < 2:
         return None
     run = open_run(rows[0].results[0].run, "cpu", trust)
-    labels = run.data.test_labels
-    first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:digits]]
-    x = run.model.images(run.data.test_images[first])
-    pictures = [load_run(row.results[0].run, trust).reconstruct(x) for row in rows]
+    x, labels = chosen(run, first_of_each_digit(run)[:digits])
+    pictures = [load_run(row.results[0].run, trust).reconstruct(x, labels) for row in rows]
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
 

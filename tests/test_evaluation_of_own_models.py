@@ -1,0 +1,182 @@
+"""Evaluation of models of one's own, compared with `log_weights` and with the test of the run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import composed
+from linear import SHAPE, exact_log_likelihood, linear_vae
+from torch import Tensor, nn
+
+from vae_lightning.analysis import generation
+from vae_lightning.analysis.evaluation import evaluate, evaluate_run
+from vae_lightning.data.module import ImageDataModule
+from vae_lightning.models.posteriors import Gaussian, PosteriorDistribution
+from vae_lightning.models.priors import StandardNormal
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import RunError
+from vae_lightning.runs.loading import open_run
+from vae_lightning.training.train import train
+
+QUICK = {"samples": 20, "probes": False, "accelerator": "cpu", "trust": ["test_evaluation_of_own_models"]}
+
+
+class Autoregressive(PosteriorDistribution):
+    """One step of an inverse autoregressive flow: dimension i is scaled and shifted by those before it.
+
+    Its density at a z of someone else's would need the inverse, which it does not have.
+    """
+
+    def __init__(self, base: PosteriorDistribution, weight: Tensor) -> None:
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+        self.base, self.weight = base, weight
+
+    def flow(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = torch.tanh(y @ self.weight.tril(-1).T)
+        return y * log_scale.exp(), log_scale.sum(dim=-1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.flow(self.base.mean)[0]
+
+    def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_q = self.base.transform_and_log_prob(noise)
+        z, log_determinant = self.flow(y)
+        return z, log_q - log_determinant
+
+
+class IAF(Gaussian):
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.weight = nn.Parameter(torch.full((latent_dim, latent_dim), 0.4))
+
+    def forward(self, outputs: Tensor) -> PosteriorDistribution:
+        return Autoregressive(super().forward(outputs), self.weight)
+
+
+class OwnEncode(VAE):
+    """Another posterior by a method instead of a part."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.weight = nn.Parameter(torch.full((self.latent_dim, self.latent_dim), 0.4))
+
+    def encode(self, x, labels=None) -> PosteriorDistribution:
+        return Autoregressive(super().encode(x, labels), self.weight)
+
+
+class Conditional(VAE):
+    """The label moves all latents, far: without it, reconstructions are wrong."""
+
+    def encode(self, x, labels=None) -> PosteriorDistribution:
+        return super().encode(x if labels is None else self.images(x) * (0.1 + labels.view(-1, 1, 1, 1) / 10), labels)
+
+    def decode(self, z, labels=None):
+        z = self.latents(z)
+        return super().decode(z if labels is None else z + 3 * labels.float().unsqueeze(-1))
+
+
+class Inconsistent(VAE):
+    """Trains and tests on a decoder other than the one that everybody else gets to see."""
+
+    def elbo(self, x, *arguments, **options) -> dict[str, Tensor]:
+        terms = super().elbo(x, *arguments, **options)
+        return terms | {"elbo": terms["elbo"] - 50}
+
+
+class Bars(ImageDataModule):
+    """300 training and 200 test images of a bar each."""
+
+    def load(self):
+        images = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
+        for n, image in enumerate(images):
+            image[:, n % 7, : 2 + n % 6] = 255
+        labels = torch.arange(500) % 4
+        return (images[:300], labels[:300]), (images[300:], labels[300:])
+
+
+BARS = {"_target_": "test_evaluation_of_own_models.Bars", "pixels": "fixed", "val_size": 0}
+BRIEF = [
+    "trainer.max_epochs=1", "model.latent_dim=3", "model.backbone.hidden=[16]", "figures.every=0", "figures.embedded=0",
+    "trainer.enable_model_summary=false",
+]  # fmt: skip
+OWN = {
+    "part": ["model.posterior._target_=test_evaluation_of_own_models.IAF"],
+    "method": ["model._target_=test_evaluation_of_own_models.OwnEncode"],
+    "conditional": ["model._target_=test_evaluation_of_own_models.Conditional"],
+    "vamp": ["model/prior=vamp", "model.prior.pseudo_inputs=5"],
+}
+
+
+def trained(overrides: list[str], directory: Path) -> dict[str, Any]:
+    return train(composed(*BRIEF, *overrides) | {"data": BARS}, directory)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_evaluation_agrees_with_log_weights_and_with_the_run_s_test(kind: str, tmp_path: Path) -> None:
+    metrics = trained(OWN[kind], tmp_path / "run")
+    found = evaluate_run(str(tmp_path / "run"), **QUICK | {"samples": 200})
+    run = open_run(tmp_path / "run", "cpu", trust=QUICK["trust"])
+    x, labels = run.model.images(run.data.test_images), run.data.test_labels
+    with torch.inference_mode():
+        weights = run.model.log_weights(x, 200, labels)
+    nll = math.log(200) - weights.logsumexp(0).mean().item()
+    assert found["test/nll"] == pytest.approx(nll, abs=0.2)
+    assert found["test/elbo"] == pytest.approx(weights.mean().item(), abs=0.3)
+    assert found["test/elbo"] == pytest.approx(metrics["test/elbo"], abs=1.5)
+    assert found["test/reconstruction"] + found["test/kl"] == pytest.approx(-found["test/elbo"], rel=1e-5)
+    flow = kind in ("part", "method")
+    assert (found["test/mutual_information"] is None) == flow, "a flow has no density at the z of another image"
+    for name in ("reconstructions", "traversals", "interpolations", "samples", "walk"):
+        assert getattr(generation, name)(run) is not None
+
+
+def test_numbers_that_contradict_the_run_s_own_test_are_refused(tmp_path: Path) -> None:
+    trained(["model._target_=test_evaluation_of_own_models.Inconsistent"], tmp_path / "run")
+    refused = r"its elbo is -[0-9.]+ here and was -[0-9.]+ in its own test.* Nothing was written"
+    with pytest.raises(RunError, match=refused):
+        evaluate_run(str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"test/elbo": metrics["test/elbo"] + 50}))
+    assert evaluate_run(str(tmp_path / "run"), **QUICK)["test/elbo"] == pytest.approx(metrics["test/elbo"] + 50, abs=2)
+
+
+def test_a_flow_on_top_of_the_true_posterior_finds_the_exact_likelihood() -> None:
+    vae = linear_vae(posterior={"_target_": "test_evaluation_of_own_models.IAF"})
+    images, labels = torch.randint(256, (30, *SHAPE), dtype=torch.uint8), torch.zeros(30)
+    exact = exact_log_likelihood(vae, images / 255)
+    results, sampled, _ = evaluate(vae, images, labels, samples=20_000)
+    assert results["nll"] == pytest.approx(-exact.mean().item(), abs=0.02)
+    assert results["elbo"] < exact.mean().item() - 0.01
+    assert not sampled.analytic
+    assert results["kl_per_dimension"] is None
+
+
+class Far(StandardNormal):
+    """N(15, 3² I)."""
+
+    has_analytic_kl = False
+
+    def forward(self, encode, temperature: float = 1.0):
+        normal = super().forward(encode, temperature)
+        return torch.distributions.TransformedDistribution(normal, torch.distributions.AffineTransform(15.0, 3.0))
+
+
+def test_pictures_cover_what_the_prior_covers(tmp_path: Path) -> None:
+    prior = "model.prior._target_=test_evaluation_of_own_models.Far"
+    trained([prior, "model.latent_dim=2", "trainer.max_steps=1"], tmp_path / "run")
+    run, seen = open_run(tmp_path / "run", "cpu", trust=QUICK["trust"]), []
+    decode = run.model.decode
+    run.model.decode = lambda z, labels=None: (seen.append(run.model.latents(z).reshape(-1, 2)), decode(z, labels))[1]
+    for picture in (generation.manifold, generation.traversals):
+        seen.clear()
+        with torch.inference_mode():
+            picture(run)
+        z = torch.cat(seen)
+        assert z.mean().item() == pytest.approx(15, abs=0.2)
+        assert 18 < z.max().item() < 26
+        assert 4 < z.min().item() < 12
