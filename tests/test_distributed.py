@@ -121,7 +121,7 @@ def test_more_processes_than_cores_are_refused() -> None:
     ("words", "line"),
     [
         (["-m", "seed=0,1"], "-m: a sweep starts processes itself"),
-        (["autoresume=true"], "with torchrun or srun say hydra.run.dir=… too"),
+        (["resume=auto"], "with torchrun or srun say hydra.run.dir=… too"),
     ],
 )
 def test_what_processes_from_outside_would_not_agree_on(command, monkeypatch, words, line) -> None:
@@ -155,7 +155,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
         time.sleep(0.1)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(100) == 75, stopped.stderr.read()
-    again = run(tmp_path / "run", *TWO, "trainer.max_epochs=40", "autoresume=true")
+    again = run(tmp_path / "run", *TWO, "trainer.max_epochs=40", "resume=auto")
     assert again.wait(300) == 0, again.stderr.read()
     (weights, rows, metrics), (weights_two, rows_two, metrics_two) = left(tmp_path / "whole"), left(tmp_path / "run")
     assert rows == rows_two

@@ -280,10 +280,10 @@ def test_other_data_are_refused(stopped: Path, command) -> None:
 
 
 def test_the_same_command_again_and_again(command, tmp_path: Path) -> None:
-    """`autoresume=true`: what a scheduler may start as often as it likes."""
+    """`resume=auto`: what a scheduler may start as often as it likes."""
     callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 57}]"
     Signal.armed = "once"
-    words = [*SMALL, callback, "autoresume=true"]
+    words = [*SMALL, callback, "resume=auto"]
     assert command(*words).code == 75
     (run,) = tmp_path.glob("outputs/vae/*")
     second = command(*words)
@@ -303,9 +303,9 @@ def test_an_unfinished_run_is_not_trained_over(stopped: Path, command) -> None:
     callback = "trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 57}]"
     refused = command(*SMALL, callback, "hydra.run.dir=run")
     assert refused.code == 2
-    assert f"go on with resume={stopped}, or autoresume=true" in refused.err
+    assert f"is not finished; say resume={stopped}, or resume=auto" in refused.err
     assert command(*SMALL, callback, "hydra.run.dir=other").code == 0  # the same run, finished, beside it
-    assert command(*SMALL, callback, "hydra.run.dir=run", "autoresume=true").code == 0
+    assert command(*SMALL, callback, "hydra.run.dir=run", "resume=auto").code == 0
     assert (stopped / "metrics.json").exists(), "the directory that was named is the one that is meant"
 
 
@@ -348,7 +348,7 @@ def test_a_full_disk_costs_a_line_and_no_checkpoint(tmp_path: Path, limit: int) 
     assert "File too large" in full.stderr.splitlines()[-1]
     assert not list((tmp_path / "run").rglob("*.ckpt"))
     if limit == 200_000:
-        gone_on = subprocess.run([*command, "autoresume=true"], capture_output=True, text=True)
+        gone_on = subprocess.run([*command, "resume=auto"], capture_output=True, text=True)
         assert gone_on.returncode == 0, gone_on.stderr
         assert (tmp_path / "run" / "metrics.json").exists()
 
@@ -407,7 +407,7 @@ def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
     again = command("repeat=run", "hydra.run.dir=again")
     assert again.code == 0, again.err
     assert differences(left(tmp_path / "run"), left(tmp_path / "again")) == []
-    for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "autoresume=true")):
+    for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "resume=auto")):
         assert refused.code == 2
         assert len(refused.err.splitlines()) == 1
 
@@ -459,7 +459,7 @@ def test_an_early_stop_stays_one(command, tmp_path: Path) -> None:
     assert command(*words, "hydra.run.dir=whole").code == 0
     for _ in range(2):
         Signal.armed = "once"
-        assert command(*words, "hydra.run.dir=run", "autoresume=true").code == 75
+        assert command(*words, "hydra.run.dir=run", "resume=auto").code == 75
     assert command("resume=run", "trust=[test_resuming]").code == 0
     assert left(tmp_path / "run")["metrics"]["epochs"] == 2
     assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
@@ -518,11 +518,22 @@ def test_checkpoints_from_elsewhere_change_nothing(stopped: Path, command, name:
 def test_nothing_is_written_through_links(stopped: Path, command, tmp_path: Path, name: str) -> None:
     shutil.move(stopped / name, tmp_path / "victim")
     (stopped / name).symlink_to(tmp_path / "victim")
+    if name == "checkpoints":
+        (tmp_path / "victim" / "thesis.ckpt").touch()
     before = everything(tmp_path / "victim") or (tmp_path / "victim").read_bytes()
     refused = command("resume=run", "trust=[test_resuming]")
     assert refused.code == 2
     assert f"{stopped / name}: is a link" in refused.err
     assert before == (everything(tmp_path / "victim") or (tmp_path / "victim").read_bytes())
+
+
+def test_checkpoints_may_lie_on_another_disk(stopped: Path, command, tmp_path: Path, recwarn) -> None:
+    shutil.move(stopped / "checkpoints", tmp_path / "disk")
+    (stopped / "checkpoints").symlink_to(tmp_path / "disk")
+    assert command("resume=run", "trust=[test_resuming]").code == 0
+    assert {file.name for file in (tmp_path / "disk").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert (stopped / "checkpoints").is_symlink()
+    assert not [w for w in recwarn if "dirpath has changed" in str(w.message)], "the best one so far is known"
 
 
 def test_an_event_file_that_is_a_link_is_not_cut(stopped: Path, command, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
 
-from vae_lightning.launch.sweeps import failures, note_failure, quoted, share_of_machine
+from vae_lightning.launch.jobs import resume_word
+from vae_lightning.launch.sweeps import FAILED, SWEEP, note_failure, report_failures, share_of_machine
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 SMALL = [*BRIEF, "trainer.enable_model_summary=false", "model.backbone.hidden=[16]", f"data.root={DATA}"]
@@ -53,7 +57,7 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     killed, refused = first.stderr.splitlines()[-2:]
     assert killed.startswith("job 1 (")
     assert "model.latent_dim=3" in killed
-    assert killed.endswith("killed by SIGKILL; the next time it goes on from where it was")
+    assert killed.endswith("killed by SIGKILL; the next time it is resumed")
     assert refused.endswith("model.latent_dim=0: should be greater than or equal to 1.")
     assert not list((tmp_path / "sweep").glob("*/.*")), "nothing half-written"
     before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
@@ -64,7 +68,7 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     assert "0: finished already; nothing to do" in again.stdout
     assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == before
     assert sorted(path.name for path in (tmp_path / "sweep").glob("[0-9]*")) == ["0", "1"]
-    assert not failures(tmp_path / "sweep")
+    assert not list((tmp_path / "sweep" / FAILED).iterdir())
 
 
 def test_a_job_finds_another_place_where_its_own_is_taken(command, tmp_path: Path) -> None:
@@ -74,16 +78,16 @@ def test_a_job_finds_another_place_where_its_own_is_taken(command, tmp_path: Pat
     assert finished(tmp_path / "sweep") == [2, 3]
 
 
-def test_autoresume_finds_the_jobs_of_an_earlier_sweep(command, tmp_path: Path) -> None:
+def test_resume_auto_finds_the_jobs_of_an_earlier_sweep(command, tmp_path: Path) -> None:
     for _ in range(2):
-        assert command("-m", "model.latent_dim=2,3", "autoresume=true", *BRIEF).code == 0
+        assert command("-m", "model.latent_dim=2,3", "resume=auto", *BRIEF).code == 0
     assert len(list(tmp_path.glob("outputs/sweeps/*/*/metrics.json"))) == 2
 
 
 def test_a_sweep_is_not_resumed_as_one_run(command) -> None:
     refused = command("-m", "resume=somewhere", *BRIEF)
     assert refused.code == 2
-    assert "resume is for one run; a sweep goes on when it is run again" in refused.err
+    assert "resume is for one run; a sweep is resumed by the same command" in refused.err
 
 
 @pytest.mark.parametrize("timeout", ["7", "soon"])
@@ -99,49 +103,46 @@ def test_a_timeout_is_for_sweeps(command) -> None:
     assert "trainer.max_time is for a run" in refused.err
 
 
-def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch) -> None:
-    for problem in ("Unknown plugin class : '{}'", "Error locating target '{}', see chained exception above."):
-        name = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
-        error = RuntimeError(problem.format(name))
-
-        def missing(*args, error=error, **kwargs):
-            raise error
-
-        monkeypatch.setattr(Plugins, "instantiate_launcher", missing)
-        refused = command("-m", "hydra/launcher=ray", *BRIEF)
-        assert refused.code == 2
-        assert refused.err == "hydra/launcher: ray is not installed; pip install -e '.[ray]' brings it\n"
+@pytest.mark.parametrize(("launcher", "wanted"), [("ray_local", "ray"), ("local", "submitit_local")])
+def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch, launcher: str, wanted: str) -> None:
+    Plugins.instance()  # those that are installed register their configurations
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{wanted}.yaml", raising=False)
+    refused = command("-m", f"hydra/launcher={launcher}", *BRIEF)
+    assert refused.code == 2
+    extra = {"ray": "ray", "submitit_local": "launchers"}[wanted]
+    assert refused.err == f"hydra/launcher={wanted}: is not installed; pip install -e '.[{extra}]' installs it\n"
 
 
-def test_gpus_are_dealt_round(monkeypatch) -> None:
+def test_gpus_are_assigned_in_turn(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    dealt = [share_of_machine("joblib", job, "auto", None) for job in range(4)]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in dealt] == ["0", "1", "2", "0"]
+    shares = [share_of_machine(job, "auto", None, gpus_in_turn=True) for job in range(4)]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert share_of_machine("submitit_local", 3, 1, 4) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "4"}
-    assert share_of_machine("joblib", 3, 2, None) == {}, "a job of two devices chooses them itself"
-    assert share_of_machine("submitit_slurm", 3, 1, None) == {}
+    assert share_of_machine(3, 1, 4, gpus_in_turn=True) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "4"}
+    assert share_of_machine(3, 2, None, gpus_in_turn=True) == {}, "a job of two devices chooses them itself"
+    assert share_of_machine(3, 1, None, gpus_in_turn=False) == {}, "Slurm and Ray assign them"
 
 
-def test_paths_of_all_characters_pass_hydra_s_grammar() -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for path in ("/a b/c", "/a'b", "/a=b,c", "/a\\b", "/[x]{y}", "/ä(1)"):
-        (override,) = OverridesParser.create().parse_overrides([f"resume={quoted(Path(path))}"])
+def test_paths_of_all_characters_pass_the_shell_and_hydra_s_grammar() -> None:
+    for path in ("/a b/c", "/a'b", "/a=b,c", "/a\\b", "/[x]{y}", "/ä(1)", "/plain"):
+        (word,) = shlex.split(resume_word(Path(path)))
+        (override,) = OverridesParser.create().parse_overrides([word])
         assert override.value() == path
 
 
-def test_failures_come_in_the_order_of_their_jobs(tmp_path: Path) -> None:
+def test_failures_come_in_the_order_of_their_jobs(tmp_path: Path, monkeypatch) -> None:
     for job in (10, 9, 1):
         note_failure(tmp_path, job, ["seed=1"], "why")
-    assert failures(tmp_path) == [f"job {job} (seed=1): why" for job in (1, 9, 10)]
+    monkeypatch.setenv(SWEEP, str(tmp_path))
+    assert report_failures() == [f"job {job} (seed=1): why" for job in (1, 9, 10)]
+    assert report_failures() == [], "said once"
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "ray"])
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "local", "ray_local"])
 def test_every_launcher_gets_through_with_members_that_fail_die_and_hang(tmp_path: Path, launcher: str) -> None:
-    if launcher == "ray":
+    if launcher == "ray_local":
         pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
     words = ["model.latent_dim=2,3,4,0,5,6", TROUBLE, f"hydra/launcher={launcher}", "timeout=90s"]
     first = sweep(tmp_path / "sweep", *words)
@@ -187,7 +188,7 @@ def test_a_slurm_array_of_two_processes_each(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     cluster = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CLUSTER": str(tmp_path / "cluster")}
-    words = ["model.latent_dim=2,5", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=short"]
+    words = ["model.latent_dim=2,5", "hydra/launcher=slurm", "hydra.launcher.partition=short"]
     words += [
         "trainer.devices=2",
         "trainer.strategy=ddp",

@@ -27,13 +27,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parents[1]
 CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PACKAGE / "conf"
 
-
-MENDABLE = (UserError, HydraException, OmegaConfBaseException, OSError)  # what gets one line; the rest are bugs
+# Groups whose choices come with an optional package, and the extra that installs it.
+EXTRAS = {"joblib": "launchers", "submitit_local": "launchers", "submitit_slurm": "launchers", "ray": "ray"}
+# Arguments of Lightning's Trainer that are set elsewhere.
+ELSEWHERE = {"trainer.logger": "logger=csv", "trainer.default_root_dir": "hydra.run.dir=DIRECTORY"}
 
 
 @contextlib.contextmanager
 def one_line_errors(config_name: str) -> Iterator[None]:
-    """Around a `@hydra.main` function: turn what the user can mend into one line on stderr and exit status 2.
+    """Around a command: turn what the user can mend into one line on stderr and exit status 2.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
@@ -43,54 +45,66 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them over many lines
     try:
         yield
-    except MENDABLE as error:
-        print("\n".join(report_failures() or [one_line(error, config_name)]), file=sys.stderr)
-        raise SystemExit(2) from None
     except Interrupted as stop:  # of a sweep, while its jobs were trained elsewhere
-        print(f"{stop}; to go on: the same command, in the same hydra.sweep.dir", file=sys.stderr)
+        print(f"{stop}; to resume it: the same command, in the same hydra.sweep.dir", file=sys.stderr)
         raise SystemExit(stop.status) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (MemoryError, RuntimeError) as error:
-        if missing_plugin(error):
-            print(one_line(error, config_name), file=sys.stderr)
-            raise SystemExit(2) from None
-        if not out_of_memory(error):
+    except Exception as error:
+        line = one_line(error, config_name)
+        for reason in report_failures() or ([line] if line else []):
+            print(reason, file=sys.stderr)
+        if line is None:
             raise
-        line = f"out of memory: {' '.join(str(error).split())[:200]}"
-        print("\n".join(report_failures() or [line]), file=sys.stderr)
         raise SystemExit(2) from None
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # model=null: Hydra has no class of its own for it
-            raise
-        groups = [word for word in sys.argv[1:] if word.endswith("=null")]
-        print(f"{groups[-1] if groups else error}: a group needs one of its choices", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Exception:  # a bug; of a sweep, with all else that failed
-        for line in report_failures():
-            print(line, file=sys.stderr)
-        raise
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def command_line(config_name: str, documentation: str | None, given: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """The overrides of this command composed with conf/<config_name>.yaml, and `given`: no run directory, no logging.
+def one_line(error: Exception, config_name: str) -> str | None:
+    """What the user can mend, in one line: the key, what was given, what is allowed, the nearest match. None: a bug."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and choice in EXTRAS:
+            return f"{group}={choice}: is not installed; pip install -e '.[{EXTRAS[choice]}]' installs it"
+        if error.options is not None:
+            near = did_you_mean(choice, error.options)
+            return f"{group}={choice}: no such choice{near} Allowed: {', '.join(error.options)}"
+    unknown = re.match(r"Could not override '([^']+)'", said)
+    if isinstance(error, ConfigCompositionException) and unknown:
+        return unknown_key(unknown[1], config_name)
+    if isinstance(error, OSError) and error.filename:
+        where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+        what = f"{where[-1]}: cannot write" if where else "cannot read or write"
+        return f"{what} {error.filename} ({error.strerror})"
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError):
+        return said
+    if out_of_memory(error):
+        return f"out of memory: {said[:200]}"
+    if isinstance(error, ValueError) and said.startswith("Config group override"):  # Hydra has no class for model=null
+        groups = [word for word in sys.argv[1:] if word.endswith("=null")]
+        return f"{groups[-1] if groups else said}: a group needs one of its choices"
+    return None
 
-    `--help` prints the documentation and stops. Raises what `one_line_errors` turns into a line.
-    """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(inspect.cleandoc(documentation or ""))
-        raise SystemExit
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(config_name, sys.argv[1:])
-    config = cast(DictConfig, OmegaConf.merge(config, given))
-    missing = [str(key) for key in OmegaConf.missing_keys(config)]
-    if missing:
-        raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
-    return plain(config)
+
+def unknown_key(key: str, config_name: str) -> str:
+    """The line for an override whose key (`model.latent_dmi`) or group (`model/bakbone`) does not exist."""
+    given = next((word for word in sys.argv[1:] if word.lstrip("+~").partition("=")[0] == key), key)
+    if key in ELSEWHERE:
+        return f"{given}: say {ELSEWHERE[key]} instead"
+    places = config_directories()
+    groups = sorted({str(path.relative_to(place)) for place in places for path in place.rglob("*") if path.is_dir()})
+    if "/" in key:
+        return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
+    config = composed(config_name, [word for word in sys.argv[1:] if word.partition("=")[0] in groups])
+    parent = key
+    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+        parent = parent.rpartition(".")[0]
+    siblings = [str(name) for name in (OmegaConf.select(config, parent) if parent else config)]
+    near = did_you_mean(key, [*([] if parent else siblings), *all_keys(config)])
+    return f"{given}: no such key{near} Allowed{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
 
 
 def config_directories() -> list[Path]:
@@ -103,66 +117,6 @@ def config_directories() -> list[Path]:
         if word.lstrip("+").startswith("hydra.searchpath=["):
             added += [part.strip().removeprefix("file://") for part in word.partition("[")[2].rstrip("]").split(",")]
     return [CONF, *map(Path, added)]
-
-
-def rank() -> int:
-    """Which of several processes this is: 0 is the one that writes."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
-
-
-@rank_zero_only
-def print_once(line: object) -> None:
-    """Print, in one process of many."""
-    print(line)
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A composed configuration, interpolations resolved, as dictionaries, lists, numbers and strings."""
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-
-
-PLUGINS = {"joblib": "launchers", "submitit": "launchers", "ray": "ray"}  # and the extra that brings each
-
-
-def missing_plugin(error: Exception) -> str | None:
-    """The launcher that conf/hydra/launcher/ names and that is not installed, if that is what went wrong."""
-    plugin = re.search(rf"hydra_plugins\.hydra_({'|'.join(PLUGINS)})_launcher", str(error))
-    return plugin[1] if plugin and ("Unknown plugin" in str(error) or "Error locating" in str(error)) else None
-
-
-def one_line(error: Exception, config_name: str) -> str:
-    """The error in one line: the key, what was given, what is allowed, the nearest match."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return (
-            f"{group}={choice}: no such choice{did_you_mean(choice, error.options)} Allowed: {', '.join(error.options)}"
-        )
-    unknown = re.match(r"Could not override '([^']+)'", str(error))
-    if isinstance(error, ConfigCompositionException) and unknown:
-        return unknown_key(unknown[1], config_name)
-    if plugin := missing_plugin(error):
-        return f"hydra/launcher: {plugin} is not installed; pip install -e '.[{PLUGINS[plugin]}]' brings it"
-    if isinstance(error, OSError) and error.filename:
-        where = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
-        what = f"{where[-1]}: cannot write" if where else "cannot read or write"
-        return f"{what} {error.filename} ({error.strerror})"
-    return " ".join(str(error).split())
-
-
-def unknown_key(key: str, config_name: str) -> str:
-    """The line for an override whose key (`model.latent_dmi`) or group (`model/bakbone`) does not exist."""
-    given = next((word for word in sys.argv[1:] if word.lstrip("+~").partition("=")[0] == key), key)
-    places = config_directories()
-    groups = sorted({str(path.relative_to(place)) for place in places for path in place.rglob("*") if path.is_dir()})
-    if "/" in key:
-        return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
-    config = composed(config_name, [word for word in sys.argv[1:] if word.partition("=")[0] in groups])
-    parent = key
-    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
-        parent = parent.rpartition(".")[0]
-    siblings = [str(name) for name in (OmegaConf.select(config, parent) if parent else config)]
-    near = did_you_mean(key, all_keys(config)) if parent else did_you_mean(key, [*siblings, *all_keys(config)])
-    return f"{given}: no such key{near} Allowed{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
 
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:
@@ -184,3 +138,37 @@ def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
         if isinstance(child, DictConfig):
             keys += all_keys(child, f"{prefix}{key}.")
     return keys
+
+
+def command_line(config_name: str, documentation: str | None, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The overrides of this command composed with conf/<config_name>.yaml, and `given`: no run directory, no logging.
+
+    `--help` prints the documentation and stops. Raises what `one_line_errors` turns into a line.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(inspect.cleandoc(documentation or ""))
+        raise SystemExit
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(config_name, sys.argv[1:])
+    config = cast(DictConfig, OmegaConf.merge(config, given))
+    missing = [str(key) for key in OmegaConf.missing_keys(config)]
+    if missing:
+        raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
+    return plain(config)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration, interpolations resolved, as dictionaries, lists, numbers and strings."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def rank() -> int:
+    """Which of several processes this is: 0 is the one that writes."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+@rank_zero_only
+def print_once(line: object) -> None:
+    """Print, in one process of many."""
+    print(line)

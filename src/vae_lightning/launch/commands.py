@@ -36,8 +36,11 @@ def train() -> None:
         import hydra
 
         from vae_lightning.launch.cli import CONF, one_line_errors
-        from vae_lightning.launch.jobs import run_job
+        from vae_lightning.launch.jobs import run_job, train_given
+        from vae_lightning.launch.sweeps import RUN
     with one_line_errors("train"):
+        if RUN in os.environ:
+            return train_given()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
 
 

@@ -89,6 +89,10 @@ class RunDirectory:
             if self.evaluation_file.exists():
                 os.replace(self.evaluation_file, self.path / f"{self.evaluation_file.stem}_{epochs}_epochs.json")
             self.metrics_file.unlink()
+        self.write_config(config)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Replace the configuration of the run."""
         with atomic_write(self.config_file) as partial:
             partial.write_text(as_yaml(config))
 

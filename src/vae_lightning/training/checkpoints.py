@@ -152,6 +152,7 @@ class Progress(Callback):
         for callback in trainer.checkpoint_callbacks:  # Lightning leaves this one of its own out
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
                 callback.current_score = states[callback.state_key]["current_score"]
+                states[callback.state_key]["dirpath"] = callback.dirpath  # which may be a link now, or was one
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.stop.listen()

@@ -130,7 +130,7 @@ def started(
     """
     if not resume:
         run.create(config)
-    with run.locked():
+    with run.locked(), log_to(run.log_file):
         last = None
         if resume:
             last = last_checkpoint(run, model)
@@ -148,11 +148,23 @@ def started(
             changed = {key: value for key, value in environment.items() if value != former.get(key)}
             sittings = former.get("resumed", [])
             sittings = [*sittings, changed] if isinstance(sittings, list) else [changed]
-            environment = (former or environment) | {"resumed": sittings}
+            environment = former | {"resumed": sittings} if former else environment
         else:
             remove_partial(run.path)
         write_json(run.environment_file, environment)
         yield last
+
+
+@contextlib.contextmanager
+def log_to(file: Path) -> Iterator[None]:
+    """Write what is logged in the block to the end of `file`, too."""
+    handler = logging.FileHandler(file, delay=True)
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        handler.close()
 
 
 @contextlib.contextmanager
