@@ -1,9 +1,8 @@
-"""`hparams_search=optuna`: the settings of lowest validation loss, by Optuna, each trial a run in a process of its own.
+"""`hparams_search=optuna`: the settings of lowest validation loss, by Optuna; each trial is a run directory.
 
-Hydra's sweeper for Optuna needs a version from before 2022, prunes nothing and forgets all when it is stopped. Here
-Optuna is asked directly: a trial is a run directory, whose history.csv says after each epoch whether it is worth going
-on. The study lies in the search's directory (study.db), and a search that was stopped goes on, its trials where they
-were. No trial reads the test set; the winner does, once, at the end.
+Optuna is asked directly: Hydra's sweeper needs a version of before 2022, prunes nothing and forgets all when it is
+stopped. The study lies in the search's directory, and the same command resumes it. No trial reads the test set; the
+winner does, once, at the end.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import copy
 import csv
 import logging
 import os
-import threading
 from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from tabulate import tabulate
 
-from vae_lightning.config import ConfigError, Interval, NonNegativeInt, PositiveInt, check_arguments, flatten
+from vae_lightning.config import ConfigError, Interval, NonNegativeInt, PositiveInt, flatten
 from vae_lightning.files import as_yaml, atomic_write, read_json, read_yaml, write_json
 from vae_lightning.launch.sweeps import JobError, share_of_machine, train_apart
 from vae_lightning.runs.directory import RunDirectory, RunError
@@ -34,26 +32,92 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Losses under different values of these are not of one kind, and the lowest of them means nothing.
+# Losses under different values of these cannot be compared.
 INCOMPARABLE = (
-    "model.beta",
-    "model.objective",
-    "model.likelihood",
-    "data.pixels",
-    "data.name",
-    "data.val_size",
-    "seed",
+    *("model.beta", "model.objective", "model.likelihood", "data.pixels", "data.name", "data.val_size", "seed"),
 )
+Space = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
 
-def check_search(
-    space: Annotated[dict[str, dict[str, Any]], Field(min_length=1)],
+def search(
+    config: dict[str, Any],
+    directory: Path,
+    space: Space,
     trials: PositiveInt,
     jobs: PositiveInt,
     warmup_epochs: NonNegativeInt,
     timeout: str | None,
-) -> None:
-    """What conf/hparams_search/optuna.yaml says, by type."""
+) -> Path:
+    """Search, and return the winner's run directory. Raises UserError, and Interrupted for a search to resume."""
+    check_space(space, config)
+    seconds = Interval.parse(timeout, "hparams_search.timeout", steps=False).seconds
+    if not config["data"].get("val_size"):
+        raise ConfigError(f"data.val_size={config['data'].get('val_size')}: a search needs images to validate on")
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("hparams_search=optuna: is not installed; pip install -e '.[optuna]' installs it") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_search(directory, config, {"space": space, "warmup_epochs": warmup_epochs})
+    slots: Queue[int] = Queue()
+    for slot in range(jobs):
+        slots.put(slot)
+    stop = StopRequest()
+    stop.stepping = True  # a signal is noted, and ends the trials that run in other threads
+
+    def run_trial(trial: optuna.Trial) -> float:
+        """Train one trial's run, tell Optuna of each epoch, and end it early if it is worse than the others."""
+        values = {key: suggest(trial, key, choice) for key, choice in space.items()}
+        run = trial_run(directory, trial)
+        plan = RunPlan(with_values(config, values), run, resume=run.state != "new")
+        reported: set[int] = set()
+
+        def is_worse() -> bool:
+            stop.check()
+            for epoch, loss in validation_losses(run).items():
+                if epoch not in reported:
+                    trial.report(loss, epoch)
+                    reported.add(epoch)
+            return trial.should_prune()
+
+        log.info("trial %s: %s", run.path.name, "  ".join(f"{key} {short(value)}" for key, value in values.items()))
+        slot = slots.get()
+        try:
+            worse = train_apart(plan, share(slot, jobs, config), seconds, is_worse) or is_worse()
+        except JobError as problem:
+            log.error("trial %s: %s", run.path.name, problem)
+            trial.set_user_attr("interrupted", problem.interrupted)
+            raise
+        finally:
+            slots.put(slot)
+        losses = validation_losses(run)
+        ended = f"given up after epoch {max(losses)}, " if worse else ""
+        log.info(
+            "trial %s: %sval/loss %.2f", run.path.name, ended, losses[max(losses)] if worse else min(losses.values())
+        )
+        if worse:
+            raise optuna.TrialPruned
+        return min(losses.values())
+
+    with RunDirectory(directory).locked(), stop.listening():
+        study = optuna.create_study(
+            storage=f"sqlite:///{directory.absolute() / 'study.db'}", study_name="search", load_if_exists=True
+        )
+        study.sampler = optuna.samplers.TPESampler(seed=config["seed"] + len(study.trials))
+        study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=warmup_epochs)
+        # No other process runs this search, so a trial that is marked as running was stopped. Its run is resumed.
+        trials_so_far = latest_trials(study, directory)
+        stopped = {
+            name: t for name, t in trials_so_far.items() if t.user_attrs.get("interrupted", t.state.name == "RUNNING")
+        }
+        for name, trial in stopped.items():
+            if not trial.state.is_finished():
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={"directory": name})
+        remaining = max(0, trials - len(trials_so_far)) + len(stopped)
+        study.optimize(run_trial, remaining, n_jobs=jobs, catch=JobError)
+        return finish(study, directory)
 
 
 def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) -> None:
@@ -63,172 +127,58 @@ def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) 
         where = f"hparams_search.space.{key}"
         if key not in known:
             raise ConfigError(f"{where}: no such key in the configuration")
-        if any(key == name or key.startswith(f"{name}.") for name in INCOMPARABLE):
+        if any(f"{key}.".startswith(f"{name}.") for name in INCOMPARABLE):
             raise ConfigError(f"{where}: validation losses under different values of it cannot be compared")
         low, high = choice.get("low"), choice.get("high")
-        ranged = (
-            isinstance(low, int | float)
-            and isinstance(high, int | float)
-            and low < high
-            and (low > 0 or not choice.get("log"))
-            and set(choice) <= {"low", "high", "log"}
-        )
+        numbers = isinstance(low, int | float) and isinstance(high, int | float) and low < high
+        ranged = numbers and set(choice) <= {"low", "high", "log"} and (choice["low"] > 0 or not choice.get("log"))
         listed = set(choice) == {"choices"} and isinstance(choice["choices"], list) and choice["choices"]
         if not (listed or ranged):
             raise ConfigError(f"{where}={dict(choice)}: should be {{low: …, high: …, log: true}} or {{choices: […]}}")
 
 
-def suggest(trial: optuna.Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A value for each key of the space: whole numbers where low and high are."""
-    values: dict[str, Any] = {}
-    for key, choice in space.items():
-        if "choices" in choice:
-            values[key] = trial.suggest_categorical(key, choice["choices"])
-        elif isinstance(choice["low"], int) and isinstance(choice["high"], int):
-            values[key] = trial.suggest_int(key, choice["low"], choice["high"], log=bool(choice.get("log")))
-        else:
-            values[key] = trial.suggest_float(key, choice["low"], choice["high"], log=bool(choice.get("log")))
-    return values
+def suggest(trial: optuna.Trial, key: str, choice: Mapping[str, Any]) -> Any:
+    """A value for one key of the space: a whole number where low and high are."""
+    if "choices" in choice:
+        return trial.suggest_categorical(key, choice["choices"])
+    whole = isinstance(choice["low"], int) and isinstance(choice["high"], int)
+    return (trial.suggest_int if whole else trial.suggest_float)(
+        key, choice["low"], choice["high"], log=bool(choice.get("log"))
+    )
 
 
-def search(config: dict[str, Any], options: dict[str, Any], directory: Path) -> Path:
-    """Search, and return the winner's run directory. Raises UserError, and Interrupted for a search to go on with."""
-    check_arguments(check_search, options, "hparams_search")
-    check_space(options["space"], config)
-    timeout = Interval.parse(options["timeout"], "hparams_search.timeout", steps=False).seconds
-    if not config["data"].get("val_size"):
-        raise ConfigError(f"data.val_size={config['data'].get('val_size')}: a search needs images to validate on")
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError("hparams_search=optuna: not installed; pip install -e '.[optuna]' brings it") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directory.mkdir(parents=True, exist_ok=True)
-    _start(directory, {"config": config, "hparams_search": options})
-    with RunDirectory(directory).locked():
-        study = optuna.create_study(
-            storage=f"sqlite:///{directory.absolute() / 'study.db'}",
-            study_name="search",
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=config["seed"] + len(_trials(directory))),
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=options["warmup_epochs"]),
-        )
-        _run_trials(study, config, options, directory, timeout)
-        return _finish(study, directory)
-
-
-def _start(directory: Path, content: dict[str, Any]) -> None:
-    """Write search.yaml, or compare it with the one that is there; trials, jobs and timeout may change."""
-    file = directory / "search.yaml"
-    if file.exists():
-        theirs, ours = copy.deepcopy(read_yaml(file)), copy.deepcopy(content)
-        for free in ("trials", "jobs", "timeout"):
-            theirs["hparams_search"].pop(free, None)
-            ours["hparams_search"].pop(free, None)
-        if theirs != ours:
-            key, old, new = first_difference(theirs, ours)
-            raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
+def write_search(directory: Path, config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Write search.yaml, or compare it with the one that is there. Raises RunError for another search."""
+    file, content = directory / "search.yaml", {"config": config, "hparams_search": options}
+    if file.exists() and (theirs := read_yaml(file)) != content:
+        key, old, new = first_difference(theirs, content)
+        raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
     with atomic_write(file) as partial:
         partial.write_text(as_yaml(content))
 
 
-def _trials(directory: Path) -> list[Path]:
-    return [path for path in (directory / "trials").glob("*") if path.is_dir()]
+def trial_run(directory: Path, trial: optuna.Trial | optuna.trial.FrozenTrial) -> RunDirectory:
+    """The run of a trial; one that is resumed has a number of its own, and the directory of the first."""
+    return RunDirectory(directory / "trials" / trial.user_attrs.get("directory", str(trial.number)))
 
 
-def _run_trials(
-    study: optuna.Study, config: dict[str, Any], options: dict[str, Any], directory: Path, timeout: float | None
-) -> None:
-    """Run what trials there are still to be, so many at a time; those that were stopped come first."""
-    import optuna
-
-    stopped = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    unfinished = [optuna.Trial(study, trial._trial_id) for trial in stopped]
-    new = options["trials"] - len(study.trials)
-    stopping, stop = threading.Event(), StopRequest()
-    slots = list(range(options["jobs"]))
-    running: dict[Future[None], int] = {}
-    with ThreadPoolExecutor(options["jobs"]) as pool, stop.listening():
-        try:
-            while unfinished or new > 0 or running:
-                while slots and (unfinished or new > 0):
-                    if unfinished:
-                        trial = unfinished.pop(0)
-                    else:
-                        trial, new = study.ask(), new - 1
-                    slot = slots.pop(0)
-                    values = suggest(trial, options["space"])
-                    share = _share(slot, options["jobs"], (TRAINER_DEFAULTS | config["trainer"])["devices"])
-                    plan = _trial_plan(config, values, directory / "trials" / str(trial.number))
-                    running[pool.submit(_run_trial, study, trial, plan, share, timeout, stopping)] = slot
-                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    slots.append(running.pop(future))
-                    future.result()
-        except BaseException:
-            stopping.set()
-            raise
+def latest_trials(study: optuna.Study, directory: Path) -> dict[str, optuna.trial.FrozenTrial]:
+    """The trials by the names of their directories; of one that was resumed, the latest."""
+    return {trial_run(directory, trial).path.name: trial for trial in study.trials}
 
 
-def _trial_plan(config: dict[str, Any], values: Mapping[str, Any], directory: Path) -> RunPlan:
+def with_values(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's configuration, which leaves the test set alone."""
     config = copy.deepcopy(config) | {"test": False}
     for key, value in values.items():
         set_key(config, key, value)
-    run = RunDirectory(directory)
-    return RunPlan(config, run, resume=run.state != "new")
+    return config
 
 
-def _share(slot: int, jobs: int, devices: Any) -> dict[str, str]:
+def share(slot: int, jobs: int, config: dict[str, Any]) -> dict[str, str]:
+    """Environment of one of `jobs` trials side by side: its share of the cores, and its GPU."""
     cpus = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else None
-    return share_of_machine("joblib", slot, devices, cpus)
-
-
-def _run_trial(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    plan: RunPlan,
-    share: Mapping[str, str],
-    timeout: float | None,
-    stopping: threading.Event,
-) -> None:
-    """Train one trial's run, tell Optuna of each epoch, and stop where it has seen enough."""
-    import optuna
-
-    pruned = False
-
-    def report() -> bool:
-        known = study.trials[trial.number].intermediate_values
-        new = {epoch: loss for epoch, loss in validation_losses(plan.run).items() if epoch not in known}
-        for epoch, loss in new.items():
-            trial.report(loss, epoch)
-        return bool(new) and trial.should_prune()
-
-    def enough() -> bool:
-        nonlocal pruned
-        pruned = pruned or report()
-        return pruned or stopping.is_set()
-
-    settings = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                         for key, value in trial.params.items())  # fmt: skip
-    log.info("trial %d: %s", trial.number, settings)
-    try:
-        train_apart(plan, share, timeout, enough)
-    except JobError as problem:
-        if stopping.is_set():
-            return
-        log.error("trial %d: %s", trial.number, problem)
-        if not problem.again:  # else it is still a running one, for the same command to go on with
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return
-    losses = validation_losses(plan.run)
-    if not pruned:
-        report()
-    if pruned:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        log.info("trial %d: given up after epoch %d, val/loss %.2f", trial.number, max(losses), losses[max(losses)])
-    elif plan.run.metrics_file.exists():
-        study.tell(trial, min(losses.values()))
-        log.info("trial %d: val/loss %.2f", trial.number, min(losses.values()))
+    return share_of_machine(slot, (TRAINER_DEFAULTS | config["trainer"])["devices"], cpus, gpus_in_turn=True)
 
 
 def validation_losses(run: RunDirectory) -> dict[int, float]:
@@ -240,23 +190,30 @@ def validation_losses(run: RunDirectory) -> dict[int, float]:
         return {}
 
 
-def _finish(study: optuna.Study, directory: Path) -> Path:
-    """Test the winner, write search.json, print the best trials, and return the winner's directory."""
-    import optuna
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    states = {state.name.lower(): sum(t.state == state for t in study.trials) for state in optuna.trial.TrialState}
+
+def finish(study: optuna.Study, directory: Path) -> Path:
+    """Test the winner, write search.json, print the best trials, and return the winner's directory."""
+    trials = latest_trials(study, directory)
+    complete = [trial for trial in trials.values() if trial.state.name == "COMPLETE"]
     if not complete:
-        raise RunError(f"{directory}: none of {len(study.trials)} trials came to an end; its log says why")
+        raise RunError(f"{directory}: none of {len(trials)} trials came to an end; its log says why")
     best = study.best_trial
-    winner = RunDirectory(directory / "trials" / str(best.number))
+    winner = trial_run(directory, best)
     if not {"test/loss", "test/mse"} & set(read_json(winner.metrics_file)):
-        train_apart(RunPlan({}, winner, resume=True), {}, words=["test=true"])
+        train_apart(RunPlan(winner.read_config() | {"test": True}, winner, resume=True), {})
     metrics = {key: value for key, value in read_json(winner.metrics_file).items() if key.startswith("test/")}
-    content = {"trials": states, "best": best.number, "val/loss": best.value, "params": best.params}
-    write_json(directory / "search.json", content | metrics | {"run": str(winner)})
+    states = [trial.state.name.lower() for trial in trials.values()]
+    content = {"trials": {state: states.count(state) for state in dict.fromkeys(states)}, "best": winner.path.name}
+    content |= {"val/loss": best.value, "params": best.params} | metrics | {"run": str(winner)}
+    write_json(directory / "search.json", content)
     first = sorted(complete, key=lambda trial: trial.value or 0)[:10]
-    rows = [[trial.number, f"{trial.value:.2f}", *trial.params.values()] for trial in first]
-    log.info("%s", tabulate(rows, ["trial", "val/loss", *best.params], tablefmt="plain"))
+    rows = [
+        [trial_run(directory, trial).path.name, short(trial.value), *map(short, trial.params.values())]
+        for trial in first
+    ]
+    log.info("%s", tabulate(rows, ["trial", "val/loss", *best.params], tablefmt="plain", disable_numparse=True))
     log.info("winner, test: %s", "  ".join(f"{key[5:]} {value:.2f}" for key, value in metrics.items()))
     return winner.path

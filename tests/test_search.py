@@ -8,6 +8,7 @@ import pytest
 from conftest import BRIEF
 
 from vae_lightning.config import ConfigError
+from vae_lightning.files import as_yaml
 from vae_lightning.launch import search as searching
 from vae_lightning.launch.search import check_space, search
 from vae_lightning.launch.sweeps import JobError
@@ -35,20 +36,20 @@ class Trials:
         self.seen: list[tuple[int, bool]] = []
         self.fails = {2}
         self.interrupts: set[int] = set()
+        self.interruption: BaseException = Interrupted("stopped by SIGTERM")
 
-    def __call__(self, plan, environment, timeout=None, watch=lambda: False, words=()) -> None:
+    def __call__(self, plan, environment, timeout=None, watch=lambda: False) -> bool:
         number = int(plan.run.path.name)
-        if words == ["test=true"]:
+        if plan.config["test"]:
             metrics = json.loads(plan.run.metrics_file.read_text())
             plan.run.metrics_file.write_text(json.dumps(metrics | {"test/loss": 99.0}))
             self.seen.append((number, True))
-            return
-        assert plan.config["test"] is False
+            return False
         self.seen.append((number, False))
         plan.run.path.mkdir(parents=True, exist_ok=True)
-        plan.run.config_file.write_text("")
+        plan.run.config_file.write_text(as_yaml(plan.config))
         if number in self.fails:
-            raise JobError("killed by SIGKILL")
+            raise JobError("it failed")
         rows = []
         for epoch in range(1, 6):
             loss = 100 + 10 * (9 - plan.config["model"]["latent_dim"]) + 10 / epoch
@@ -59,10 +60,11 @@ class Trials:
                 writer.writerows(rows)
             if number in self.interrupts:
                 self.interrupts.remove(number)
-                raise Interrupted("stopped by SIGTERM")
+                raise self.interruption
             if watch():
-                return
+                return True
         plan.run.metrics_file.write_text("{}")
+        return False
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def trials(monkeypatch) -> Trials:
 
 
 def test_a_search_finds_the_best_and_tests_it_alone(config, trials: Trials, tmp_path: Path) -> None:
-    winner = search(config(), OPTIONS, tmp_path / "search")
+    winner = search(config(), tmp_path / "search", **OPTIONS)
     found = json.loads((tmp_path / "search" / "search.json").read_text())
     assert found["run"] == str(winner)
     assert found["params"]["model.latent_dim"] == 9
@@ -86,26 +88,37 @@ def test_a_search_finds_the_best_and_tests_it_alone(config, trials: Trials, tmp_
     assert sorted(number for number, tested in trials.seen if not tested) == list(range(12))
 
 
-def test_a_search_that_was_stopped_goes_on(config, trials: Trials, tmp_path: Path) -> None:
+def test_a_search_that_was_stopped_is_resumed(config, trials: Trials, tmp_path: Path) -> None:
     trials.interrupts.add(4)
     with pytest.raises(Interrupted):
-        search(config(), OPTIONS, tmp_path / "search")
-    search(config(), OPTIONS, tmp_path / "search")
-    assert [number for number, _ in trials.seen].count(4) == 2, "the trial that was stopped went on"
-    assert {number for number, _ in trials.seen} == set(range(12))
+        search(config(), tmp_path / "search", **OPTIONS)
+    search(config(), tmp_path / "search", **OPTIONS)
+    assert [number for number, _ in trials.seen].count(4) == 2, "the trial that was stopped was resumed, where it was"
+    assert len({number for number, _ in trials.seen}) == 12
+    found = json.loads((tmp_path / "search" / "search.json").read_text())["trials"]
+    assert (found["fail"], sum(found.values())) == (1, 12), "a trial that was resumed counts once"
     seen = len(trials.seen)
-    search(config(), OPTIONS, tmp_path / "search")  # finished: nothing to do
+    search(config(), tmp_path / "search", **OPTIONS)  # finished: nothing to do
     assert len(trials.seen) == seen
-    search(config(), OPTIONS | {"trials": 14}, tmp_path / "search")  # and longer
-    assert {number for number, _ in trials.seen} == set(range(14))
+    search(config(), tmp_path / "search", **OPTIONS | {"trials": 14})  # and longer
+    assert len({number for number, _ in trials.seen}) == 14
     with pytest.raises(RunError, match=r"holds another search \(config.model.beta=1.0, not 2\)"):
-        search(config("model.beta=2"), OPTIONS, tmp_path / "search")
+        search(config("model.beta=2"), tmp_path / "search", **OPTIONS)
+
+
+def test_a_trial_that_was_killed_is_resumed_the_next_time(config, trials: Trials, tmp_path: Path) -> None:
+    trials.interrupts.add(4)
+    trials.interruption = JobError("killed by SIGKILL", interrupted=True)
+    for times in (1, 2):
+        search(config(), tmp_path / "search", **OPTIONS)
+        assert [number for number, tested in trials.seen if not tested].count(4) == times
+    assert len({number for number, _ in trials.seen}) == 12
 
 
 def test_a_search_in_which_all_fails_says_so(config, trials: Trials, tmp_path: Path) -> None:
     trials.fails = {0, 1}
     with pytest.raises(RunError, match="none of 2 trials came to an end"):
-        search(config(), OPTIONS | {"trials": 2}, tmp_path / "search")
+        search(config(), tmp_path / "search", **OPTIONS | {"trials": 2})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +141,7 @@ def test_a_space_that_makes_no_sense_is_refused(config, space, message) -> None:
 
 def test_a_search_needs_images_to_validate_on(config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.val_size=0: a search needs images to validate on"):
-        search(config("data.val_size=0"), OPTIONS, tmp_path / "search")
+        search(config("data.val_size=0"), tmp_path / "search", **OPTIONS)
     assert not (tmp_path / "search").exists()
 
 
