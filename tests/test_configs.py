@@ -11,7 +11,7 @@ from vae_lightning.training.train import train
 CHOICES = [
     f"{group.relative_to(ROOT / 'conf')}={choice.stem}"
     for group in sorted((ROOT / "conf").glob("**/"))
-    if group.name not in ("conf", "experiment")
+    if group.name not in ("conf", "experiment", "launcher", "logger")  # test_experiments, test_sweeps, test_loggers
     for choice in sorted(group.glob("*.yaml"))
 ]
 

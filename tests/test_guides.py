@@ -41,9 +41,10 @@ def test_every_guide_is_short_and_has_its_command() -> None:
     assert {name for name in FILES if name.endswith(".py")} == {
         *("folder.py", "cifar.py", "laplace.py", "capacity.py", "triangular.py", "conditional.py", "lion.py"),
         "square_root.py",
+        "lines.py",
     }
     assert all(len(code.splitlines()) < 40 for code in FILES.values())
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -61,10 +62,15 @@ def test_guides(line: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = command(*words, *own)
     assert result.code == 0, result.err
     directory = result.out.splitlines()[-1]
-    module = re.search(r"=(folder|cifar|laplace|capacity|triangular|conditional|lion|square_root)", line)
+    module = re.search(r"[=,](folder|cifar|laplace|capacity|triangular|conditional|lion|square_root|lines)", line)
     assert module
     data = json.loads((tmp_path / directory / "metrics.json").read_text())["data"]
     assert data == {"folder": "Folder", "cifar": "CIFAR"}.get(module[1], "MNIST")
+    if module[1] == "lines":
+        lines = [json.loads(line) for line in (tmp_path / directory / "log.jsonl").read_text().splitlines()]
+        assert lines[0]["model.latent_dim"] == 20
+        assert "test/elbo" in lines[-1]
+        assert (tmp_path / directory / "test_samples.png").exists()
     vae = load_run(directory, trust=[module[1]])
     x = torch.rand(3, *vae.image_shape)
     assert vae.reconstruct(x).shape == x.shape

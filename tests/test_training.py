@@ -45,6 +45,7 @@ def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
 
     assert sorted(path.name for path in directory.iterdir()) == [
         "checkpoints", "config.yaml", "environment.json", "figures", "history.csv", "metrics.json", "tensorboard",
+        "train.log",
     ]  # fmt: skip
     assert yaml.safe_load((directory / "config.yaml").read_text()) == composed
     metrics = json.loads((directory / "metrics.json").read_text())

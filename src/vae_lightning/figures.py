@@ -6,12 +6,15 @@ Grids are tensors `[channels, height, width]` in [0, 1], ready for TensorBoard's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL.Image import Image
+from PIL.Image import open as open_image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
@@ -202,6 +205,15 @@ def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
     with atomic_write(path) as partial:
         _save(picture, partial)
+
+
+def as_pil(picture: Tensor | Figure) -> Image:
+    """A grid or a figure as a picture of the Python Imaging Library."""
+    if isinstance(picture, Tensor):
+        return to_pil_image(enlarged(picture))
+    file = BytesIO()
+    picture.savefig(file, dpi=120)
+    return open_image(file).convert("RGB")
 
 
 def _save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:

@@ -69,9 +69,11 @@ def one_line(error: Exception, config_name: str) -> str | None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher" and choice in EXTRAS:
             return f"{group}={choice}: is not installed; pip install -e '.[{EXTRAS[choice]}]' installs it"
-        if error.options is not None:
-            near = did_you_mean(choice, error.options)
-            return f"{group}={choice}: no such choice{near} Allowed: {', '.join(error.options)}"
+        # Of a list of choices Hydra does not say what is allowed.
+        files = [file for place in config_directories() for file in (place / group).glob("*.yaml")]
+        options = error.options if error.options is not None else sorted(file.stem for file in files)
+        if options:
+            return f"{group}={choice}: no such choice{did_you_mean(choice, options)} Allowed: {', '.join(options)}"
     unknown = re.match(r"Could not override '([^']+)'", said)
     if isinstance(error, ConfigCompositionException) and unknown:
         return unknown_key(unknown[1], config_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,16 +127,33 @@ def trusted_config(
     return config
 
 
-def untrusted(
-    config: dict[str, Any], trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data", "trainer")
-) -> list[tuple[str, str, str]]:
+def untrusted(config: dict[str, Any], trust: Iterable[str], parts: Sequence[str]) -> list[tuple[str, str, str]]:
     """What `parts` of a configuration name that neither this package nor `trust` has: key, target, and its module."""
     allowed = (*TRUSTED, *TRUSTED_CALLBACKS, *trust)
+    loggers = config.get("logger")
+    specs = loggers.items() if isinstance(loggers, dict) else ()
+    harmless = [f"logger.{name}._target_" for name, spec in specs if is_harmless_logger(spec)]
     return [
         (key, str(target), str(target).rpartition(".")[0] or str(target))
         for key, target in _targets({name: config.get(name) for name in parts})
-        if not any(f"{target}.".startswith(f"{name}.") for name in allowed)
+        if key not in harmless and not any(f"{target}.".startswith(f"{name}.") for name in allowed)
     ]
+
+
+# Values of a logger's arguments that are neither a path nor an address; and those in conf/logger/mlflow.yaml.
+HARMLESS = re.compile(r"|\w[\w .-]*|lightning\.pytorch\.loggers\.\w+|(sqlite:///)?outputs/\w+(\.db)?")
+
+
+def is_harmless_logger(spec: Any) -> bool:
+    """Whether this is one of Lightning's loggers, and none of its arguments names a path or an address."""
+    return (
+        isinstance(spec, dict)
+        and str(spec.get("_target_")).startswith("lightning.pytorch.loggers.")
+        and all(
+            value is None or isinstance(value, int | float) or (isinstance(value, str) and HARMLESS.fullmatch(value))
+            for value in spec.values()
+        )
+    )
 
 
 def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

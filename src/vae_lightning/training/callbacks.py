@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.tensorboard import SummaryWriter
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
@@ -23,6 +21,7 @@ from vae_lightning.models.objectives import active_units, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
+from vae_lightning.training.loggers import boards, log_pictures
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ class Health(Callback):
 
 
 class Figures(Callback):
-    """Pictures into TensorBoard every `every` epochs (0: never), and of the test set into `figures/` at the end.
+    """Pictures for the loggers every `every` epochs (0: never), and of the test set into `figures/` at the end.
 
     `pairs` originals above their reconstructions; `samples` = [rows, columns] of prior samples, from one fixed z so
     that epochs compare; `points` to decode; with two latent dimensions also the posterior means and the manifold. The
@@ -199,16 +198,7 @@ class Figures(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         # The test set waits for the end: pictures on the way are of held-out images, or else of training images.
         split = "val" if data.val_size else "train"
-        self.show(trainer, self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")))
-
-    def show(self, trainer: Trainer, pictures: Mapping[str, Tensor | Figure]) -> None:
-        """Add pictures to TensorBoard."""
-        for board in boards(trainer):
-            for name, picture in pictures.items():
-                if isinstance(picture, Figure):
-                    board.add_figure(name, picture, trainer.global_step)
-                else:
-                    board.add_image(name, picture, trainer.global_step)
+        log_pictures(trainer, self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")))
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -216,7 +206,7 @@ class Figures(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.directory.mkdir(exist_ok=True)
         pictures = self.draw(module, data.test_images, data.test_labels)
-        self.show(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
+        log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
         for name, picture in pictures.items():
             figures.save(picture, self.directory / f"{name}.png")
         if self.embedded:
@@ -254,9 +244,3 @@ class Figures(Callback):
                 )
         module.train(was_training)
         return pictures
-
-
-def boards(trainer: Trainer) -> list[SummaryWriter]:
-    """TensorBoard's writers, of the one process that writes."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [logger.experiment for logger in loggers] if trainer.is_global_zero else []

@@ -8,11 +8,9 @@ checkpoint before it stays as `previous.ckpt` until the run is finished.
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,7 +22,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vae_lightning.config import Interval
@@ -35,11 +32,10 @@ from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint, load_weights
 from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.history import History
+from vae_lightning.training.loggers import event_files, event_sizes, rewind_events
 from vae_lightning.training.signals import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
-
-EVENTS = "events.out.tfevents."
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -132,7 +128,7 @@ class Progress(Callback):
             "logged": logged(trainer),
             "should_stop": trainer.should_stop,
             "history": self.history.saved(),
-            "events": event_sizes(trainer),
+            "events": event_sizes(trainer, self.run),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -212,16 +208,6 @@ def logged(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in trainer.callback_metrics.items()}
 
 
-def event_sizes(trainer: Trainer) -> dict[str, int]:
-    """TensorBoard's files, and how many bytes of each belong to what this checkpoint has seen."""
-    sizes: dict[str, int] = {}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.flush()
-            sizes |= {path.name: path.stat().st_size for path in Path(logger.log_dir).glob(f"{EVENTS}*")}
-    return sizes
-
-
 def moved(tree: Any, old: str, new: str) -> Any:
     """A copy of nested values in which paths under `old` are under `new`."""
     if isinstance(tree, dict):
@@ -266,7 +252,7 @@ def check_content(content: dict[str, Any], model: ImageModel, file: Path) -> Non
     try:
         progress = content["progress"]
         set_random_states(progress["random"])
-        event_files(file.parent, progress["events"])
+        event_files(RunDirectory(file.parent.parent).tensorboard, progress["events"])
         epochs_begun(content)
         for key in ("directory", "means", "logged", "should_stop"):
             progress[key]
@@ -293,39 +279,7 @@ def epochs_begun(content: dict[str, Any]) -> int:
 
 def rewind(run: RunDirectory, progress: Mapping[str, Any] | None) -> None:
     """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
-    board = run.tensorboard
-    kept = event_files(board, progress["events"]) if progress else {}
-    for path in sorted(board.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()  # emptied before
-        elif path not in kept:
-            path.unlink()
-    for path, size in kept.items():
-        if path.stat().st_size < size:
-            log.warning("%s: shorter than it was; TensorBoard's curves have a gap", path)
-        else:
-            os.truncate(path, size)
+    rewind_events(run.tensorboard, progress["events"] if progress else {})
     remove_partial(run.path)
     if not progress:
         run.history_file.unlink(missing_ok=True)
-    # TensorBoard reads its files in the order of the seconds in their names. Where the clock was set back since, or
-    # this second is not over, the next one would come before these.
-    now = int(time.time())
-    for n, path in enumerate(sorted(kept, reverse=True)):
-        seconds, _, rest = path.name.removeprefix(EVENTS).partition(".")
-        if seconds.isdigit() and int(seconds) >= now - n:
-            os.replace(path, board / f"{EVENTS}{now - n - 1:010d}.{rest}")
-
-
-def event_files(board: Path, sizes: Mapping[str, int]) -> dict[Path, int]:
-    """The files that a checkpoint has noted, and their sizes; one may have got other seconds in its name since."""
-    found = {}
-    for name, size in sizes.items():
-        if not re.fullmatch(rf"{re.escape(EVENTS)}[^/\\]+", name):
-            raise RunError(f"{board.parent}: its checkpoint names a TensorBoard file {name}")
-        rest = name.removeprefix(EVENTS).partition(".")[2]
-        paths = (board / name, *board.glob(f"{EVENTS}*.{glob.escape(rest)}"))
-        path = next((path for path in paths if path.is_file() and not path.is_symlink()), None)
-        if path:
-            found[path] = size
-    return found

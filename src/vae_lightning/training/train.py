@@ -9,15 +9,15 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
@@ -39,9 +39,10 @@ from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
-from vae_lightning.training.callbacks import Figures, TrainingError, boards
+from vae_lightning.training.callbacks import Figures, TrainingError
 from vae_lightning.training.checkpoints import Progress, epochs_begun, last_checkpoint, rewind
 from vae_lightning.training.history import History, format_terms
+from vae_lightning.training.loggers import make_loggers, opened
 from vae_lightning.training.signals import StopRequest
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
 
@@ -58,6 +59,7 @@ class Config:
     data: Spec
     trainer: dict[str, Any]
     figures: dict[str, Any]
+    logger: dict[str, Spec] = field(default_factory=dict)
     test: bool = True
 
 
@@ -84,7 +86,7 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
     pictures = make_figures(c.figures, run, model)
     history = History(run.history_file, c.trainer["max_epochs"])
-    board = TensorBoardLogger(run.path, name=run.tensorboard.name, version="", default_hp_metric=False)
+    loggers = make_loggers(c.logger, run, logger_ids(run) if resume else {})
     name = run.best_checkpoint.stem
     best = ModelCheckpoint(run.checkpoints, filename=name, monitor="val/loss", enable_version_counter=False)
     options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
@@ -92,7 +94,7 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
     interval = Interval.parse(options.get("checkpoint_every"), "trainer.checkpoint_every")
     stop = StopRequest()
     kept = [Progress(run, history, stop, interval, keeps), *([best] if keeps and validates else [])]
-    trainer = make_trainer(options, run, [pictures, *kept, *schedule_monitor(c.model)], [board, history])
+    trainer = make_trainer(options, run, [pictures, *kept, *schedule_monitor(c.model)], [*loggers.values(), history])
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
         model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 
@@ -100,7 +102,7 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
         stack.enter_context(stop.listening())
         if trainer.is_global_zero:
             environment = describe_environment(model, trainer.strategy.root_device, data)
-            last = stack.enter_context(started(run, config, resume, environment, model))
+            last = stack.enter_context(started(run, config, resume, environment, model, loggers))
         else:
             last = last_checkpoint(run, model) if resume else None
         with user_errors(trainer, data.batch_size):
@@ -122,37 +124,61 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
 
 @contextlib.contextmanager
 def started(
-    run: RunDirectory, config: dict[str, Any], resume: bool, environment: dict[str, Any], model: ImageModel
+    run: RunDirectory,
+    config: dict[str, Any],
+    resume: bool,
+    environment: dict[str, Any],
+    model: ImageModel,
+    loggers: Mapping[str, Logger],
 ) -> Iterator[tuple[Path, dict[str, Any]] | None]:
-    """A run directory, made or to go on in, kept to this process: yields the checkpoint to go on from, if any.
+    """A run directory, made or resumed, locked, and its loggers: yields the checkpoint to resume from, if any.
 
-    Raises RunError where it holds another run, another process trains it, or it cannot go on: before it is touched.
+    Raises RunError, before anything is touched, where it holds another run, is trained by another process, or cannot be
+    resumed.
     """
     if not resume:
         run.create(config)
-    with run.locked(), log_to(run.log_file):
-        last = None
-        if resume:
-            last = last_checkpoint(run, model)
-            if last is None and run.metrics_file.exists():
-                raise RunError(f"{run}: is finished, and has no checkpoint to go on from")
-            epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"].get("max_epochs")
-            if limit not in (None, -1) and limit < epochs:
-                raise RunError(f"trainer.max_epochs={limit}: {run} is in epoch {epochs} already")
-            former = run.read_environment()
-            if former.get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
-                raise RunError(f"{run}: was trained on other images than data.root={config['data']['root']} has")
-            run.reopen(config)
-            rewind(run, last[1]["progress"] if last else None)
-            log.info("going on %s", f"after step {last[1]['global_step']}" if last else "from the start")
-            changed = {key: value for key, value in environment.items() if value != former.get(key)}
-            sittings = former.get("resumed", [])
-            sittings = [*sittings, changed] if isinstance(sittings, list) else [changed]
-            environment = former | {"resumed": sittings} if former else environment
-        else:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.locked())
+        stack.enter_context(log_to(run.log_file))
+        last = prepare_resume(run, config, environment, model) if resume else None
+        if not resume:
             remove_partial(run.path)
+        former = run.read_environment()
+        settings = flatten({"seed": config["seed"], "model": config["model"], "data": config["data"]})
+        settings.pop("data.root", None)  # which may change from one machine to another
+        environment["loggers"] = stack.enter_context(opened(loggers, settings))
+        if former:
+            changed = {key: value for key, value in environment.items() if value != former.get(key)}
+            before = former.get("resumed", [])
+            environment = former | {"resumed": [*(before if isinstance(before, list) else []), changed]}
         write_json(run.environment_file, environment)
         yield last
+
+
+def prepare_resume(
+    run: RunDirectory, config: dict[str, Any], environment: dict[str, Any], model: ImageModel
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint from which a run is resumed; what was written after it is taken out. Raises RunError."""
+    last = last_checkpoint(run, model)
+    if last is None and run.metrics_file.exists():
+        raise RunError(f"{run}: is finished, and has no checkpoint to resume from")
+    epochs, limit = epochs_begun(last[1]) if last else 0, config["trainer"].get("max_epochs")
+    if limit not in (None, -1) and limit < epochs:
+        raise RunError(f"trainer.max_epochs={limit}: {run} is in epoch {epochs} already")
+    former = run.read_environment()
+    if former.get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
+        raise RunError(f"{run}: was trained on other images than data.root={config['data']['root']} has")
+    run.reopen(config)
+    rewind(run, last[1]["progress"] if last else None)
+    log.info("resuming %s", f"after step {last[1]['global_step']}" if last else "from the start")
+    return last
+
+
+def logger_ids(run: RunDirectory) -> dict[str, str]:
+    """The ids that a run has at its loggers."""
+    ids = run.read_environment().get("loggers")
+    return {name: value for name, value in ids.items() if isinstance(value, str)} if isinstance(ids, dict) else {}
 
 
 @contextlib.contextmanager
@@ -217,11 +243,11 @@ def finish(
         if results["remark"]:
             log.info("remark: %s", results["remark"])
     if history.rows:  # none in Lightning's fast_dev_run
-        (board,) = boards(trainer)
-        logger = next(logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-        logger.log_hyperparams(flatten({"seed": c.seed, "model": c.model, "data": c.data}), metrics)
-        board.add_text("config", f"```yaml\n{as_yaml(asdict(c))}```")
-        logger.finalize("success")
+        settings = flatten({"seed": c.seed, "model": c.model, "data": c.data})
+        for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
+            logger.log_hyperparams(settings, metrics)
+            logger.experiment.add_text("config", f"```yaml\n{as_yaml(asdict(c))}```")
+            logger.finalize("success")
         figures.save(figures.loss_curves(history.rows), run.subdirectory(run.figures) / "loss_curves.png")
     run.previous_checkpoint.unlink(missing_ok=True)
     write_json(run.metrics_file, results)  # last: it says that the run is finished

@@ -1,0 +1,127 @@
+"""Loggers: W&B offline, MLflow on SQLite, CSV and one's own get the numbers, the settings and the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BRIEF
+from lightning.pytorch.loggers import Logger
+
+from vae_lightning.config import ConfigError
+from vae_lightning.files import read_json
+from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.loading import is_harmless_logger
+from vae_lightning.runs.resume import plan_run
+from vae_lightning.training.train import train
+
+WANDB = ["logger=wandb", "logger.wandb.offline=true", "figures.samples=[2,2]"]
+
+
+class Recorder(Logger):
+    """A logger of one's own: it keeps what it is given."""
+
+    last: Recorder
+
+    def __init__(self, save_dir: str, run_id: str | None = None) -> None:
+        super().__init__()
+        self.name, self.version, self.save_dir = "recorder", run_id or "first", save_dir
+        self.settings: dict[str, Any] = {}
+        self.numbers: dict[str, float] = {}
+        self.pictures: list[str] = []
+        self.status: list[str] = []
+        Recorder.last = self
+
+    name = version = save_dir = None  # type: ignore[assignment] (Lightning's are properties)
+
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.settings |= params
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.numbers |= metrics
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        self.pictures.append(f"{key} {images[0].mode}")
+
+    def finalize(self, status: str) -> None:
+        self.status.append(status)
+
+
+class Unreachable(Recorder):
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such account")
+
+
+def test_a_logger_of_ones_own(config, tmp_path: Path) -> None:
+    mine = {"mine": {"_target_": "test_loggers.Recorder"}}
+    metrics = train(config("logger=none", "model.latent_dim=2", *BRIEF) | {"logger": mine}, tmp_path / "run")
+    logger = Recorder.last
+    assert logger.save_dir == str(tmp_path / "run")
+    assert logger.settings["model.latent_dim"] == 2
+    assert logger.numbers["test/loss"] == metrics["test/loss"]
+    assert logger.pictures == [f"test/{name} RGB" for name in ("reconstructions", "samples", "scatter", "manifold")]
+    assert logger.status[-1] == "success"
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_mlflow_and_csv_go_on_in_the_same_run(config, tmp_path: Path, monkeypatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    c = config("logger=[csv,mlflow]", "figures.samples=[2,2]", *BRIEF)
+    first = train(c, "run")
+    c["trainer"]["max_epochs"] = 2
+    second = train(c, "run", resume=True)
+
+    client = MlflowClient("sqlite:///outputs/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "vae-lightning"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    losses = [point.value for point in client.get_metric_history(run.info.run_id, "test/loss")]
+    assert losses == [first["test/loss"], second["test/loss"]]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.beta"] == "1.0"
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "test/samples")] == [
+        "test/samples/2.png",
+        "test/samples/4.png",
+    ]
+    assert len(list(Path("run").glob("csv/*/metrics.csv"))) == 2
+
+
+def test_wandb_offline_keeps_each_run_apart(config, tmp_path: Path) -> None:
+    c = config(*WANDB, *BRIEF)
+    ids = []
+    for name in ("one", "two"):  # in one process, like the jobs of a sweep
+        train(c, tmp_path / name)
+        ids.append(read_json(tmp_path / name / "environment.json")["loggers"]["wandb"])
+        assert list((tmp_path / name).glob("wandb/*/files/media/images/test/samples*.png"))
+    c["trainer"]["max_epochs"] = 2
+    train(c, tmp_path / "one", resume=True)
+    assert ids[0] != ids[1]
+    assert len(list((tmp_path / "one" / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    with pytest.raises(ConfigError, match=r"^logger=wandb: its package is not installed; pip install -e '.\[wandb\]'$"):
+        train(config(*WANDB, *BRIEF), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_that_cannot_be_opened_is_one_line(config, tmp_path: Path) -> None:
+    spec = {"_target_": "test_loggers.Unreachable"}
+    with pytest.raises(ConfigError, match=r"^logger=board: cannot be opened \(no such account\)$"):
+        train(config(*BRIEF) | {"logger": {"board": spec}}, tmp_path / "run")
+    assert Recorder.last.status == ["failed"]
+
+
+def test_a_run_from_elsewhere_may_not_choose_where_a_logger_writes(config, tmp_path: Path) -> None:
+    for choice in ("tensorboard", "csv", "wandb", "mlflow"):  # what comes with the template is
+        (spec,) = config(f"logger={choice}")["logger"].values()
+        assert is_harmless_logger(spec)
+        assert not is_harmless_logger(spec | {"save_dir": "/home"})
+        assert not is_harmless_logger(spec | {"tags": ["file:///home"]})
+    own = config("logger=csv", "logger.csv.name=/home/someone", *BRIEF)
+    RunDirectory(tmp_path / "run").create(own)
+    with pytest.raises(RunError, match=r"logger.csv._target_=.*CSVLogger: .*trust="):
+        plan_run(own | {"resume": str(tmp_path / "run")}, tmp_path / "new", [])
