@@ -34,7 +34,7 @@ train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2 …
 test: lint types  ## lint, types and tests, offline
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about ten minutes on two cores)
+proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about twelve minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 

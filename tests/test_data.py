@@ -118,7 +118,7 @@ def test_grey_is_byte_over_255_and_threshold_is_above_one_half() -> None:
 
 
 def test_dynamic_draws_anew_for_training_and_once_for_evaluation() -> None:
-    data = module(pixels="dynamic", batch_size=50_000)
+    data = module(pixels="dynamic", batch_size=10_000, val_size=50_000)
     loader = data.train_dataloader()
     (first, _), (again, _) = next(iter(loader)), next(iter(loader))
     assert set(first.unique().tolist()) == {0.0, 1.0}
