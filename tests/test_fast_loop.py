@@ -124,7 +124,7 @@ def other_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_it_does_not_fit_it_steps_aside_in_a_line(change, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     with caplog.at_level("INFO"):
-        trainer = make_trainer(TRAINER_DEFAULTS | {"accelerator": "cpu", "fast_loop": True}, RunDirectory("."), [], [])
+        trainer = make_trainer(RunDirectory("."), [], [], **TRAINER_DEFAULTS | {"accelerator": "cpu"})
     assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
     (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
     assert line.startswith("trainer.fast_loop: steps run through Lightning's own loop: ")

@@ -89,12 +89,14 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
     loggers = make_loggers(c.logger, run, logger_ids(run) if resume else {})
     name = run.best_checkpoint.stem
     best = ModelCheckpoint(run.checkpoints, filename=name, monitor="val/loss", enable_version_counter=False)
-    options = c.trainer if validates else c.trainer | {"limit_val_batches": 0}
+    options = c.trainer | ({} if validates else {"limit_val_batches": 0})
     keeps = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
-    interval = Interval.parse(options.get("checkpoint_every"), "trainer.checkpoint_every")
+    interval = Interval.parse(options.pop("checkpoint_every", None), "trainer.checkpoint_every")
     stop = StopRequest()
     kept = [Progress(run, history, stop, interval, keeps), *([best] if keeps and validates else [])]
-    trainer = make_trainer(options, run, [pictures, *kept, *schedule_monitor(c.model)], [*loggers.values(), history])
+    ours = [pictures, *kept, *schedule_monitor(c.model)]
+    check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
+    trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
         model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
 

@@ -33,37 +33,48 @@ ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEF
 
 
 def make_trainer(
-    options: dict[str, Any], run: RunDirectory, callbacks: list[Callback], loggers: list[Logger]
+    run: RunDirectory,
+    ours: list[Callback],
+    loggers: list[Logger],
+    *,
+    callbacks: Any = None,
+    max_epochs: Annotated[int, Field(ge=-1)] | None = None,
+    accumulate_grad_batches: PositiveInt = 1,
+    gradient_clip_val: NonNegative | None = None,
+    check_val_every_n_epoch: PositiveInt | None = 1,
+    on_nan: Literal["stop", "skip"] = "stop",
+    fast_loop: bool = True,
+    **options: Any,
 ) -> Trainer:
-    """Lightning's Trainer with `options` passed through, our callbacks and the user's own. Raises ConfigError."""
-    options = dict(options)
-    own = options.pop("callbacks", None) or []
-    options.pop("checkpoint_every", None)  # Progress has it
-    additions = {"on_nan": options.pop("on_nan", "stop"), "fast_loop": options.pop("fast_loop", True)}
-    check_arguments(trainer_additions, additions, "trainer")
+    """Lightning's Trainer with our callbacks and the user's own; `options` are its other arguments.
+
+    Those that are named here are not Lightning's, or have ranges that it does not check. Raises ConfigError.
+    """
+    options |= {
+        "max_epochs": max_epochs,
+        "accumulate_grad_batches": accumulate_grad_batches,
+        "gradient_clip_val": gradient_clip_val,
+        "check_val_every_n_epoch": check_val_every_n_epoch,
+    }
     check_arguments(Trainer, options, "trainer")
-    check_arguments(trainer_limits, {key: options[key] for key in signature(trainer_limits).parameters}, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
     if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
         options["enable_progress_bar"] = sys.stderr.isatty()
     if options["enable_progress_bar"]:
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
+        ours = [*ours, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
     if options["enable_model_summary"] is not False:
-        callbacks = [*callbacks, ModelSummary(max_depth=-1)]
-    if additions["on_nan"] == "skip":
-        callbacks = [SkipNonFinite(), *callbacks]
+        ours = [*ours, ModelSummary(max_depth=-1)]
+    # The guard comes first, so that nothing else acts on a loss that is not finite.
+    ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
+    ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
     options["plugins"] = [WholeCheckpoints(run), *as_list(options["plugins"])]
-    callbacks += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(own))]
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+    if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add one of its own
     try:
-        # The guard comes first, so that nothing else acts on a loss that is not finite.
-        trainer = Trainer(
-            **options, callbacks=[NonFiniteGuard(), Health(), *callbacks], logger=loggers, default_root_dir=run.path
-        )
+        trainer = Trainer(**options, callbacks=ours, logger=loggers, default_root_dir=run.path)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if additions["fast_loop"]:
+    if fast_loop:
         use_fast_loop(trainer)
     return trainer
 
@@ -76,19 +87,6 @@ def use_fast_loop(trainer: Trainer) -> None:
         install(trainer)
     except Exception as reason:  # whatever a new version of Lightning or PyTorch changes
         log.info("trainer.fast_loop: steps run through Lightning's own loop: %s", " ".join(str(reason).split()))
-
-
-def trainer_limits(
-    max_epochs: Annotated[int, Field(ge=-1)] | None,
-    accumulate_grad_batches: PositiveInt,
-    gradient_clip_val: NonNegative | None,
-    check_val_every_n_epoch: PositiveInt | None,
-) -> None:
-    """Ranges that Lightning's Trainer does not check, and then trips over or ignores."""
-
-
-def trainer_additions(on_nan: Literal["stop", "skip"], fast_loop: bool) -> None:
-    """What conf/trainer has beside Lightning's arguments; checkpoint_every is checked by `Interval.parse`."""
 
 
 def as_list(value: Any) -> list[Any]:
