@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
@@ -12,7 +13,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test proof audit lint types reproduce published benchmark tensorboard new clean
+.PHONY: help setup train test tests versions proof audit lint types reproduce published benchmark tensorboard new clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,19 +21,25 @@ help:  ## list the targets
 setup: $(STAMP)  ## build .venv, once
 
 # The stamp is touched last, so a set-up that was interrupted starts again, and a finished one costs nothing.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "Python 3.11 to 3.13 is needed, and $(PYTHON) is %d.%d: name another with make PYTHON=python3.12" % v)'
 	@echo "Setting up $(VENV): a few minutes the first time, mostly for PyTorch."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" --constraint constraints.txt torch torchvision)
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" --constraint $(CONSTRAINTS) torch torchvision)
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2 …" are passed to train.py
 	@$(BIN)/python train.py $(ARGS)
 
-test: lint types  ## lint, types and tests, offline
+test: lint types tests  ## lint, types and tests, offline
+
+tests: $(STAMP)  ## the tests alone
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+versions:  ## the tests with the oldest and the newest versions that pyproject.toml allows (10 GB)
+	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
 
 proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about twelve minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
@@ -65,4 +72,4 @@ new: $(STAMP)  ## turn a fresh clone into a project of your own: make new NAME=m
 	@$(BIN)/python scripts/new_project.py $(NAME)
 
 clean:  ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

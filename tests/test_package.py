@@ -4,10 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 MINE = """
 from vae_lightning.models.backbones import MLP
@@ -110,3 +115,17 @@ def test_the_wheel_works_without_its_checkout(site: Path, tmp_path: Path) -> Non
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_oldest_versions_are_pinned_for_make_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [
+        project["optional-dependencies"][name]
+        for name in ("export", "explore", "launchers", "optuna", "wandb", "mlflow")
+    ]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *chain(*extras)]]
+    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if "==" in line]
+    pinned = {canonicalize_name(name): Version(version) for name, _, version in (x.partition("==") for x in lines)}
+    for requirement in wanted:
+        (oldest,) = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+        assert pinned[canonicalize_name(requirement.name)] == oldest, requirement

@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
     assert gone_on.code == 0, gone_on.err
     log = (stopped / "train.log").read_text()
     assert f"{last}: damaged" in log
-    assert f"going on from the one before it, {previous}, at step 40" in log
+    assert f"resuming from the one before it, {previous}, at step 40" in log
     both = tmp_path / "both"
     (both / "checkpoints" / "previous.ckpt").write_bytes(b"")
     refused = command("resume=both", "trust=[test_resuming]")
@@ -428,7 +428,7 @@ def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None
         content = torch.load(file, weights_only=True)
         del content["progress"]
         torch.save(content, file)
-    with pytest.raises(RunError, match="could not go on yet"):
+    with pytest.raises(RunError, match="could not resume"):
         last_checkpoint(RunDirectory(stopped), build(config(*SMALL)["model"], ImageModel, "model"))
 
 

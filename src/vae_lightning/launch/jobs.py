@@ -56,7 +56,7 @@ def run_job(config: DictConfig) -> None:
 
 @contextlib.contextmanager
 def job(hydra: HydraConf, directory: Path) -> Iterator[None]:
-    """Around a job: removes its directory if it stays empty. Of a sweep, its error is noted, and the sweep goes on."""
+    """Around a job: removes its directory if it stays empty. A sweep notes the job's error and continues."""
     sweep = hydra.mode == RunMode.MULTIRUN
     try:
         if not os.access(directory, os.W_OK):

@@ -107,7 +107,7 @@ def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = ()
     return Run(directory, checkpoint, model, data)
 
 
-# What builds a model and its data, and what else a run that goes on builds; callbacks that write no files of their own.
+# What builds a model and its data; and callbacks of Lightning's that write no files of their own.
 TRUSTED = ("vae_lightning", "torch.optim")
 TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("EMAWeightAveraging", "EarlyStopping"))
 

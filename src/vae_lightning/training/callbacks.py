@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingError(UserError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class NonFiniteGuard(Callback):
@@ -121,7 +121,7 @@ class SkipNonFinite(Callback):
 
 
 def last_good(trainer: Trainer) -> str:
-    """What is kept of a run that cannot go on, in words."""
+    """What is kept of a run that cannot continue, in words."""
     checkpoint = RunDirectory(trainer.default_root_dir).last_checkpoint
     return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 

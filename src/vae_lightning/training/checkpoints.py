@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on exactly where it stopped.
+"""Checkpoints from which a run is resumed exactly where it stopped.
 
 `last.ckpt` is written between two steps: at the start of each epoch, every `trainer.checkpoint_every`, when a signal
 asks to stop, and at the end of training. Lightning puts weights, optimizer, schedules, callbacks and counters into it.
@@ -38,7 +38,7 @@ from vae_lightning.training.signals import Interrupted, StopRequest
 log = logging.getLogger(__name__)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes each checkpoint whole or not at all, keeps the `last.ckpt` before it, and unpickles nothing."""
 
     def __init__(self, run: RunDirectory) -> None:
@@ -220,7 +220,7 @@ def moved(tree: Any, old: str, new: str) -> Any:
 
 
 def last_checkpoint(run: RunDirectory, model: ImageModel) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that the run of `model` goes on from: the last, or, where it is damaged, the one before.
+    """The checkpoint from which the run of `model` is resumed: the last, or, where it is damaged, the one before.
 
     None where there is none yet. Raises RunError where none of those that there are will do.
     """
@@ -236,7 +236,7 @@ def last_checkpoint(run: RunDirectory, model: ImageModel) -> tuple[Path, dict[st
             log.warning("%s", problem)
             continue
         if problems:
-            log.warning("going on from the one before it, %s, at step %d", file, content["global_step"])
+            log.warning("resuming from the one before it, %s, at step %d", file, content["global_step"])
         return file, content
     if problems:
         raise RunError(f"{problems[0]}; remove {run.checkpoints} to have it trained from the start")
@@ -244,9 +244,9 @@ def last_checkpoint(run: RunDirectory, model: ImageModel) -> tuple[Path, dict[st
 
 
 def check_content(content: dict[str, Any], model: ImageModel, file: Path) -> None:
-    """Raise RunError for a checkpoint that training cannot go on from with this model. Loads its weights into it."""
+    """Raise RunError for a checkpoint from which this model's training cannot be resumed. Loads its weights into it."""
     if "progress" not in content:
-        raise RunError(f"{file}: of a version that could not go on yet, or not from training")
+        raise RunError(f"{file}: it was not written by train.py, or by a version that could not resume")
     load_weights(content["state_dict"], model, file)
     before = random_states()
     try:

@@ -8,7 +8,7 @@ callback or a hook of the model acts at each step uses Lightning's loop for ever
 This file leans on private parts of libraries, and is the only one that does so for speed. Lightning:
 `_TrainingEpochLoop` and its counters, `_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer.
 PyTorch: the functional `adam`, and the dictionaries of optimizer hooks. Where `install` finds them changed, it raises
-Unsupported, and the run goes on through Lightning's loop. The file can be deleted: the result is the same, only slower.
+Unsupported, and the run continues with Lightning's loop. The file can be deleted: the result is the same, only slower.
 """
 
 from __future__ import annotations

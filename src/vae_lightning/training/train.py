@@ -66,7 +66,7 @@ class Config:
 def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> dict[str, Any]:
     """Train what `config` describes into `directory`, and return the content of its metrics.json.
 
-    With `resume`, go on with the run that `directory` holds, from its last checkpoint, as if it had never stopped.
+    With `resume`, continue the run that `directory` holds from its last checkpoint, as if it had never stopped.
 
     The test set is read once, at the end, with the checkpoint of lowest val/loss, or with the last weights where no
     images were held out. Raises UserError, before anything is written, for what cannot be trained, and Interrupted

@@ -19,7 +19,7 @@ from pydantic import Field
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt, build, check_arguments, did_you_mean
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
-from vae_lightning.training.checkpoints import WholeCheckpoints
+from vae_lightning.training.checkpoints import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def make_trainer(
     # The guard comes first, so that nothing else acts on a loss that is not finite.
     ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
     ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
-    options["plugins"] = [WholeCheckpoints(run), *as_list(options["plugins"])]
+    options["plugins"] = [AtomicCheckpointIO(run), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add one of its own
     try:
