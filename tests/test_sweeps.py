@@ -71,6 +71,15 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     assert not list((tmp_path / "sweep" / FAILED).iterdir())
 
 
+def test_a_job_gives_its_own_reason(command, tmp_path: Path) -> None:
+    """Two jobs that fail in processes of their own, one after the other."""
+    failed = command("-m", "model.latent_dim=0,-1", "timeout=5min", "hydra.sweep.dir=sweep", *BRIEF)
+    assert failed.code == 2
+    assert [line.rpartition("): ")[2] for line in failed.err.splitlines()[-2:]] == [
+        f"model.latent_dim={n}: should be greater than or equal to 1." for n in (0, -1)
+    ]
+
+
 def test_a_job_finds_another_place_where_its_own_is_taken(command, tmp_path: Path) -> None:
     assert command("-m", "model.latent_dim=2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
     assert command("-m", "model.latent_dim=3,2", "hydra.sweep.dir=sweep", *BRIEF).code == 0

@@ -75,11 +75,13 @@ def train_apart(
 def child_environment() -> dict[str, str]:
     """The environment of a process that trains; it finds the same modules.
 
-    Without Slurm's variables, from which Lightning would conclude that it is one of several tasks, and without
-    HYDRA_FULL_ERROR, which would have it print a traceback in place of its reason.
+    Without Slurm's variables, from which Lightning would conclude that it is one of several tasks, without
+    HYDRA_FULL_ERROR, which would have it print a traceback in place of its reason, and without the sweep's directory,
+    where it would find the reasons of other jobs.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    environment.pop("HYDRA_FULL_ERROR", None)
+    for name in ("HYDRA_FULL_ERROR", SWEEP):
+        environment.pop(name, None)
     return environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
