@@ -41,7 +41,7 @@ versions:  ## the tests with the oldest and the newest versions that pyproject.t
 	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
 
-proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about twelve minutes on two cores)
+proof: $(STAMP)  ## what takes longer: launchers, two nodes, a real search, fuzzing (about 25 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 

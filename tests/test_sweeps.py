@@ -71,6 +71,7 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     assert not list((tmp_path / "sweep" / FAILED).iterdir())
 
 
+@pytest.mark.proof
 def test_a_job_gives_its_own_reason(command, tmp_path: Path) -> None:
     """Two jobs that fail in processes of their own, one after the other."""
     failed = command("-m", "model.latent_dim=0,-1", "timeout=5min", "hydra.sweep.dir=sweep", *BRIEF)
