@@ -21,7 +21,7 @@ from vae_lightning.config import ConfigError
 from vae_lightning.data.batches import DeviceBatches, fits
 from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.data.module import DataError
-from vae_lightning.data.pixels import Share, bernoulli_draw
+from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
 @pytest.fixture(autouse=True)
@@ -283,3 +283,8 @@ def test_files_of_a_set_without_checksums_that_are_garbage(tmp_path: Path) -> No
             (raw / f"emnist-letters-{split}-{kind}-ubyte").write_bytes(b"garbage")
     with pytest.raises(DataError, match="EMNIST-letters is not there whole"):
         load_images("EMNIST-letters", tmp_path)
+
+
+def test_streams_of_different_keys_differ() -> None:
+    keys = [(), (0,), (1,), (3,), (3, 0), (3, 0, 0), (3, 1), (3, 0, 1), (3, 1, 1), (0, 3)]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)

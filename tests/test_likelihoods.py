@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from vae_lightning.config import ConfigError
 from vae_lightning.models.likelihoods import Bernoulli, ContinuousBernoulli, ContinuousBernoulliLogits, Gaussian
 
 
@@ -100,3 +101,32 @@ def test_learnt_scale_stays_above_its_floor_on_images_that_fit_exactly() -> None
 def test_a_fixed_scale_is_not_learnt() -> None:
     assert not [p for p in Gaussian().parameters() if p.requires_grad]
     assert Gaussian(scale=0.3).scale.item() == pytest.approx(0.3)
+
+
+def test_a_learnt_scale_starts_where_it_is_said_to() -> None:
+    for scale in (0.003, 0.1, 1.0, 5.0):
+        assert Gaussian(scale, learn_scale=True).scale.item() == pytest.approx(scale, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"model\.likelihood\.scale=0\.001: one that is learnt stays above"):
+        Gaussian(0.001, learn_scale=True)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -120.0, -89.0, -50.0, -1.0, 50.0, 120.0, 1e4])
+def test_continuous_bernoulli_s_mean_has_a_gradient_everywhere(logit: float) -> None:
+    logits = torch.tensor(logit, requires_grad=True)
+    mean = ContinuousBernoulliLogits(logits).mean
+    mean.backward()
+    size = abs(logit)
+    below = 1 / size - (math.exp(-size) / -math.expm1(-size))
+    assert mean.item() == pytest.approx(below if logit < 0 else 1 - below, rel=1e-6)
+    variance = 1 / size**2 - math.exp(-size) / math.expm1(-size) ** 2
+    assert logits.grad is not None
+    assert logits.grad.item() == pytest.approx(variance, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Gaussian(mean="identity")], ids=repr
+)
+def test_every_likelihood_knows_which_outputs_give_a_mean_image(likelihood) -> None:
+    mean = torch.linspace(0.16, 0.84, 12).reshape(1, 3, 4)
+    torch.testing.assert_close(likelihood(likelihood.outputs_with_mean(mean)).mean, mean)
+    assert likelihood.outputs_with_mean(torch.zeros(1, 2, 2)).abs().max() <= math.log(999) + 1e-5

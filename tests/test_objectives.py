@@ -153,3 +153,21 @@ def test_the_default_loss_is_reconstruction_and_weighted_kl_with_free_bits() -> 
     floored = torch.where(kl.mean(dim=0) > 0.2, kl, torch.tensor(0.2)).sum(dim=-1)
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 3 * 0.25 * floored)
     torch.testing.assert_close(terms["kl"], kl.sum(dim=-1))
+
+
+def test_a_kl_is_never_below_zero() -> None:
+    log_variance = torch.cat([sign * torch.logspace(-12, 0, 2_000) for sign in (-1, 1)])
+    assert (objectives.kl_divergence(torch.zeros_like(log_variance), log_variance) >= 0).all()
+
+
+@pytest.mark.parametrize("objective", [IWAE(7), DReG(7)], ids=["iwae", "dreg"])
+@pytest.mark.parametrize("training", [True, False])
+def test_elbo_reconstruction_and_kl_are_of_the_same_samples(objective: IWAE, training: bool) -> None:
+    vae, x = linear_vae(shift=0.3).train(training), torch.rand(9, *SHAPE)
+    terms = objective(vae, x)
+    assert torch.equal(terms["elbo"], -(terms["reconstruction"] + terms["kl"]))
+    assert (-terms["loss"] > terms["elbo"]).all()
+    torch.manual_seed(0)
+    expected = vae.log_weights(x, 7)
+    torch.manual_seed(0)
+    torch.testing.assert_close(objective(vae, x)["elbo"], expected.mean(dim=0))

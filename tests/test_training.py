@@ -119,22 +119,27 @@ def test_health_is_logged_each_epoch_and_a_collapse_is_said_once(config, tmp_pat
     assert not [record for record in caplog.records if "collapsed" in record.message]
 
 
-def test_warm_up_follows_the_epochs(config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_warm_up_follows_the_epochs(accumulated: int, config, tmp_path: Path) -> None:
     overrides = ["model.objective.warmup_epochs=4", "trainer.max_epochs=2", *QUICK]
+    overrides += [f"trainer.accumulate_grad_batches={accumulated}"]
     train(config(*overrides), tmp_path / "run")
     with (tmp_path / "run" / "history.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    for row, (least, most) in zip(rows, ((0.0, 0.25), (0.25, 0.5)), strict=True):
+    for row, (least, most) in zip(rows, ((0.1, 0.25), (0.35, 0.5)), strict=True):
         weight = (row["train/loss"] - row["train/reconstruction"]) / row["train/kl"]
-        assert least <= weight <= most
+        assert least <= weight <= most  # the last batches weigh most: their KL is the largest
         assert row["val/loss"] == pytest.approx(row["val/reconstruction"] + row["val/kl"], rel=1e-5)
 
 
-def test_the_decoder_starts_at_the_data_s_log_odds_where_asked(config, tmp_path: Path) -> None:
-    first = [
-        train(config(f"model.data_bias={asked}", *BRIEF), tmp_path / asked)["test/loss"] for asked in ("false", "true")
-    ]
-    assert first[1] < 0.7 * first[0]
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian model.likelihood.mean=identity"])
+def test_the_decoder_starts_at_the_mean_image_where_asked(likelihood: str, config, tmp_path: Path) -> None:
+    words = [*f"model/likelihood={likelihood}".split(), "model.learning_rate=1e-9", *BRIEF]
+    without, started = (
+        train(config(f"model.data_bias={asked}", *words), tmp_path / asked)["test/reconstruction"]
+        for asked in ("false", "true")
+    )
+    assert started < without - 10
 
 
 def test_vamp_starts_at_training_images(config, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def importance_sampling(
                 -log_likelihood.mean(dim=0),
                 kl,
                 one_sample.std(dim=0, correction=min(1, samples - 1)),
-                (2 * log_weight.logsumexp(dim=0) - (2 * log_weight).logsumexp(dim=0)).exp(),
+                (1 / log_weight.double().softmax(dim=0).square().sum(dim=0)).clamp(max=samples),
                 torch.stack([bounds[k - 1] - math.log(k) for k in points], dim=-1),
             )
         )

@@ -41,6 +41,7 @@ class Share(NamedTuple):
 
 def stream_seed(*key: int) -> int:
     """A seed for the random stream named by `key`; streams of different keys are independent."""
+    key = (*key, 1)  # NumPy fills keys up with zeros, so that (3,) and (3, 0) would be one
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -210,7 +210,7 @@ def linear_layers(
 
 
 def set_output_bias(decoder: nn.Module, outputs: Tensor) -> None:
-    """Start the decoder's last bias where it gives `outputs` `[channels, height, width]`, such as the data's log odds.
+    """Start the decoder's last bias where it gives `outputs` `[channels, height, width]`.
 
     A linear layer has a bias a pixel; a convolution one a channel, which takes the mean over its pixels.
     """

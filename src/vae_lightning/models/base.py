@@ -87,6 +87,7 @@ class ImageModel(LightningModule, ABC):
         self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
         # In a plain dictionary: they hold no weights, and do not belong in checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
+        self.batch_index = 0  # of the running epoch
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -210,10 +211,12 @@ class ImageModel(LightningModule, ABC):
         return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
 
     def epochs_trained(self) -> float:
-        """How far training is, in epochs and fractions of one."""
-        return self.trainer.global_step / self.trainer.num_training_batches
+        """How far training is, in epochs and fractions of one: by batches, of which a step may take several."""
+        batches = int(self.trainer.num_training_batches)
+        return (self.trainer.current_epoch * batches + self.batch_index) / batches
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        self.batch_index = batch_index
         terms = self.terms(*batch)
         self.count("train", terms)
         return self.batch_mean(terms["loss"])

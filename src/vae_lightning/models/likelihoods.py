@@ -15,7 +15,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from vae_lightning.config import Positive
+from vae_lightning.config import ConfigError, Positive
 
 IMAGE_DIMS = 3  # channels, height, width: the dimensions that one log_prob sums over
 CROSS_ENTROPY = (
@@ -36,6 +36,23 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def forward(self, outputs: Tensor) -> td.Distribution:
         """p(x|z)."""
+
+    @torch.no_grad()
+    def outputs_with_mean(self, mean: Tensor) -> Tensor:
+        """Decoder outputs `[channels, height, width]` whose p(x|z) has the mean image `mean`, by bisection.
+
+        They stay within ±6.9, the log odds of 0.999, beyond which a sigmoid has hardly a gradient. Raises ConfigError
+        for a likelihood that does not take one output for each pixel.
+        """
+        high = torch.full_like(mean, math.log(999), dtype=torch.float64)
+        low = -high
+        for _ in range(60):
+            middle = (low + high) / 2
+            found = self(middle).mean
+            if found.shape != mean.shape:
+                raise ConfigError(f"model.data_bias=true: {type(self).__name__} has no output for each pixel's mean")
+            low, high = torch.where(found < mean, middle, low), torch.where(found < mean, high, middle)
+        return ((low + high) / 2).to(mean.dtype)
 
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
         """Further per-image figures `[...]` that this likelihood is usually judged by."""
@@ -113,8 +130,9 @@ class ContinuousBernoulliLogits(td.Distribution):
     def mean(self) -> Tensor:
         near = self.logits.abs() < self.NEAR_ZERO
         series = 0.5 + self.logits / 12 - self.logits**3 / 720
-        logits = torch.where(near, 1.0, self.logits)
-        return torch.where(near, series, -1 / torch.expm1(-logits) - 1 / logits)
+        size = torch.where(near, 1.0, self.logits.abs())
+        below = 1 / size + torch.exp(-size) / torch.expm1(-size)  # at −|l|, where nothing overflows
+        return torch.where(near, series, torch.where(self.logits < 0, below, 1 - below))
 
 
 class Gaussian(Likelihood):
@@ -132,7 +150,12 @@ class Gaussian(Likelihood):
         mean: Literal["sigmoid", "identity"] = "sigmoid",
     ) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+        start = math.log(scale)
+        if learn_scale:
+            if start <= LOG_SCALE_FLOOR:
+                raise ConfigError(f"model.likelihood.scale={scale}: one that is learnt stays above e⁻⁶ = 0.0025")
+            start = LOG_SCALE_FLOOR + math.log(math.expm1(start - LOG_SCALE_FLOOR))  # where `scale` makes it `scale`
+        self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=learn_scale)
         self.mean: nn.Module = nn.Sigmoid() if mean == "sigmoid" else nn.Identity()
 
     @property

@@ -23,7 +23,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
     Kingma & Welling 2014, appendix B; sum over the last dimension for the KL of an image.
     """
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return 0.5 * (mean.square() + (log_variance.expm1() - log_variance))  # expm1: never below 0, however near
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class LatentVariableModel(Protocol):
         warmup_epochs: float = 0.0,
         free_bits: float = 0.0,
     ) -> dict[str, Tensor]: ...
-    def log_joint(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
-    def log_weights(self, x: Tensor, k: int, labels: Tensor | None = None) -> Tensor: ...
+    def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor: ...
+    def sampled_terms(self, x: Tensor, z: Tensor, log_q: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]: ...
 
 
 class Objective(ABC):
@@ -131,9 +131,10 @@ class IWAE(Objective):
     def __call__(
         self, vae: LatentVariableModel, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf
     ) -> dict[str, Tensor]:
-        log_weights = vae.log_weights(x, self.samples, labels)
-        terms = {"loss": -importance_weighted_bound(log_weights), "elbo": log_weights.mean(dim=0)}
-        return terms if vae.training else vae.elbo(x, labels) | terms
+        q = vae.encode(x, labels)
+        z, log_q = q.transform_and_log_prob(vae.noise_for(q, self.samples))
+        terms = vae.sampled_terms(x, z, log_q, labels)
+        return {"loss": -importance_weighted_bound(terms.pop("log_weights"))} | terms
 
 
 class DReG(IWAE):
@@ -148,11 +149,11 @@ class DReG(IWAE):
     ) -> dict[str, Tensor]:
         q = vae.encode(x, labels)
         z = vae.reparameterize(q, self.samples)
-        log_weights = vae.log_joint(x, z, labels) - q.detach().log_prob(z)  # φ acts through z alone
+        terms = vae.sampled_terms(x, z, q.detach().log_prob(z), labels)  # φ acts through z alone
+        log_weights = terms.pop("log_weights")
         normalized = log_weights.detach().softmax(dim=0)  # w̃, [k, batch]
         if z.requires_grad:
             z.register_hook(lambda gradient: normalized.unsqueeze(-1) * gradient)  # the second factor w̃, for φ only
         bound = importance_weighted_bound(log_weights.detach())
         surrogate = (normalized * log_weights).sum(dim=0)  # has the gradient; the bound has the value
-        terms = {"loss": -(bound + surrogate - surrogate.detach()), "elbo": log_weights.detach().mean(dim=0)}
-        return terms if vae.training else vae.elbo(x, labels) | terms
+        return {"loss": -(bound + surrogate - surrogate.detach())} | terms

@@ -30,7 +30,7 @@ class VAE(ImageModel):
     """Encoder, decoder, reparameterization and ELBO.
 
     `backbone`, `likelihood`, `prior`, `posterior` and `objective` are specs, as for `ImageModel`. `beta` weights the KL
-    in the loss. `data_bias` starts the decoder's output bias at the log odds of the mean training image.
+    in the loss. `data_bias` starts the decoder's output bias where p(x|z) has the mean training image.
     `encode` and `decode` take the batch's labels, which a conditional model of your own may use.
     Raises ConfigError for a spec that does not fit.
     """
@@ -136,6 +136,23 @@ class VAE(ImageModel):
         z, log_q = q.transform_and_log_prob(self.noise_for(q, samples=k))
         return self.log_joint(x, z, labels) - log_q
 
+    def sampled_terms(self, x: Tensor, z: Tensor, log_q: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """log_weights `[k, batch]` of samples z `[k, batch, latent_dim]` with log q(z|x) `[k, batch]`.
+
+        Beside them elbo, reconstruction and kl, `[batch]`: means over the same samples, without gradients.
+        """
+        log_prior, p = self.prior(self.encode).log_prob(z), self.decode(z, labels)
+        log_likelihood = p.log_prob(x)
+        reconstruction, rate = -log_likelihood.detach().mean(dim=0), (log_q - log_prior).detach().mean(dim=0)
+        with torch.no_grad():
+            metrics = {name: value.mean(dim=0) for name, value in self.likelihood.metrics(p, x).items()}
+        return {
+            "log_weights": log_prior + log_likelihood - log_q,
+            "elbo": -(reconstruction + rate),
+            "reconstruction": reconstruction,
+            "kl": rate,
+        } | metrics
+
     def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """What the objective makes of a batch; in training it is told how far training is, for warm-up."""
         return self.objective(self, x, labels, self.epochs_trained() if self.training else math.inf)
@@ -147,8 +164,8 @@ class VAE(ImageModel):
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
         self.prior.initialize(images.to(self.device))
         if self.data_bias:
-            mean = images.float().mean(dim=0).div(255).clamp(1e-3, 1 - 1e-3)
-            set_output_bias(self.decoder, mean.logit())
+            mean = images.float().mean(dim=0).div(255)
+            set_output_bias(self.decoder, self.likelihood.outputs_with_mean(mean))
 
     def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
         return self.encode(x, labels).mean
