@@ -29,25 +29,39 @@ def run_directory(config, tmp_path: Path) -> Path:
 def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_directory: Path) -> None:
     result = evaluate_py(f"run={run_directory}", "samples=3", "split=val", "batch_size=250", "chunk=2")
     assert result.code == 0, result.err
-    content = json.loads((run_directory / "evaluation.json").read_text())
+    assert result.out.splitlines()[-1] == str(run_directory / "evaluations" / "val_best_k3_seed0.json")
+    content = json.loads(Path(result.out.splitlines()[-1]).read_text())
     wanted = "nll nll_stderr elbo reconstruction kl kl_per_dimension active_units mutual_information marginal_kl"
     wanted += " effective_samples_median knn_accuracy linear_accuracy nll_curve"
     assert {f"val/{name}" for name in wanted.split()} <= set(content)
     assert (content["samples"], content["pixels"], content["data"]) == (3, "grey", "MNIST")
     assert len(content["val/kl_per_dimension"]) == 2
     assert content["val/nll"] <= -content["val/elbo"] + 3 * content["val/nll_stderr"]
-    assert (run_directory / "figures" / "nll_curve.png").exists()
+    assert (run_directory / "evaluations" / "val_best_k3_seed0.png").exists()
     assert "val set, grey pixels, 3 samples" in result.out
     assert "nll (cross-entropy)" in result.out
     assert "not likelihoods" in content["remark"]
     assert f"{content['val/nll']:.4f}" in result.out
 
 
-def test_another_checkpoint_s_numbers_do_not_pass_for_the_run_s(evaluate_py, run_directory: Path) -> None:
-    words = ["samples=2", "split=val", "probes=false"]
-    assert evaluate_py(f"run={run_directory}/checkpoints/last.ckpt", *words).code == 0
-    assert not (run_directory / "evaluation.json").exists()
-    assert json.loads((run_directory / "evaluation_last.json").read_text())["checkpoint"] == "last"
+def test_no_evaluation_is_lost_to_another(run_directory: Path) -> None:
+    def evaluated(**options) -> dict:
+        evaluate_run(**{"run": str(run_directory), **QUICK, **options})
+        content = json.loads((run_directory / "evaluation.json").read_text())
+        return {key: content.get(key) for key in ("samples", "checkpoint", "test/nll", "val/nll", "test/knn_accuracy")}
+
+    first = evaluated(probes=True)
+    curve = (run_directory / "figures" / "nll_curve.png").read_bytes()
+    assert first["test/knn_accuracy"] > 0
+    assert evaluated(split="val") == first
+    assert evaluated(samples=2) == first
+    assert evaluated(run=f"{run_directory}/checkpoints/last.ckpt", samples=9) == first
+    assert evaluated() == first, "without the probes, which are known"
+    assert (run_directory / "figures" / "nll_curve.png").read_bytes() == curve
+    assert evaluated(samples=5)["samples"] == 5
+    assert sorted(path.stem for path in (run_directory / "evaluations").glob("*.json")) == [
+        *("test_best_k2_seed0", "test_best_k3_seed0", "test_best_k5_seed0", "test_last_k9_seed0", "val_best_k3_seed0"),
+    ]
 
 
 def test_memory_that_is_not_there_gets_one_line(evaluate_py, run_directory: Path) -> None:

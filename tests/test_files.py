@@ -1,10 +1,20 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml, staging_directory, write_json
+from vae_lightning.files import (
+    FileError,
+    as_yaml,
+    atomic_write,
+    read_json,
+    read_yaml,
+    remove_partial,
+    staging_directory,
+    write_json,
+)
 
 
 def test_plain_values_come_back(tmp_path: Path) -> None:
@@ -74,3 +84,19 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1})
     assert victim.read_text() == "precious"
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_only_what_dead_processes_were_writing_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    alive = os.getppid()
+    theirs = [".thesis.2026.txt", ".env.2.json", f".config.{dead.pid}.yaml", f".vae_lightning-{alive}-last.ckpt"]
+    theirs += [f"notes/.vae_lightning-{dead.pid}-last.ckpt", ".vae_lightning-x-last.ckpt"]
+    ours = [f".vae_lightning-{dead.pid}-last.ckpt", f".vae_lightning-{os.getpid()}-config.yaml"]
+    for name in [*theirs, *ours]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / f".vae_lightning-{dead.pid}--abc").mkdir()  # of staging_directory
+    remove_partial(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(theirs)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["notes"]

@@ -16,6 +16,7 @@ from conftest import BRIEF, ROOT, composed
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vae_lightning.analysis.reports import read_result
 from vae_lightning.config import ConfigError, Interval, build
 from vae_lightning.files import as_yaml
 from vae_lightning.models.base import ImageModel
@@ -291,6 +292,32 @@ def test_a_run_may_be_made_longer(config, command, tmp_path: Path) -> None:
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(environment["resumed"]) == 1
     assert len(environment["data_checksums"]["train"]) == 64
+
+
+def test_a_run_that_is_made_longer_and_stopped_has_its_metrics_still(whole: Path, command, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(whole, tmp_path / "run"))
+    before = json.loads(run.metrics_file.read_text())
+    Signal.armed = "once"
+    assert command("resume=run", "trust=[test_resuming]", "trainer.max_epochs=4").code == 75
+    assert run.state == "unfinished"
+    assert json.loads(run.metrics_file.read_text()) == before | {"unfinished": True}
+    with pytest.raises(RunError, match=r"not finished, its metrics.json is of the first 3 epochs"):
+        read_result(run)
+    assert command("resume=run", "trust=[test_resuming]").code == 0
+    assert run.state == "finished"
+    assert json.loads(run.metrics_file.read_text())["epochs"] == 4
+
+
+def test_a_run_needs_a_directory_of_its_own(command, tmp_path: Path) -> None:
+    (tmp_path / "full" / "notes").mkdir(parents=True)
+    (tmp_path / "full" / "slurm-12.out").touch()
+    for directory in (".", "", "full", str(tmp_path.parent)):
+        refused = command(*SMALL, f"hydra.run.dir='{directory}'")
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
+        assert "a run needs a directory of its own" in refused.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "notes", "slurm-12.out"]
+    (tmp_path / "full" / "notes").rmdir()
+    assert command(*BRIEF, "hydra.run.dir=full").code == 0
 
 
 def test_a_run_that_was_moved_goes_on(stopped: Path, command, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import yaml
 
 from vae_lightning.config import UserError
 
+PARTIAL = ".vae_lightning-"  # how the names of files begin that are still being written
 LARGEST = 2_000_000  # bytes of a file of ours: a hundred times what they have
 DEEPEST = 50  # lists and dictionaries in each other
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it was built so: ten times quicker
@@ -34,7 +36,7 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
 
     `durable` waits for the disk first, so that the file survives a power cut.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = partial_path(path)
     partial.unlink(missing_ok=True)
     try:
         yield partial
@@ -48,21 +50,46 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_partial(directory: Path) -> None:
-    """Remove what `atomic_write` was writing under `directory` when its process was killed."""
-    for path in directory.rglob(".*"):
-        if re.fullmatch(r"\..+\.[0-9]+\.[a-z]+", path.name) and path.is_file():
-            path.unlink()
-
-
 @contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
     """Yield an empty directory; its files move into `directory` when the block ends without an error."""
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=partial_path(directory / "-").name) as scratch:
         yield Path(scratch)
         for file in Path(scratch).iterdir():
             os.replace(file, directory / file.name)
+
+
+def partial_path(path: Path) -> Path:
+    """The name under which this process writes `path`: one that nobody else would choose."""
+    return path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what processes that were killed were writing into `directory` itself."""
+    for path in directory.glob(f"{PARTIAL}*"):
+        process = path.name.removeprefix(PARTIAL).partition("-")[0]
+        if not process.isdigit() or is_running(int(process)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether another process has this number. This one's own may have been a dead one's, in a container."""
+    if process == os.getpid():
+        return False
+    if sys.platform == "win32":  # where there is no asking
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class PlainDumper(yaml.SafeDumper):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -193,7 +194,7 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
     Both are means over the test set with noise of their own; `deviation` `[images]` is that of one sample. Raises
     RunError where they differ by more than six standard errors and the precision of the arithmetic.
     """
-    tested = read_json(run.metrics_file) if run.metrics_file.exists() else {}
+    tested = read_json(run.metrics_file) if run.state == "finished" else {}
     trainer = config.get("trainer", {})
     limit = trainer.get("limit_test_batches")
     whole_set = (limit is None or (limit == 1.0 and isinstance(limit, float))) and not trainer.get("fast_dev_run")
@@ -221,7 +222,7 @@ def evaluate_run(
     data_root: str | None = None,
     trust: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a run directory: print a table, write evaluation.json and figures/nll_curve.png, return the numbers.
+    """Evaluate a run directory: print a table, write what `write_evaluation` says, and return the numbers.
 
     Raises UserError for a run or data that do not fit.
     """
@@ -255,11 +256,31 @@ def evaluate_run(
     }
     heading = f"{split} set, {data.pixels} pixels, {samples} samples"
     print(table(results, heading, caution), flush=True)  # first: it took minutes, and a disk can be full
-    write_json(opened.directory.evaluation_of(opened.checkpoint), content)
     unit = "cross-entropy" if caution else "−log p(x)"
     curve = figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels")
-    figures.save(curve, opened.directory.subdirectory(opened.directory.figures) / "nll_curve.png")
+    print(write_evaluation(opened.directory, opened.checkpoint, split, content, curve))
     return content
+
+
+def write_evaluation(run: RunDirectory, checkpoint: Path, split: str, content: dict[str, Any], curve: Figure) -> Path:
+    """Keep an evaluation beside the run's others, by split, checkpoint, samples and seed.
+
+    evaluation.json and figures/nll_curve.png are that of the best checkpoint on the test set, with most samples.
+    """
+    name = f"{split}_{checkpoint.stem}_k{content['samples']}_seed{content['seed']}"
+    file = run.subdirectory(run.evaluations) / f"{name}.json"
+    same = read_json(file) if file.exists() else {}  # which has the probes, where these left them out
+    write_json(file, same | content)
+    figures.save(curve, file.with_suffix(".png"))
+    first = read_json(run.evaluation_file) if run.evaluation_file.exists() else {}
+    if (
+        split == "test"
+        and checkpoint.stem == run.best_checkpoint.stem
+        and content["samples"] >= first.get("samples", 0)
+    ):
+        write_json(run.evaluation_file, same | content)
+        figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
+    return file
 
 
 def table(results: dict[str, Any], heading: str, caution: str) -> str:

@@ -99,6 +99,10 @@ def read_result(run: RunDirectory) -> Result:
     if not run.metrics_file.exists():
         raise RunError(f"{run}: not finished, it has no {run.metrics_file.name}")
     measured = read_json(run.metrics_file)
+    if run.state != "finished":
+        raise RunError(
+            f"{run}: not finished, its {run.metrics_file.name} is of the first {measured.get('epochs')} epochs"
+        )
     metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_finite(value)}
     if run.evaluation_file.exists():
         evaluated = read_json(run.evaluation_file)

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml
+from vae_lightning.files import (
+    FileError,
+    as_yaml,
+    atomic_write,
+    partial_path,
+    read_json,
+    read_yaml,
+    remove_partial,
+    write_json,
+)
 
 StrPath = str | os.PathLike[str]
+UNFINISHED = "unfinished"  # in metrics.json: the run has been resumed since
 
 
 class RunError(UserError):
@@ -36,6 +46,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.figures = self.path / "figures"
         self.export = self.path / "export"
+        self.evaluations = self.path / "evaluations"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -59,18 +70,23 @@ class RunDirectory:
 
     @property
     def state(self) -> Literal["new", "unfinished", "finished"]:
-        """A run begins with its config.yaml and ends with its metrics.json."""
+        """A run begins with its config.yaml and ends with its metrics.json, until it is made longer."""
         if not self.config_file.exists():
             return "new"
         try:
-            return "finished" if read_json(self.metrics_file) else "unfinished"
+            metrics = read_json(self.metrics_file)
         except FileError:
             return "unfinished"
+        return "finished" if metrics and not metrics.get(UNFINISHED) else "unfinished"
 
     def create(self, config: dict[str, Any]) -> None:
-        """Create the directory with its config.yaml. Raises RunError if it already holds a run."""
+        """Create the directory with its config.yaml. Raises RunError if it already holds a run, or directories."""
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / f".config.{os.getpid()}.yaml"
+        others = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if (self.state == "new" and others) or self.path.resolve() in (here := Path.cwd(), *here.parents):
+            what = f"holds {sorted(others)[0]}/" if others else "is the current directory, or one above it"
+            raise RunError(f"{self.path}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
+        file = partial_path(self.config_file)
         file.write_text(as_yaml(config))
         try:
             os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
@@ -80,16 +96,22 @@ class RunDirectory:
             file.unlink(missing_ok=True)
 
     def reopen(self, config: dict[str, Any]) -> None:
-        """Mark the run as unfinished, with `config`. An evaluation is kept under the number of its epochs."""
-        if self.metrics_file.exists():
-            try:
-                epochs = read_json(self.metrics_file).get("epochs")
-            except FileError:
-                epochs = "some"
-            if self.evaluation_file.exists():
-                os.replace(self.evaluation_file, self.path / f"{self.evaluation_file.stem}_{epochs}_epochs.json")
-            self.metrics_file.unlink()
+        """Mark the run as unfinished, with `config`. What was measured is kept: its metrics until there are new ones.
+
+        Evaluations are kept under the number of the epochs before.
+        """
+        if self.state == "finished":
+            metrics = read_json(self.metrics_file)
+            write_json(self.metrics_file, metrics | {UNFINISHED: True})
+            for path in (self.evaluation_file, self.evaluations):
+                if path.exists():
+                    os.replace(path, path.with_stem(f"{path.stem}_{metrics.get('epochs')}_epochs"))
         self.write_config(config)
+
+    def remove_partial(self) -> None:
+        """Remove what processes that were killed were writing into this run."""
+        for folder in (self.path, self.checkpoints, self.figures, self.export, self.evaluations):
+            remove_partial(folder)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace the configuration of the run."""
@@ -110,12 +132,6 @@ class RunDirectory:
     def read_environment(self) -> dict[str, Any]:
         """The content of environment.json, or {} before there is one. Raises FileError."""
         return read_json(self.environment_file) if self.environment_file.exists() else {}
-
-    def evaluation_of(self, checkpoint: Path) -> Path:
-        """The file for an evaluation of `checkpoint`. Only that of the best one counts as the run's."""
-        if checkpoint.stem == self.best_checkpoint.stem:
-            return self.evaluation_file
-        return self.path / f"{self.evaluation_file.stem}_{checkpoint.stem}.json"
 
     def subdirectory(self, path: Path) -> Path:
         """Create a directory of the run, such as `figures`. Raises RunError for a link, which may lead anywhere."""

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vae_lightning.config import Interval
-from vae_lightning.files import atomic_write, remove_partial
+from vae_lightning.files import atomic_write
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.runs.directory import RunDirectory, RunError
@@ -280,6 +280,6 @@ def epochs_begun(content: dict[str, Any]) -> int:
 def rewind(run: RunDirectory, progress: Mapping[str, Any] | None) -> None:
     """Take what came after a checkpoint out of the run directory: it will come again. None: after the start."""
     rewind_events(run.tensorboard, progress["events"] if progress else {})
-    remove_partial(run.path)
+    run.remove_partial()
     if not progress:
         run.history_file.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from vae_lightning.config import (
     out_of_memory,
 )
 from vae_lightning.data.module import ImageDataModule
-from vae_lightning.files import as_yaml, atomic_write, remove_partial, write_json
+from vae_lightning.files import as_yaml, atomic_write, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
@@ -145,7 +145,7 @@ def started(
         stack.enter_context(log_to(run.log_file))
         last = prepare_resume(run, config, environment, model) if resume else None
         if not resume:
-            remove_partial(run.path)
+            run.remove_partial()
         former = run.read_environment()
         settings = flatten({"seed": config["seed"], "model": config["model"], "data": config["data"]})
         settings.pop("data.root", None)  # which may change from one machine to another
