@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, DATA, ROOT
 
+STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
+PLATEAU = "_target_: torch.optim.lr_scheduler.ReduceLROnPlateau"
 REFUSED = [
     ("model.latent_dmi=2", ["model.latent_dmi=2", "no such key", "did you mean model.latent_dim?", "latent_dim"]),
     ("modle=vae", ["modle=vae", "did you mean model?"]),
@@ -28,6 +30,16 @@ REFUSED = [
     ("trainer.precision=bf17", ["trainer.precision=bf17", "'bf16-mixed'", "did you mean"]),
     ("trainer.max_epochs=-7", ["max_epochs", "-7"]),
     ("trainer.strategy=dpp", ["strategy='dpp'"]),
+    ("trainer.precision=64-true", ["trainer.precision=64-true", "'32-true'", "'bf16-mixed'"]),
+    ("trainer.precision=transformer-engine", ["trainer.precision=transformer-engine", "'bf16-mixed'"]),
+    ("trainer.strategy=ddp_spawn", ["trainer.strategy=ddp_spawn", "Allowed: ddp"]),
+    ("trainer.limit_test_batches=0.00001", ["trainer.limit_test_batches=1e-05", "one of 79 batches; at least 0.0127"]),
+    ("trainer.limit_val_batches=0.001", ["trainer.limit_val_batches=0.001", "at least 0.0127"]),
+    ("trainer.limit_train_batches=1e-6", ["trainer.limit_train_batches=1e-06", "one of 391 batches"]),
+    ("trainer.val_check_interval=1000", ["trainer.val_check_interval=1000", "from 1 to 391"]),
+    ("trainer.val_check_interval=0.001", ["trainer.val_check_interval=0.001", "from 0.00256 to 1.0"]),
+    (f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]", ["EarlyStopping.monitor=val/los", "did you mean val/loss?"]),
+    (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
     ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
     ("trainer.callbacks=[true]", ["trainer.callbacks.0=True", "_target_: class"]),
     ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
@@ -61,6 +73,25 @@ def test_wrong_input_gets_one_clear_line(override: str, words: list[str], comman
     for word in words:
         assert word in lines[0]
     assert not list(tmp_path.rglob("*.*")), "nothing is left behind"
+
+
+def test_what_lightning_refuses_late_leaves_nothing(command, tmp_path: Path) -> None:
+    late = command(f"trainer.callbacks=[{{{STOP}, monitor: health/nothing}}]", *BRIEF)
+    assert (late.code, len(late.err.splitlines())) == (2, 1)
+    assert "Early stopping conditioned on metric `health/nothing`" in late.err
+    assert not list(tmp_path.rglob("*.*"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "slurm.out").touch()
+    assert command(f"trainer.callbacks=[{{{STOP}, monitor: health/no}}]", "hydra.run.dir=run", *BRIEF).code == 2
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["slurm.out"]
+
+
+def test_an_anomaly_is_a_line(command) -> None:
+    result = command(
+        "trainer.detect_anomaly=true", "model.learning_rate=1e30", "trainer.enable_model_summary=false", *BRIEF
+    )
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("became NaN at step 2: ")
 
 
 def test_gpu_on_a_machine_with_none(command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from vae_lightning.training.checkpoints import Progress, epochs_begun, last_chec
 from vae_lightning.training.history import History, format_terms
 from vae_lightning.training.loggers import make_loggers, opened
 from vae_lightning.training.signals import StopRequest
-from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
+from vae_lightning.training.trainer import TRAINER_DEFAULTS, check_batches, check_monitors, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,11 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
     ours = [pictures, *kept, *schedule_monitor(c.model)]
     check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
     trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
+    # What Lightning would find later, when the directory is begun, or when all is trained.
+    check_batches(options, data, trainer.world_size)
+    check_monitors(trainer, model, data, c.model.get("schedule"))
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another may want the trainer
-        model.configure_optimizers()  # likewise: a schedule that cannot be made is found here
+        model.configure_optimizers()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
@@ -138,10 +141,13 @@ def started(
     Raises RunError, before anything is touched, where it holds another run, is trained by another process, or cannot be
     resumed.
     """
+    before = set(run.path.iterdir()) if run.path.is_dir() else set()
     if not resume:
         run.create(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.locked())
+        if not resume:
+            stack.enter_context(discarded_if_refused(run, before))
         stack.enter_context(log_to(run.log_file))
         last = prepare_resume(run, config, environment, model) if resume else None
         if not resume:
@@ -156,6 +162,18 @@ def started(
             environment = former | {"resumed": [*(before if isinstance(before, list) else []), changed]}
         write_json(run.environment_file, environment)
         yield last
+
+
+@contextlib.contextmanager
+def discarded_if_refused(run: RunDirectory, before: set[Path]) -> Iterator[None]:
+    """Around a new run: where its configuration is found to be wrong before it is saved once, nothing of it stays."""
+    try:
+        yield
+    except ConfigError:
+        if not run.checkpoints.exists():
+            for path in set(run.path.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def prepare_resume(
@@ -208,6 +226,8 @@ def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
                 "with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or samples "
                 f"({said[:150]})"
             ) from error
+        if "returned nan values" in said:  # trainer.detect_anomaly
+            raise TrainingError(f"became NaN at step {trainer.global_step + 1}: {said}") from error
         if isinstance(error, MisconfigurationException) or "arly stopping" in said:
             raise ConfigError(f"trainer: {said}") from error
         raise

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from inspect import signature
 from typing import Annotated, Any, Literal
 
+import torch
 from hydra.core.config_store import ConfigStore
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -16,7 +18,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
-from vae_lightning.config import ConfigError, NonNegative, PositiveInt, build, check_arguments, did_you_mean
+from vae_lightning.config import ConfigError, NonNegative, PositiveInt, Spec, build, check_arguments, did_you_mean
+from vae_lightning.data.module import ImageDataModule
+from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
 from vae_lightning.training.checkpoints import AtomicCheckpointIO
@@ -42,6 +46,7 @@ def make_trainer(
     accumulate_grad_batches: PositiveInt = 1,
     gradient_clip_val: NonNegative | None = None,
     check_val_every_n_epoch: PositiveInt | None = 1,
+    precision: Literal["32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16] | None = None,
     on_nan: Literal["stop", "skip"] = "stop",
     fast_loop: bool = True,
     **options: Any,
@@ -55,9 +60,12 @@ def make_trainer(
         "accumulate_grad_batches": accumulate_grad_batches,
         "gradient_clip_val": gradient_clip_val,
         "check_val_every_n_epoch": check_val_every_n_epoch,
+        "precision": precision,
     }
     check_arguments(Trainer, options, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
+    if re.search("spawn|fork|notebook", str(options["strategy"])):
+        raise ConfigError(f"trainer.strategy={options['strategy']}: hands the weights back by a pickle. Allowed: ddp")
     if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
         options["enable_progress_bar"] = sys.stderr.isatty()
     if options["enable_progress_bar"]:
@@ -77,6 +85,51 @@ def make_trainer(
     if fast_loop:
         use_fast_loop(trainer)
     return trainer
+
+
+def check_batches(options: dict[str, Any], data: ImageDataModule, world_size: int) -> None:
+    """Raise ConfigError for fractions and intervals of batches that Lightning refuses only when it comes to them."""
+    together = data.batch_size * world_size
+    images = {"train": data.train_images, "val": data.val_images, "test": data.test_images}
+    counts = {split: -(-len(of_split) // together) for split, of_split in images.items()}
+    for split, count in counts.items():
+        key, limit = f"limit_{split}_batches", options.get(f"limit_{split}_batches")
+        if isinstance(limit, float) and count and 0 < limit < 1 / count:
+            raise ConfigError(f"trainer.{key}={limit}: is less than one of {count} batches; at least {1 / count:.3g}")
+    limit, every = options.get("limit_train_batches"), options.get("val_check_interval")
+    batches = counts["train"]
+    if limit is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    within = options.get("check_val_every_n_epoch") is not None and not options.get("overfit_batches")
+    least, most = (1 / max(batches, 1), 1.0) if isinstance(every, float) else (1, batches)
+    if within and counts["val"] and isinstance(every, int | float) and not least <= every <= most:
+        raise ConfigError(
+            f"trainer.val_check_interval={every}: an epoch has {batches} batches; should be from {least:.3g} to {most}"
+        )
+
+
+def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, schedule: Spec | None) -> None:
+    """Raise ConfigError where a callback or the schedule waits for a metric that this run will not have.
+
+    Only where the model and all callbacks are known: code of one's own may log what it likes.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    known = (type(part).__module__.partition(".")[0] for part in (model, *callbacks))
+    if not set(known) <= {"vae_lightning", "lightning"}:
+        return
+    with torch.no_grad(), torch.random.fork_rng([]):
+        terms = model.eval().terms(data.train_images[:2].float() / 255, data.train_labels[:2])
+    model.train()
+    splits = ("train", "val") if trainer.limit_val_batches and data.val_size else ("train",)
+    names = [f"{split}/{term}" for split in splits for term in terms]
+    waits = {f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in callbacks}
+    if schedule and str(schedule.get("_target_")).endswith("ReduceLROnPlateau"):
+        waits["model.schedule.monitor"] = schedule.get("monitor", "val/loss")
+    for key, monitor in waits.items():
+        if monitor is not None and monitor not in names and not monitor.startswith(("health/", "lr-")):
+            raise ConfigError(
+                f"{key}={monitor}: no such metric{did_you_mean(monitor, names)} Allowed: {', '.join(names)}"
+            )
 
 
 def use_fast_loop(trainer: Trainer) -> None:
