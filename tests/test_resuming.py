@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -390,25 +389,40 @@ def test_a_clock_that_was_set_back(stopped: Path, command) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
 
 
-@pytest.mark.parametrize("limit", [pytest.param(200_000, marks=pytest.mark.proof), 20_000])
-def test_a_full_disk_costs_a_line_and_no_checkpoint(tmp_path: Path, limit: int) -> None:
-    """Files may not grow beyond `limit` bytes: checkpoints cannot be written, or hardly anything."""
-    words = [*SMALL, f"++data.root={ROOT / 'data'}", f"hydra.run.dir={tmp_path / 'run'}", "trainer.accelerator=cpu"]
-    command = [sys.executable, ROOT / "train.py", *words]
-    full = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert full.returncode == 2, full.stderr
-    assert "Traceback" not in full.stderr
-    assert "File too large" in full.stderr.splitlines()[-1]
-    assert not list((tmp_path / "run").rglob("*.ckpt"))
-    if limit == 200_000:
-        gone_on = subprocess.run([*command, "resume=auto"], capture_output=True, text=True)
-        assert gone_on.returncode == 0, gone_on.stderr
-        assert (tmp_path / "run" / "metrics.json").exists()
+DOZEN = [1, 1_000, 2_000, 5_000, 8_000, 16_000, 30_000, 45_000, 80_000, 100_000, 200_000, 400_000]
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes", "wanted"),
+    [
+        pytest.param(32, [100, 3_000, 200_000], ["config.yaml", "environment.json", ".ckpt"], id="few"),
+        pytest.param(32, DOZEN, ["config.yaml", "environment.json", ".ckpt"], id="many", marks=pytest.mark.proof),
+        pytest.param(1, DOZEN, ["config.yaml", "100000 (File"], id="tensorboard", marks=pytest.mark.proof),
+    ],
+)
+def test_a_full_disk_costs_a_line_and_no_checkpoint(
+    tmp_path: Path, width: int, sizes: list[int], wanted: list[str]
+) -> None:
+    """Files may not grow beyond some size; where the model is small, the pictures in TensorBoard's are the largest."""
+    words = [*SMALL, f"model.backbone.hidden=[{width}]", "figures.every=1", f"data.root={ROOT / 'data'}"]
+    script = [sys.executable, ROOT / "tests" / "full_disk.py", tmp_path, ",".join(map(str, sizes)), *words]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [outcome["size"] for outcome in outcomes] == sizes
+    refused = [outcome for outcome in outcomes if outcome["status"] != 0]
+    for outcome in refused:
+        run = tmp_path / str(outcome["size"])
+        assert outcome["status"] == 2, outcome["stderr"]
+        assert len(outcome["stderr"].splitlines()) == 1, outcome["stderr"]
+        assert outcome["stderr"].startswith(f"hydra.run.dir={run}: cannot write {run}")
+        assert not [name for name in outcome["left"] if ".vae_lightning" in name]
+        for file in run.rglob("*.ckpt"):
+            assert load_checkpoint(file)["global_step"] > 0
+    said = " ".join(outcome["stderr"] for outcome in refused)
+    assert all(word in said for word in wanted), said
+    lock = subprocess.run(["git", "-C", ROOT, "rev-parse", "--git-path", "index.lock"], capture_output=True, text=True)
+    assert not (ROOT / lock.stdout.strip()).exists(), "of git, which was asked for the commit"
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "5parsecs", "1.5", "true", "10 min later"])

@@ -36,18 +36,35 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
 
     `durable` waits for the disk first, so that the file survives a power cut.
     """
-    partial = partial_path(path)
-    partial.unlink(missing_ok=True)
-    try:
+    with partial_file(path) as partial:
         yield partial
         if durable:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) if error.filename is None else error from None
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, gone at the end. An error that names no file gets the name of `path`."""
+    partial = partial_path(path)
+    try:
+        with errors_name(path):
+            partial.unlink(missing_ok=True)
+            yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Let an OSError that names no file, such as that of a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextmanager

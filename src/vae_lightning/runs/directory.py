@@ -13,7 +13,7 @@ from vae_lightning.files import (
     FileError,
     as_yaml,
     atomic_write,
-    partial_path,
+    partial_file,
     read_json,
     read_yaml,
     remove_partial,
@@ -86,14 +86,12 @@ class RunDirectory:
         if (self.state == "new" and others) or self.path.resolve() in (here := Path.cwd(), *here.parents):
             what = f"holds {sorted(others)[0]}/" if others else "is the current directory, or one above it"
             raise RunError(f"{self.path}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
-        file = partial_path(self.config_file)
-        file.write_text(as_yaml(config))
-        try:
-            os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
-        except FileExistsError:
-            raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
-        finally:
-            file.unlink(missing_ok=True)
+        with partial_file(self.config_file) as file:
+            file.write_text(as_yaml(config))
+            try:
+                os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
+            except FileExistsError:
+                raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
 
     def reopen(self, config: dict[str, Any]) -> None:
         """Mark the run as unfinished, with `config`. What was measured is kept: its metrics until there are new ones.

@@ -73,7 +73,8 @@ def _version(package: str) -> str | None:
 def _git(*arguments: str) -> str | None:
     """What git says of the code that runs; None where it is no checkout, or git is not there."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        # Without its lock, which would stay behind if git were killed, and keep the next `git commit` away.
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -8,6 +8,7 @@ checkpoint before it stays as `previous.ckpt` until the run is finished.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -50,8 +51,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, durable=True) as partial:
-            with partial.open("wb") as file:  # a file of Python's own says why it cannot be written
-                torch.save(checkpoint, file)
+            content = io.BytesIO()  # PyTorch's own writer hides why a file cannot be written
+            torch.save(checkpoint, content)
+            partial.write_bytes(content.getbuffer())
             if path.name == self.run.last_checkpoint.name and path.exists():
                 with atomic_write(path.with_name(self.run.previous_checkpoint.name)) as former:
                     try:

@@ -11,9 +11,10 @@ import glob
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[
     Raises ConfigError for one that cannot be opened.
     """
     ids: dict[str, str] = {}
-    status = "failed"
+    status, hook = "failed", threading.excepthook
+    # A full disk in TensorBoard's thread: the next write, in this thread, raises the same error.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     try:
         for name, logger in loggers.items():
             try:
@@ -74,10 +77,12 @@ def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[
         status = "success"
     finally:
         for logger in loggers.values():
-            logger.finalize(status)
+            with suppress(OSError) if status == "failed" else nullcontext():  # a full disk is reported already
+                logger.finalize(status)
             if isinstance(logger, WandbLogger) and logger.version in ids.values():
                 # Or the next run of this process would be added to this one.
                 logger.experiment.finish(int(status != "success"))
+        threading.excepthook = hook
 
 
 def log_pictures(trainer: Trainer, pictures: Mapping[str, Tensor | Figure]) -> None:

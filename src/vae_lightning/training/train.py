@@ -33,7 +33,7 @@ from vae_lightning.config import (
     out_of_memory,
 )
 from vae_lightning.data.module import ImageDataModule
-from vae_lightning.files import as_yaml, atomic_write, write_json
+from vae_lightning.files import as_yaml, atomic_write, errors_name, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
@@ -105,6 +105,7 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
+        stack.enter_context(errors_name(run.path))
         if trainer.is_global_zero:
             environment = describe_environment(model, trainer.strategy.root_device, data)
             last = stack.enter_context(started(run, config, resume, environment, model, loggers))

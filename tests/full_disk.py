@@ -1,0 +1,54 @@
+"""Runs one command on a disk that gets full: python full_disk.py DIRECTORY SIZES WORD…
+
+Files may not grow beyond SIZE bytes. Everything is imported once; each size is a fork of this process. Prints a line of
+JSON a size: exit status, standard error, and the files that are left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+from conftest import DATA
+
+from vae_lightning.data.mnist import load_images
+from vae_lightning.launch import commands, jobs  # noqa: F401 (imported once, for all)
+
+
+def attempt(directory: Path, size: int, words: list[str]) -> dict:
+    """What the command does where files may not grow beyond `size` bytes."""
+    read, write = os.pipe()
+    process = os.fork()
+    if not process:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(write, 2)
+        sys.argv = ["train.py", *words, f"hydra.run.dir={directory / str(size)}"]
+        os.chdir(directory)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        status = 1
+        try:
+            commands.train()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as errors:
+        said = errors.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    left = sorted(str(path.relative_to(directory / str(size))) for path in (directory / str(size)).rglob("*.*"))
+    return {"size": size, "status": status, "stderr": said, "left": left}
+
+
+if __name__ == "__main__":
+    load_images("MNIST", DATA.resolve())
+    for size in sys.argv[2].split(","):
+        print(json.dumps(attempt(Path(sys.argv[1]), int(size), sys.argv[3:])), flush=True)
