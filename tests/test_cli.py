@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, DATA, ROOT
 
+from vae_lightning.launch.commands import starting
+
 STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
 PLATEAU = "_target_: torch.optim.lr_scheduler.ReduceLROnPlateau"
 REFUSED = [
@@ -40,6 +42,8 @@ REFUSED = [
     ("trainer.val_check_interval=0.001", ["trainer.val_check_interval=0.001", "from 0.00256 to 1.0"]),
     (f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]", ["EarlyStopping.monitor=val/los", "did you mean val/loss?"]),
     (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
+    ("model.backbone=conv", ["model.backbone=conv", "Say model/backbone=conv"]),
+    ("--config-name=generate", ["--config-name=generate", "configuration of its own"]),
     ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
     ("trainer.callbacks=[true]", ["trainer.callbacks.0=True", "_target_: class"]),
     ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
@@ -94,6 +98,22 @@ def test_an_anomaly_is_a_line(command) -> None:
     assert result.err.splitlines()[-1].startswith("became NaN at step 2: ")
 
 
+def test_a_key_that_another_word_takes_away(command) -> None:
+    assert command("~model", "model.latent_dim=2").err == "model.latent_dim=2: ~model takes it away\n"
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    words = f"{sys.executable} {ROOT / 'train.py'} --cfg all | head -1"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+
+
+def test_an_interruption_of_the_imports_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, starting():
+        raise KeyboardInterrupt
+    assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 def test_gpu_on_a_machine_with_none(command, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("CUDAAccelerator", "MPSAccelerator"):
         monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}.is_available", staticmethod(lambda: False))
@@ -144,8 +164,8 @@ def test_a_file_gets_one_line_an_epoch_and_the_summary(command) -> None:
     assert "[1, 64, 7, 7]" in result.out  # a layer's output shape
     assert "Total params" in result.out
     assert "\r" not in result.out + result.err
-    assert "test, grey pixels: loss" in result.out
-    assert "cross-entropies, not likelihoods" in result.out
+    assert "test, grey pixels, cross-entropy and not a likelihood: loss" in result.out
+    assert result.out.count("cross-entropy") == 1, "said once, in the summary"
 
 
 def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None:

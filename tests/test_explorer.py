@@ -143,6 +143,7 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
         status, text = request(f"{served}{path}", body)
         assert (status, text.count(b"\n")) == (400, 0), path
         assert text.startswith(line)
+    assert request(f"{served}/decode", "abc", **{"Content-Encoding": "gzip"})[0] == 400
     for stranger in ("evil.example:80", "evil.example", "127.0.0.1.evil.example", "[::1", "[evil"):
         assert request(f"{served}/state", host=stranger)[0] == 403
     assert request(f"{served}/decode", '{"z": [0, 0, 0]}', origin="http://evil.example")[0] == 403

@@ -11,6 +11,7 @@ from torch import nn
 
 from vae_lightning.analysis import exporting
 from vae_lightning.analysis.exporting import ExportError, export_run
+from vae_lightning.models.backbones import MLP
 from vae_lightning.runs.loading import load_run
 from vae_lightning.training.train import train
 
@@ -37,6 +38,28 @@ def test_what_is_exported_computes_what_the_model_does(words: str, config, tmp_p
         assert set(file.keys()) == set(model.decoder.state_dict())
         assert json.loads(file.metadata()["model"])["latent_dim"] == model.latent_dim
         assert file.metadata()["pixels"] == model.config["data"]["pixels"]
+
+
+class Averaging(MLP):
+    """Its encoder takes a mean, whose node ONNX would name as the output."""
+
+    def __init__(self, latent_dim: int, encoder_outputs: int, image_shape: tuple[int, ...], **rest: object) -> None:
+        super().__init__(latent_dim, encoder_outputs, image_shape, hidden=[8])
+        self.encoder = nn.Sequential(Mean(), nn.Flatten(), nn.Linear(28, encoder_outputs))
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1).mean(1)
+
+
+def test_a_network_may_name_a_node_as_the_output_is_named(config, tmp_path: Path, mnist) -> None:
+    train(config("model.backbone._target_=test_exporting.Averaging", *BRIEF), tmp_path / "run")
+    directory = export_run(tmp_path / "run", trust=["test_exporting"])
+    session = onnxruntime.InferenceSession(directory / "encoder.onnx")
+    mean, _ = session.run(["mean", "log_variance"], {"images": mnist[:3].numpy()})
+    codes = load_run(tmp_path / "run", trust=["test_exporting"]).codes(mnist[:3])
+    torch.testing.assert_close(torch.from_numpy(mean), codes, rtol=1e-4, atol=1e-4)
 
 
 def test_a_graph_that_computes_something_else_is_an_error(config, tmp_path: Path, monkeypatch) -> None:

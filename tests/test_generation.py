@@ -68,13 +68,17 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("", "what: missing; say what=…"),
         ("what=sampels", "what=sampels: should be 'samples', 'reconstructions'"),
         ("what=samples n=0", "what=samples: n=0: should be greater than or equal to 1."),
-        ("what=samples plane=[1,2]", "what=samples: plane=[1, 2]: no such key. Allowed: n, columns, temperature, seed"),
+        (
+            "what=samples plane=[1,2]",
+            "what=samples: takes n, columns, temperature, seed, not plane, which is for manifold, scatter",
+        ),
         ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
         ("what=reconstructions images=[10000]", "images=10000: the test set has 10000, numbered from 0"),
         ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: pairs are needed, and these are 3"),
         ("what=manifold", "latent_dim=3, and not 2; say plane=principal, or plane=[1,2]"),
         ("what=manifold plane=[1,4]", "plane=[1,4]: two different dimensions from 1 to latent_dim=3 are needed"),
         ("what=decode z=[0.5,0]", "latents of shape (2,): the model has latent_dim=3"),
+        ("what=samples z=[0,0,0]", "what=samples: takes n, columns, temperature, seed, not z, which is for decode"),
         ("what=decode", "what=decode: wants latents to decode, such as z=[0.5,0]"),
     ],
 )
@@ -86,6 +90,13 @@ def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, dir
     assert line in result.err
     assert len(result.err.splitlines()) == 1
     assert sorted(run.rglob("*")) == before
+
+
+def test_interpolations_of_any_number_of_classes(directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(directory("model.latent_dim=3"), "cpu")
+    for classes in (1, 2, 3):
+        run.data.test_labels = torch.arange(len(run.data.test_images)) % classes
+        assert generation.interpolations(run, columns=2).get_axes()
 
 
 def test_larger_latent_spaces_have_planes(directory) -> None:

@@ -218,3 +218,17 @@ def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
     (table,) = tables(results)
     assert (len(results), len(table.rows), broken) == (1_000, 200, {})
     assert time.monotonic() - started < 30  # 2 s on two cores; a search that opened every file below would take minutes
+
+
+def test_text_from_a_run_s_files_is_no_markdown(report_py, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        evil = {"_target_": "a.MLP", "hidden": f"<script>{seed}</script> [x](http://evil) `rm` |"}
+        fake_run(tmp_path / "runs" / f"{seed}", 100.0, seed, backbone=evil)
+    forged = fake_run(tmp_path / "runs" / "forged", 1.0)
+    metrics = json.loads((forged / "metrics.json").read_text())
+    (forged / "metrics.json").write_text(json.dumps(metrics | {"data": "MNIST\n\n# Won", "test/[x](y)": 1.0}))
+    report = report_py(tmp_path / "runs", "style=markdown")
+    assert report.code == 0, report.err
+    text = (tmp_path / "outputs" / "report" / "report.md").read_text()
+    assert "says data=" in text
+    assert not [mark for mark in ("<script", "](http", "`rm`", "# Won") if mark in text]

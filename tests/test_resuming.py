@@ -461,6 +461,9 @@ def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
     assert found is not None
     assert found.path == tmp_path / "b"
     assert find_run(composed | {"name": "c"}, places) is None
+    moved_data = composed | {"name": "b", "data": composed["data"] | {"root": "/elsewhere"}}
+    assert find_run(moved_data, places) is not None, "where the images lie changes no number"
+    assert find_run(moved_data | {"data": moved_data["data"] | {"batch_size": 7}}, places) is None
 
 
 def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None:

@@ -1,6 +1,10 @@
+import os
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from PIL import Image
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.models.base import ShapeError
 from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.loading import load_run, open_run
+from vae_lightning.runs.loading import load_checkpoint, load_run, open_run
 from vae_lightning.training.train import train
 
 
@@ -118,6 +122,7 @@ def test_a_string_is_no_list_of_trusted_modules(run: Path) -> None:
         ("model__backbone", {"_target_": "torch.utils.model_dump.__main__.X"}, "not in vae_lightning or torch.optim"),
         ("model___target_", "vae_lightning.models.base.ImageModel", "no such key"),
         ("seed", "x", "seed=x"),
+        ("model__backbone", {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [1] * 1_000}, "at most 100"),
     ],
 )
 def test_a_configuration_of_what_cannot_be_built_gets_one_line(run: Path, key: str, value, line: str) -> None:
@@ -175,7 +180,7 @@ def test_code_from_elsewhere_is_loaded_only_where_it_is_trusted(
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("vae_lightning.models.backbones.MLP", "elsewhere.Mine"))
     for trust in ((), ("else",)):
-        with pytest.raises(RunError, match=r"model.backbone._target_=elsewhere.Mine: .* trust=\[elsewhere\] allows it"):
+        with pytest.raises(RunError, match=r"_target_=elsewhere.Mine: .* trust=\[(else,)?elsewhere\] allows it"):
             load_run(run, trust)
     assert "elsewhere" not in sys.modules  # refused before it was imported
     assert load_run(run, trust=["elsewhere"]).latent_dim == 3
@@ -224,3 +229,30 @@ def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so
             call()
     with pytest.raises(ShapeError, match="NaN or infinite"):
         vae.decode([float("nan"), 0, 0])
+
+
+def test_what_would_take_long_is_refused_before(run: Path) -> None:
+    file = run / "checkpoints" / "best.ckpt"
+    with ZipFile(file, "w", ZIP_DEFLATED) as bomb:
+        bomb.writestr("best/data.pkl", bytes(300_000_000))
+    (run / "config.yaml").write_text(f"seed: {'1:' * 150_000}1\n")
+    started = time.monotonic()
+    with pytest.raises(RunError, match="damaged, or holds more than weights"):
+        load_checkpoint(file)
+    with pytest.raises(RunError, match="a number of thousands of digits"):
+        load_run(run)
+    assert time.monotonic() - started < 1
+
+
+def test_runs_go_by_their_age(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
+    (tmp_path / "outputs" / "vae").mkdir(parents=True)
+    for age, name in enumerate(("newest", "older", "oldest")):
+        place = Path(shutil.copytree(run, tmp_path / "outputs" / "vae" / name))
+        os.utime(place / "config.yaml", (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory.locate("latest")[0].path == Path("outputs/vae/newest")
+    with pytest.raises(RunError, match="outputs/vae: holds 3 runs, and is none; the newest is outputs/vae/newest"):
+        load_run("outputs/vae")
+    refused = script("evaluate.py", "outputs/vae/newest")
+    assert (refused.code, refused.err) == (2, "outputs/vae/newest: say run=outputs/vae/newest\n")
+    assert script("train.py", "resume=latest").out.splitlines()[-1].endswith("outputs/vae/newest")

@@ -22,6 +22,7 @@ from vae_lightning.config import UserError
 
 PARTIAL = ".vae_lightning-"  # how the names of files begin that are still being written
 LARGEST = 2_000_000  # bytes of a file of ours: a hundred times what they have
+LONGEST = 1_000  # letters of a word that may be a number, which take time in proportion to their square
 DEEPEST = 50  # lists and dictionaries in each other
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it was built so: ten times quicker
 
@@ -122,7 +123,7 @@ def as_yaml(content: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path, durable=True) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _read(path: Path, load: Any) -> dict[str, Any]:
             raise ValueError("no such file")
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size} bytes are not a file of this kind")
-        content = load(path.read_text())
+        content = load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no dictionary")
         _check_plain(content)
@@ -157,6 +158,8 @@ def _load_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for gigabytes
             raise ValueError("it nests too deeply, or has aliases")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > LONGEST:
+            raise ValueError("it has a number of thousands of digits")
     return yaml.load(text, Loader=SafeLoader)
 
 

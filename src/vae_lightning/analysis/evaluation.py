@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, PositiveInt, Seed
-from vae_lightning.data.pixels import stream_seed
+from vae_lightning.data.pixels import described, stream_seed
 from vae_lightning.files import read_json, write_json
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.objectives import active_units, importance_weighted_bound, kl_divergence
@@ -254,10 +254,10 @@ def evaluate_run(
         "checkpoint": opened.checkpoint.stem,
         "remark": caution,
     }
-    heading = f"{split} set, {data.pixels} pixels, {samples} samples"
+    heading = f"{split} set, {described(data.pixels, data.image_shape[0])} pixels, {samples} samples"
     print(table(results, heading, caution), flush=True)  # first: it took minutes, and a disk can be full
     unit = "cross-entropy" if caution else "−log p(x)"
-    curve = figures.nll_curve(sampled.curve, f"{unit}, {data.pixels} pixels")
+    curve = figures.nll_curve(sampled.curve, f"{unit}, {described(data.pixels, data.image_shape[0])} pixels")
     print(write_evaluation(opened.directory, opened.checkpoint, split, content, curve))
     return content
 

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 
 from vae_lightning.analysis.generation import middle
 from vae_lightning.config import ConfigError, UserError
+from vae_lightning.data.pixels import described
 from vae_lightning.figures import DIGIT_COLOURS
 from vae_lightning.models.latents import by_activity, principal_directions
 from vae_lightning.runs.loading import Run, open_run
@@ -88,7 +89,8 @@ def make_application(run: Run, host: str) -> web.Application:
 
     async def page(request: web.Request) -> web.Response:
         return web.Response(
-            text=files("vae_lightning.analysis").joinpath("explorer.html").read_text(), content_type="text/html"
+            text=files("vae_lightning.analysis").joinpath("explorer.html").read_text(encoding="utf-8"),
+            content_type="text/html",
         )
 
     async def state(request: web.Request) -> web.Response:
@@ -136,8 +138,16 @@ def make_application(run: Run, host: str) -> web.Application:
 
 async def numbers(request: web.Request, name: str, n: int) -> Tensor:
     """The n finite numbers, `[n]`, that a request's JSON has under `name`. Raises UserError for anything else."""
+    from aiohttp import web
+
     try:
-        given = json.loads(await request.read())[name]
+        body = await request.read()
+    except web.HTTPException:  # too large
+        raise
+    except Exception as error:  # compressed in a way that it is not, or cut short
+        raise UserError(f"{name}: the request's body cannot be read") from error
+    try:
+        given = json.loads(body)[name]
         values = torch.tensor(given, dtype=torch.float32) if len(given) == n else torch.empty(0)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError, RecursionError):
         values = torch.empty(0)
@@ -179,7 +189,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         bases = {"dimensions": {"center": center.tolist(), "axes": torch.diag(spread).tolist(), "names": ["z1", "z2"]}}
     return {
         "title": f"{run.directory.path.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
-        f"{run.data.dataset}, {run.data.pixels} pixels",
+        f"{run.data.dataset}, {described(run.data.pixels, run.data.image_shape[0])} pixels",
         "shape": list(run.model.image_shape),
         "bases": bases,
         "codes": [[round(value, 4) for value in code] for code in codes[:SHOWN].tolist()],

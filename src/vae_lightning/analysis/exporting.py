@@ -93,15 +93,15 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
                 raise ExportError(f"{file.name}: does not hold the weights that were written")
 
             graph = scratch / f"{name}.onnx"
-            options: dict[str, Any] = {
-                "input_names": [given],
-                "output_names": outputs[name],
-                "external_data": False,
-                "verbose": False,
-            }
             with torch.no_grad():
                 try:
-                    torch.onnx.export(module, (x,), graph, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+                    dynamic = ({0: torch.export.Dim("batch")},)
+                    program = torch.onnx.export(
+                        module, (x,), input_names=[given], dynamic_shapes=dynamic, external_data=False, verbose=False
+                    )
+                    assert program is not None
+                    name_outputs(program.model.graph, outputs[name])
+                    program.save(graph, external_data=False)
                 except (torch.onnx.OnnxExporterError, RuntimeError) as error:
                     reason = " ".join(str(error).split())[:300]
                     raise ExportError(f"{graph.name}: this network cannot be written as ONNX ({reason})") from error
@@ -111,6 +111,15 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
                     expected = expected if isinstance(expected, tuple) else (expected,)
                     _compare(graph, session.run(None, {given: part.numpy()}), expected)
     return directory
+
+
+def name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Name the outputs of an ONNX graph; a node of the network's own, such as a mean, may have taken the name."""
+    for node in graph:
+        for value in node.outputs:
+            value.name = f"node_{value.name}"
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
 
 
 def _compare(graph: Path, found: list[Any], expected: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,6 +90,8 @@ def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, imag
     row stands the image itself. A conditional model decodes a row with the label of its first image.
     """
     indices = list(images or first_of_each_digit(run))[: 2 * n]
+    if not images:  # of an odd number of classes the last stays out; of one class, two of its images
+        indices = indices[: len(indices) // 2 * 2] or [0, 1]
     if len(indices) % 2:
         raise ConfigError(f"images={indices}: pairs are needed, and these are {len(indices)}")
     x, labels = chosen(run, indices)
@@ -157,6 +160,11 @@ def generate_run(
     arguments = {name: value for name, value in options.items() if value is not None}
     if what == "decode" and "z" not in arguments:
         raise ConfigError("what=decode: wants latents to decode, such as z=[0.5,0] or z=[[0.5,0],[2,0]]")
+    takes = [name for name in signature(function).parameters if name != "run"]
+    for name in arguments:
+        if name not in takes:
+            others = [what for what, picture in PICTURES.items() if name in signature(picture).parameters]
+            raise ConfigError(f"what={what}: takes {', '.join(takes)}, not {name}, which is for {', '.join(others)}")
     try:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ from tabulate import tabulate
 from vae_lightning import figures
 from vae_lightning.analysis.generation import chosen, first_of_each_digit
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
+from vae_lightning.data.pixels import Pixels
 from vae_lightning.files import read_json, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
@@ -71,6 +72,10 @@ class Table:
     repeated: list[Path] = field(default_factory=list)  # older runs of the very same configuration and seed
 
 
+# What headings say of a run; a file from elsewhere may hold anything.
+PLAIN = {"data": r"[\w .-]{1,60}", "pixels": "|".join(get_args(Pixels))}
+
+
 def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
     """The finished runs in and below `paths`; and the directories that hold no whole run, with the reason.
 
@@ -103,7 +108,10 @@ def read_result(run: RunDirectory) -> Result:
         raise RunError(
             f"{run}: not finished, its {run.metrics_file.name} is of the first {measured.get('epochs')} epochs"
         )
-    metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_finite(value)}
+    for key, allowed in PLAIN.items():
+        if not re.fullmatch(allowed, str(measured.get(key))):
+            raise RunError(f"{run}: {run.metrics_file.name} says {key}={str(measured.get(key))[:40]!r}")
+    metrics = {key: value for key, value in measured.items() if re.fullmatch(r"test/\w+", key) and is_finite(value)}
     if run.evaluation_file.exists():
         evaluated = read_json(run.evaluation_file)
         for key in ("data", "pixels"):
@@ -189,7 +197,7 @@ def as_rows(table: Table) -> list[list[str]]:
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{mean(values):.{digits}f}{spread}"
 
-    heading = [*table.keys, "runs", *table.metrics]
+    heading = [*map(plain_text, table.keys), "runs", *table.metrics]
     return [heading] + [
         [*map(str, row.settings.values()), str(len(row.results)), *(cell(m, row.values(m)) for m in table.metrics)]
         for row in table.rows
@@ -220,7 +228,7 @@ def write_csv(tables: Sequence[Table], file: Path) -> None:
     """Every row of every table, with mean, standard deviation and number of runs of each metric apart."""
     keys = list(dict.fromkeys(key for table in tables for key in table.keys))
     metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
-    with file.open("w", newline="") as stream:
+    with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["protocol", *keys, "runs", *(name for m in metrics for name in (m, f"{m} std"))])
         for table in tables:
@@ -272,7 +280,7 @@ def best_rows(table: Table) -> list[Row]:
 def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | None:
     """(metric, points) of a run's history.csv: val/loss an epoch, or train/loss where nothing was held out."""
     try:
-        with run.history_file.open() as file:
+        with run.history_file.open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
@@ -312,13 +320,13 @@ def report(
         reason = next((f"; {directory}: {reason}" for directory, reason in broken.items()), "")
         raise RunError(f"{', '.join(runs)}: no finished run is there{reason}")
     found = tables(results, metrics)
-    notes = [f"left out: {directory}: {reason}" for directory, reason in broken.items()]
+    notes = [f"left out: {plain_text(directory)}: {plain_text(reason)}" for directory, reason in broken.items()]
     repeated = [directory for table in found for directory in table.repeated]
     notes += [f"left out: {directory}: a later run has the same configuration and seed" for directory in repeated]
     markdown = as_text(found, "markdown")
     stale = pictures_of(destination / "report.md")
     with staging_directory(destination) as scratch:
-        (scratch / "report.tex").write_text(as_text(found, "latex"))
+        (scratch / "report.tex").write_text(as_text(found, "latex"), encoding="utf-8")
         write_csv(found, scratch / "report.csv")
         for number, table in enumerate(found, start=1):
             drawn = plots(table)
@@ -326,14 +334,16 @@ def report(
                 picture = reconstructions(table, trust)
                 drawn |= {"reconstructions": picture} if picture else {}
             except UserError as error:
-                notes.append(f"no picture of reconstructions: {error}")
+                notes.append(f"no picture of reconstructions: {plain_text(error)}")
             for name, figure in drawn.items():
                 file = f"{number}_{name}.png"
                 figures.save(figure, scratch / file)
                 markdown += f"\n![{table.protocol}: {name}]({file})\n"
-        (scratch / "report.md").write_text("\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n")
+        (scratch / "report.md").write_text(
+            "\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n", encoding="utf-8"
+        )
         stale = [old for old in stale if not (scratch / old.name).exists()]
-        text = (scratch / "report.csv").read_text() if style == "csv" else as_text(found, style)
+        text = (scratch / "report.csv").read_text(encoding="utf-8") if style == "csv" else as_text(found, style)
     for old in stale:
         old.unlink(missing_ok=True)
     return "\n".join([text.rstrip(), *notes, str(destination)])
@@ -341,12 +351,20 @@ def report(
 
 def pictures_of(markdown: Path) -> list[Path]:
     """The pictures that an earlier report in the same place shows."""
-    text = markdown.read_text() if markdown.exists() else ""
+    text = markdown.read_text(encoding="utf-8") if markdown.exists() else ""
     return [markdown.parent / name for name in re.findall(r"\]\(([^/()]+\.png)\)", text)]
 
 
 def shown(key: str, value: Any) -> Any:
-    return short(value) if key.endswith("_target_") else "" if value is None else value
+    """A setting in a table: a number, or text on one line that no reader of Markdown or LaTeX takes for a command."""
+    value = short(value) if key.endswith("_target_") else "" if value is None else value
+    return value if is_number(value) else plain_text(value)
+
+
+def plain_text(text: object) -> str:
+    """Text from a run's files without what Markdown, HTML, LaTeX or a terminal would act on, and not too long."""
+    text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:200]
+    return text.replace("](", "] (").replace("://", ": //")
 
 
 def is_finite(value: object) -> bool:

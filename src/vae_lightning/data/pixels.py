@@ -20,6 +20,11 @@ Pixels = Literal["grey", "dynamic", "fixed", "threshold"]
 FIXED_DRAW_SEED = 777
 
 
+def described(pixels: Pixels, channels: int) -> str:
+    """The pixel protocol in words: `grey` of colour images is `colour`."""
+    return "colour" if pixels == "grey" and channels > 1 else pixels
+
+
 class Share(NamedTuple):
     """Of a batch of `total` images that `world_size` processes work on together, the images of process `rank`.
 

@@ -39,12 +39,17 @@ def one_line_errors(config_name: str) -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
-    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+    if os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0"):
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them over many lines
     try:
+        check_words()
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `… --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Interrupted as stop:  # of a sweep, while its jobs were trained elsewhere
         print(f"{stop}; to resume it: the same command, in the same hydra.sweep.dir", file=sys.stderr)
         raise SystemExit(stop.status) from None
@@ -60,6 +65,15 @@ def one_line_errors(config_name: str) -> Iterator[None]:
         raise SystemExit(2) from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def check_words() -> None:
+    """Raise ConfigError for a command line that Hydra would take in another sense, or whose paths cannot be written."""
+    for word in sys.argv[1:]:
+        if re.match(r"(-cn|--config-name)\b", word):
+            raise ConfigError(f"{word}: each command has a configuration of its own; conf/train.yaml is train.py's")
+    if re.search("[\udc80-\udcff]", " ".join([os.getcwd(), *sys.argv])):
+        raise ConfigError("a path has letters that this locale cannot write: set PYTHONUTF8=1")
 
 
 def one_line(error: Exception, config_name: str) -> str | None:
@@ -82,13 +96,23 @@ def one_line(error: Exception, config_name: str) -> str | None:
         what = f"{where[-1]}: cannot write" if where else "cannot read or write"
         return f"{what} {error.filename} ({error.strerror})"
     if isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError):
-        return said
+        return said + choice_meant()
     if out_of_memory(error):
         return f"out of memory: {said[:200]}"
     if isinstance(error, ValueError) and said.startswith("Config group override"):  # Hydra has no class for model=null
         groups = [word for word in sys.argv[1:] if word.endswith("=null")]
         return f"{groups[-1] if groups else said}: a group needs one of its choices"
     return None
+
+
+def choice_meant() -> str:
+    """What to say after an error, where a word such as model.backbone=conv gives a choice of a group as a value."""
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        group = key.replace(".", "/")
+        if "." in key and any((place / group / f"{value}.yaml").is_file() for place in config_directories()):
+            return f" Say {group}={value}"
+    return ""
 
 
 def unknown_key(key: str, config_name: str) -> str:
@@ -100,7 +124,11 @@ def unknown_key(key: str, config_name: str) -> str:
     groups = sorted({str(path.relative_to(place)) for place in places for path in place.rglob("*") if path.is_dir()})
     if "/" in key:
         return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
-    config = composed(config_name, [word for word in sys.argv[1:] if word.partition("=")[0] in groups])
+    removed = [word for word in sys.argv[1:] if word.startswith("~")]
+    config = composed(config_name, [*(word for word in sys.argv[1:] if word.partition("=")[0] in groups), *removed])
+    taken = [word for word in removed if f"{key}.".startswith(f"{word[1:].partition('=')[0].replace('/', '.')}.")]
+    if taken:
+        return f"{given}: {taken[0]} takes it away"
     parent = key
     while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
         parent = parent.rpartition(".")[0]
@@ -150,6 +178,9 @@ def command_line(config_name: str, documentation: str | None, given: Mapping[str
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(inspect.cleandoc(documentation or ""))
         raise SystemExit
+    bare = [word for word in sys.argv[1:] if "=" not in word and not word.startswith(("-", "~"))]
+    if bare:
+        raise ConfigError(f"{bare[0]}: say run={bare[0]}")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(config_name, sys.argv[1:])

@@ -25,6 +25,9 @@ def starting() -> Iterator[None]:
     gc.disable()
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         if enabled:
             gc.enable()

@@ -154,7 +154,7 @@ def write_search(directory: Path, config: dict[str, Any], options: dict[str, Any
         key, old, new = first_difference(theirs, content)
         raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
     with atomic_write(file) as partial:
-        partial.write_text(as_yaml(content))
+        partial.write_text(as_yaml(content), encoding="utf-8")
 
 
 def trial_run(directory: Path, trial: optuna.Trial | optuna.trial.FrozenTrial) -> RunDirectory:
@@ -184,7 +184,7 @@ def share(slot: int, jobs: int, config: dict[str, Any]) -> dict[str, str]:
 def validation_losses(run: RunDirectory) -> dict[int, float]:
     """val/loss after each epoch that a run has validated so far."""
     try:
-        with run.history_file.open() as file:
+        with run.history_file.open(encoding="utf-8") as file:
             return {int(row["epoch"]): float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")}
     except FileNotFoundError:
         return {}

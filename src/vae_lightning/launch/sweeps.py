@@ -130,7 +130,7 @@ def share_of_machine(job: int, devices: Any, cpus: int | None, gpus_in_turn: boo
 def note_failure(sweep: Path, job: int, overrides: Sequence[str], reason: str) -> None:
     """Write down in a sweep's directory that a job failed, and why, for the report at its end."""
     (sweep / FAILED).mkdir(parents=True, exist_ok=True)
-    (sweep / FAILED / f"{job}.txt").write_text(f"job {job} ({' '.join(overrides)}): {reason}\n")
+    (sweep / FAILED / f"{job}.txt").write_text(f"job {job} ({' '.join(overrides)}): {reason}\n", encoding="utf-8")
 
 
 class SweepDirectory(Callback):
@@ -147,4 +147,4 @@ class SweepDirectory(Callback):
 def report_failures() -> list[str]:
     """At the end of a sweep: a line for each job that failed, what it was to do and why it did not. Else nothing."""
     files = list((Path(os.environ.pop(SWEEP, os.devnull)) / FAILED).glob("*.txt"))
-    return [file.read_text().strip() for file in sorted(files, key=lambda file: int(file.stem))]
+    return [file.read_text(encoding="utf-8").strip() for file in sorted(files, key=lambda file: int(file.stem))]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 
-Widths = Sequence[PositiveInt]
+Widths = Annotated[Sequence[PositiveInt], Field(max_length=100)]  # one for each layer
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"]
 
 

@@ -19,8 +19,8 @@ from vae_lightning.config import ConfigError, Positive
 
 IMAGE_DIMS = 3  # channels, height, width: the dimensions that one log_prob sums over
 CROSS_ENTROPY = (
-    "grey pixels with a Bernoulli likelihood: loss, nll, elbo and reconstruction are cross-entropies, not likelihoods; "
-    "they compare with tutorials, not with log likelihoods"
+    "pixels between 0 and 1 with a Bernoulli likelihood: loss, nll, elbo and reconstruction are cross-entropies, not "
+    "likelihoods; they compare with tutorials, not with log likelihoods"
 )
 LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which would else shrink without end on images that fit exactly
 

@@ -28,6 +28,20 @@ class RunError(UserError):
     """A run directory that is incomplete, or that cannot be written."""
 
 
+def runs_in(directory: Path) -> list[Path]:
+    """The run directories below, in sweeps too, the newest last."""
+    found = [file for depth in ("*", "*/*", "*/*/*") for file in directory.glob(f"{depth}/config.yaml")]
+    return [file.parent for file in sorted(found, key=lambda file: file.stat().st_mtime)]
+
+
+def newest_run(directory: Path) -> Path:
+    """The run directory that `latest` means. Raises RunError where there is none."""
+    runs = runs_in(directory)
+    if not runs:
+        raise RunError(f"latest: there is no run in {directory}/ here")
+    return runs[-1]
+
+
 class RunDirectory:
     """The paths, lock, configuration and state of one run. To make one touches no file."""
 
@@ -60,7 +74,7 @@ class RunDirectory:
 
         Of a directory that is the best one, or the last where there is no best one yet.
         """
-        path = Path(path)
+        path = newest_run(Path("outputs")) if str(path) == "latest" else Path(path)
         if path.suffix == ".ckpt" and not path.is_dir():
             run = cls(path.absolute().parent.parent)  # checkpoints/ may be a link, and so may the file itself
             return run if run.config_file.exists() else cls(path.resolve().parent.parent), path
@@ -83,11 +97,12 @@ class RunDirectory:
         """Create the directory with its config.yaml. Raises RunError if it already holds a run, or directories."""
         self.path.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        if (self.state == "new" and others) or self.path.resolve() in (here := Path.cwd(), *here.parents):
+        around = self.path.resolve() in (here := Path.cwd(), *here.parents) and any(self.path.iterdir())
+        if self.state == "new" and (others or around):
             what = f"holds {sorted(others)[0]}/" if others else "is the current directory, or one above it"
             raise RunError(f"{self.path}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
         with partial_file(self.config_file) as file:
-            file.write_text(as_yaml(config))
+            file.write_text(as_yaml(config), encoding="utf-8")
             try:
                 os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
             except FileExistsError:
@@ -114,13 +129,15 @@ class RunDirectory:
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace the configuration of the run."""
         with atomic_write(self.config_file) as partial:
-            partial.write_text(as_yaml(config))
+            partial.write_text(as_yaml(config), encoding="utf-8")
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run. Raises RunError where there is none."""
         try:
             config = read_yaml(self.config_file)
         except FileError as error:
+            if runs := runs_in(self.path):
+                raise RunError(f"{self}: holds {len(runs)} runs, and is none; the newest is {runs[-1]}") from error
             raise RunError(f"{self}: not a run directory ({error})") from error
         for key, kind in (("model", dict), ("data", dict), ("seed", int)):
             if not isinstance(config.get(key), kind):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 
@@ -67,7 +67,8 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: no such checkpoint")
     try:
         with ZipFile(file) as archive:  # PyTorch does not look at the checksums that it writes
-            if archive.testzip():
+            # PyTorch compresses nothing; what is compressed may be made to fill the memory.
+            if any(file.compress_type != ZIP_STORED for file in archive.infolist()) or archive.testzip():
                 raise ValueError
         content = torch.load(file, map_location="cpu", weights_only=True)
         content["state_dict"].items()
@@ -109,7 +110,14 @@ def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = ()
 
 # What builds a model and its data; and callbacks of Lightning's that write no files of their own.
 TRUSTED = ("vae_lightning", "torch.optim")
-TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("EMAWeightAveraging", "EarlyStopping"))
+HARMLESS_CALLBACKS = (
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "LearningRateMonitor",
+    "StochasticWeightAveraging",
+    "Timer",
+)
+TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in HARMLESS_CALLBACKS)
 
 
 def trusted_config(
@@ -119,10 +127,13 @@ def trusted_config(
     config = run.read_config()
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
-    for key, target, module in untrusted(config, trust, parts):
+    unknown = untrusted(config, trust, parts)
+    if unknown:
+        key, target, _ = unknown[0]
+        modules = ",".join(dict.fromkeys([*map(str, trust), *(module for _, _, module in unknown)]))
         raise RunError(
             f"{run.config_file}: {key}={target}: not in vae_lightning or torch.optim; loading would run code "
-            f"named by the run; if you know it, trust=[{module}] allows it"
+            f"named by the run; if you know it, trust=[{modules}] allows it"
         )
     return config
 

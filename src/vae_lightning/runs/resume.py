@@ -1,6 +1,6 @@
 """Which run a command is about: a new one, one to resume, or one that is finished already.
 
-    python train.py resume=RUN_DIR                          # with the configuration that the run has
+    python train.py resume=RUN_DIR                          # with the configuration that the run has; or resume=latest
     python train.py resume=RUN_DIR trainer.max_epochs=60    # and longer
     python train.py model.latent_dim=5 resume=auto          # the run of this very configuration, if there is one
     python train.py repeat=RUN_DIR                          # its configuration once more, in a new directory
@@ -19,7 +19,7 @@ from typing import Any
 
 from vae_lightning.config import ConfigError, flatten
 from vae_lightning.files import FileError
-from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.directory import RunDirectory, RunError, newest_run
 from vae_lightning.runs.environment import describe_code
 from vae_lightning.runs.loading import trusted_config
 
@@ -64,7 +64,7 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
     found = find_run(config, [directory, *searched] if resume == "auto" else [directory])
     run = RunDirectory(directory)
     if found is None and run.state != "new":
-        key, theirs, ours = first_difference(run.read_config(), config)
+        key, theirs, ours = first_difference(numbers_of(run.read_config()), numbers_of(config))
         raise RunError(
             f"{run}: already holds a run, of another configuration ({key}={theirs}, not {ours}); "
             "choose another hydra.run.dir"
@@ -87,9 +87,9 @@ def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def as_path(value: Any, key: str) -> Path:
     """A run directory as the command line gives it; one of digits arrives as a number. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        allowed = "the path of a run directory" + (", auto or null" if key == "resume" else " or null")
+        allowed = "the path of a run directory" + (", latest, auto or null" if key == "resume" else ", latest or null")
         raise ConfigError(f"{key}={value}: should be {allowed}")
-    return Path(str(value))
+    return newest_run(Path("outputs")) if value == "latest" else Path(str(value))
 
 
 def check_links(run: RunDirectory) -> None:
@@ -161,13 +161,19 @@ def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> RunDirec
     found: list[RunDirectory] = []
     for run in map(RunDirectory, dict.fromkeys(directories)):
         try:
-            if run.config_file.is_file() and run.read_config() == config:
+            if run.config_file.is_file() and numbers_of(run.read_config()) == numbers_of(config):
                 found.append(run)
         except RunError as problem:
             log.warning("%s", problem)
     free = [run for run in found if not run.is_locked()]
     finished = [run for run in found if run.state == "finished"]
     return next(iter(finished or free or found), None)
+
+
+def numbers_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without data.root, which changes no number: images are known by their checksums."""
+    data = config.get("data")
+    return {**config, "data": {k: v for k, v in data.items() if k != "root"} if isinstance(data, dict) else data}
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any]:

@@ -58,7 +58,7 @@ class History(Logger):
     @rank_zero_only
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))  # not every epoch need have validation
-        with atomic_write(self.path) as partial, partial.open("w", newline="") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)

@@ -33,6 +33,7 @@ from vae_lightning.config import (
     out_of_memory,
 )
 from vae_lightning.data.module import ImageDataModule
+from vae_lightning.data.pixels import described
 from vae_lightning.files import as_yaml, atomic_write, errors_name, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
@@ -262,9 +263,8 @@ def finish(
         return results
     if metrics:
         terms = format_terms({key.partition("/")[2]: value for key, value in metrics.items()})
-        log.info("test, %s pixels: %s", data.pixels, terms)
-        if results["remark"]:
-            log.info("remark: %s", results["remark"])
+        kind = described(data.pixels, data.image_shape[0]) + " pixels"
+        log.info("test, %s: %s", f"{kind}, cross-entropy and not a likelihood" if results["remark"] else kind, terms)
     if history.rows:  # none in Lightning's fast_dev_run
         settings = flatten({"seed": c.seed, "model": c.model, "data": c.data})
         for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
