@@ -58,6 +58,11 @@ SETTINGS = {
     "logging": ["trainer.log_every_n_steps=3", "logger=[csv,tensorboard]", "figures.every=1"],
     "saving": ["trainer.checkpoint_every=4", "trainer.checkpoint_every=1s"],
 }  # fmt: skip
+# Pairs that did not work once.
+FOUND = [
+    ("trainer=ema", "trainer.fast_loop=false"),  # the test was of other weights than the checkpoint's
+    (SETTINGS["schedule"][-1], "trainer.checkpoint_every=4"),  # a resumed epoch did not count
+]
 MANY, SEED = int(os.environ.get("PAIRS", "200")), int(os.environ.get("PAIRS_SEED", "0"))
 
 
@@ -80,7 +85,7 @@ def test_there_are_as_many_pairs_as_it_seems() -> None:
 
 @pytest.mark.parametrize(
     "pair",
-    [*draw(10, 0), *(pytest.param(pair, marks=pytest.mark.proof) for pair in draw(MANY, SEED + 1))],
+    [*FOUND, *draw(8, 0), *(pytest.param(pair, marks=pytest.mark.proof) for pair in draw(MANY, SEED + 1))],
     ids="  ".join,
 )
 def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +124,10 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
         resumed = command("resume=run", "trust=[test_pairs]")
         assert resumed.code == 0, resumed.err
     if not any("1s" in setting for setting in pair):
-        assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+        one, two = left(tmp_path / "whole"), left(tmp_path / "run")
+        for found in (one, two):  # a resumed run begins another file
+            found["files"] = [name for name in found["files"] if not name.startswith("csv/")]
+        assert differences(one, two) == []
 
     if "model=autoencoder" not in pair:
         evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False, trust=["test_pairs"])

@@ -30,7 +30,7 @@ def test_only_the_fast_loop_uses_private_names() -> None:
             elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("vae_lightning"):
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 found |= {module} if private or "._" in (node.module or "") else set()
-    assert found == {"training.fast_loop"}
+    assert found == {"training.fast_loop", "training.checkpoints"}  # the second for one name alone
 
 
 def test_the_fast_loop_fits_these_versions() -> None:
@@ -59,6 +59,13 @@ def test_model_checkpoint_saves_its_current_score(checkpoint: dict) -> None:
     (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint")]
     assert state["current_score"] == state["best_model_score"]
     assert Path(state["dirpath"]).name == "checkpoints"
+
+
+def test_a_loop_knows_that_it_is_resumed() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert trainer.fit_loop.restarting is trainer.fit_loop._restarting is False
+    trainer.fit_loop._restarting = True
+    assert trainer.fit_loop.restarting is True
 
 
 def test_callback_metrics_can_be_restored() -> None:

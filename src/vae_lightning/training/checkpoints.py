@@ -94,6 +94,8 @@ class Progress(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save or stop before a batch that ends no accumulation of gradients. Raises Interrupted."""
+        # Lightning leaves ReduceLROnPlateau out at the end of a resumed epoch, for want of metrics, which are here.
+        trainer.fit_loop._restarting = False
         stop, due = self.due(trainer, batch_idx)
         if self.saves and (stop or due) and trainer.global_step != self.saved_step:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -40,6 +40,7 @@ from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
+from vae_lightning.runs.loading import load_checkpoint, load_weights
 from vae_lightning.training.callbacks import Figures, TrainingError
 from vae_lightning.training.checkpoints import Progress, epochs_begun, last_checkpoint, rewind
 from vae_lightning.training.history import History, format_terms
@@ -124,8 +125,9 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
             with atomic_write(run.best_checkpoint) as partial:
                 shutil.copyfile(run.last_checkpoint, partial)
         if c.test:
-            chosen = first.best_checkpoint if keeps else None
-            trainer.test(model, data, ckpt_path=chosen, weights_only=True, verbose=False)
+            if keeps:  # by ourselves: with averaged weights, Lightning would test the last ones of the optimizer
+                load_weights(load_checkpoint(first.best_checkpoint)["state_dict"], model, first.best_checkpoint)
+            trainer.test(model, data, verbose=False)
         return finish(c, run, model, data, trainer, history, best.best_model_path)
 
 
