@@ -102,6 +102,7 @@ def test_a_key_that_another_word_takes_away(command) -> None:
     assert command("~model", "model.latent_dim=2").err == "model.latent_dim=2: ~model takes it away\n"
 
 
+@pytest.mark.proof
 def test_a_reader_that_stops_early_is_no_error() -> None:
     words = f"{sys.executable} {ROOT / 'train.py'} --cfg all | head -1"
     done = subprocess.run(words, shell=True, capture_output=True, text=True)
