@@ -85,7 +85,7 @@ def test_there_are_as_many_pairs_as_it_seems() -> None:
 
 @pytest.mark.parametrize(
     "pair",
-    [*FOUND, *draw(8, 0), *(pytest.param(pair, marks=pytest.mark.proof) for pair in draw(MANY, SEED + 1))],
+    [*FOUND, *draw(18, 0), *(pytest.param(pair, marks=pytest.mark.proof) for pair in draw(MANY, SEED + 1))],
     ids="  ".join,
 )
 def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
