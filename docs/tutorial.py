@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from vae_lightning import figures
 from vae_lightning.analysis import generation
-from vae_lightning.models.objectives import importance_weighted_bound, kl_divergence
+from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
 from vae_lightning.runs.loading import open_run
 
 here = Path.cwd()

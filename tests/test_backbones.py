@@ -24,7 +24,7 @@ def test_any_image_shape(backbone: type, image_shape: tuple[int, ...]) -> None:
     assert network.decoder(torch.randn(2, 4)).shape == (2, *image_shape)
 
 
-def test_conv_autoencoder_4_has_the_shapes_of_its_document() -> None:
+def test_conv_autoencoder_4_has_the_published_shapes() -> None:
     network = Conv(4, 4, channels=[8, 16, 32], padding=[1, 1, 0], batch_norm=[2], hidden=[128])
     assert count_parameters(network.encoder) == 43_428
     shapes: list[tuple[int, ...]] = []
@@ -52,7 +52,7 @@ def test_depth_width_and_activation() -> None:
         assert MLP(2, 4, hidden=[3], activation=activation).encoder(torch.rand(1, 1, 28, 28)).isfinite().all()
 
 
-def test_the_callers_lists_are_left_alone() -> None:
+def test_argument_lists_are_not_modified() -> None:
     hidden, channels = [30, 20], [4, 8]
     MLP(2, 4, hidden=hidden)
     Conv(2, 4, hidden=hidden, channels=channels)
@@ -62,9 +62,9 @@ def test_the_callers_lists_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"channels": [4] * 4, "padding": 0}, "4 convolutions of stride 2 are too many for 28×28 pixels; 3 fit"),
-        ({"channels": [4, 8], "padding": [1]}, "one entry for each of the 2"),
-        ({"channels": [4, 8], "batch_norm": [3]}, "there are 2 convolutions"),
+        ({"channels": [4] * 4, "padding": 0}, "too many convolutions of stride 2 for 28×28 pixels; at most 3"),
+        ({"channels": [4, 8], "padding": [1]}, "should have 2 entries"),
+        ({"channels": [4, 8], "batch_norm": [3]}, "should be from 1 to 2"),
     ],
 )
 def test_impossible_convolutions(arguments: dict, words: str) -> None:
@@ -104,8 +104,8 @@ def test_residual_conv(image_shape: tuple[int, ...], channels: list[int]) -> Non
     torch.testing.assert_close(blocks[0](h), h + blocks[0].residual[-1].bias.reshape(1, -1, 1, 1))
 
 
-def test_residual_conv_needs_sides_that_halve() -> None:
-    with pytest.raises(ConfigError, match="3 halvings do not fit 28×28 pixels"):
+def test_residual_conv_needs_divisible_sides() -> None:
+    with pytest.raises(ConfigError, match="needs sides divisible by 8; the images have 28×28 pixels"):
         ResidualConv(5, 10, channels=[4, 4, 4, 4])
 
 

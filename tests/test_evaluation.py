@@ -13,7 +13,7 @@ from vae_lightning.analysis.evaluation import (
     posteriors,
     probe_accuracy,
 )
-from vae_lightning.models.objectives import importance_weighted_bound, kl_divergence
+from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 
 LABELS = torch.arange(40) % 10

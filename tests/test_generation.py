@@ -77,7 +77,7 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: pairs are needed, and these are 3"),
         ("what=manifold", "latent_dim=3, and not 2; say plane=principal, or plane=[1,2]"),
         ("what=manifold plane=[1,4]", "plane=[1,4]: two different dimensions from 1 to latent_dim=3 are needed"),
-        ("what=decode z=[0.5,0]", "latents of shape (2,): the model has latent_dim=3"),
+        ("what=decode z=[0.5,0]", "latents of shape (2,): should end in latent_dim=3"),
         ("what=samples z=[0,0,0]", "what=samples: takes n, columns, temperature, seed, not z, which is for decode"),
         ("what=decode", "what=decode: wants latents to decode, such as z=[0.5,0]"),
     ],

@@ -6,7 +6,7 @@ import torch
 from vae_lightning.models.latents import arc, by_activity, line, principal_directions
 
 
-def test_paths_start_and_end_where_they_should() -> None:
+def test_paths_include_both_ends() -> None:
     start, end = torch.randn(2, 5, 8)
     for path in (line, arc):
         points = path(start, end, 7)
@@ -15,7 +15,7 @@ def test_paths_start_and_end_where_they_should() -> None:
     torch.testing.assert_close(line(start, end, 7)[3], (start + end) / 2)
 
 
-def test_an_arc_turns_evenly_and_keeps_the_length() -> None:
+def test_arc_turns_evenly_and_keeps_the_norm() -> None:
     points = arc(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0]), 4)
     torch.testing.assert_close(points.norm(dim=-1), torch.tensor([2, 8 / 3, 10 / 3, 4]))
     angles = torch.atan2(points[:, 1], points[:, 0])
@@ -23,7 +23,7 @@ def test_an_arc_turns_evenly_and_keeps_the_length() -> None:
 
 
 @pytest.mark.parametrize("end", [[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-def test_where_there_is_no_arc_it_is_the_line(end: list[float]) -> None:
+def test_degenerate_arc_is_the_line(end: list[float]) -> None:
     start = torch.tensor([1.0, 0.0])
     torch.testing.assert_close(arc(start, torch.tensor(end), 5), line(start, torch.tensor(end), 5))
 

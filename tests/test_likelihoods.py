@@ -8,7 +8,7 @@ from vae_lightning.models.likelihoods import Bernoulli, ContinuousBernoulli, Con
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, 0.0, 17.0, 100.0])
-def test_bernoulli_is_finite_at_any_logit_and_so_are_its_gradients(logit: float) -> None:
+def test_bernoulli_value_and_gradient_are_finite_at_any_logit(logit: float) -> None:
     for pixel in (0.0, 0.3, 1.0):
         logits = torch.full((2, 1, 28, 28), logit, requires_grad=True)
         log_prob = Bernoulli()(logits).log_prob(torch.full_like(logits, pixel))
@@ -59,14 +59,14 @@ def test_continuous_bernoulli_integrates_to_one_and_has_its_mean(logit: float) -
     assert p.mean.item() == pytest.approx(torch.trapezoid(grid * density, grid).item(), abs=1e-5)
 
 
-def test_continuous_bernoulli_agrees_with_torch_s_where_that_is_good() -> None:
+def test_continuous_bernoulli_agrees_with_torch_where_torch_is_accurate() -> None:
     logits, x = torch.linspace(-6, 6, 41, dtype=torch.float64), torch.rand(41, dtype=torch.float64)
     theirs = torch.distributions.ContinuousBernoulli(logits=logits, lims=(0.4999, 0.5001))
     torch.testing.assert_close(ContinuousBernoulliLogits(logits).log_prob(x), theirs.log_prob(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, -1e-6, 0.0, 0.2, 17.0, 100.0])
-def test_continuous_bernoulli_is_finite_and_so_are_its_gradients(logit: float) -> None:
+def test_continuous_bernoulli_value_and_gradient_are_finite(logit: float) -> None:
     logits = torch.full((2, 1, 2, 2), logit, requires_grad=True)
     log_prob = ContinuousBernoulli()(logits).log_prob(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 2, 2))
     log_prob.sum().backward()
@@ -77,7 +77,7 @@ def test_continuous_bernoulli_is_finite_and_so_are_its_gradients(logit: float) -
     assert logits.grad[:, 0, 0, 0].tolist() == pytest.approx([-mean, 1 - mean], abs=1e-5)
 
 
-def test_learnt_scale_goes_to_the_root_mean_squared_error() -> None:
+def test_learnt_scale_converges_to_the_root_mean_squared_error() -> None:
     likelihood = Gaussian(scale=1.0, learn_scale=True, mean="identity")
     outputs, x = torch.zeros(50, 1, 8, 8), 0.3 * torch.randn(50, 1, 8, 8)
     optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
@@ -88,7 +88,7 @@ def test_learnt_scale_goes_to_the_root_mean_squared_error() -> None:
     assert likelihood.scale.item() == pytest.approx(x.square().mean().sqrt().item(), rel=0.01)
 
 
-def test_learnt_scale_stays_above_its_floor_on_images_that_fit_exactly() -> None:
+def test_learnt_scale_stays_above_its_floor_on_exact_reconstructions() -> None:
     likelihood = Gaussian(learn_scale=True, mean="identity")
     likelihood.log_scale.data.fill_(-50.0)
     exact = torch.zeros(1, 1, 8, 8)
@@ -98,20 +98,20 @@ def test_learnt_scale_stays_above_its_floor_on_images_that_fit_exactly() -> None
     assert likelihood.scale.item() == pytest.approx(math.exp(-6))
 
 
-def test_a_fixed_scale_is_not_learnt() -> None:
+def test_fixed_scale_is_not_learnt() -> None:
     assert not [p for p in Gaussian().parameters() if p.requires_grad]
     assert Gaussian(scale=0.3).scale.item() == pytest.approx(0.3)
 
 
-def test_a_learnt_scale_starts_where_it_is_said_to() -> None:
+def test_learnt_scale_starts_at_scale() -> None:
     for scale in (0.003, 0.1, 1.0, 5.0):
         assert Gaussian(scale, learn_scale=True).scale.item() == pytest.approx(scale, rel=1e-4)
-    with pytest.raises(ConfigError, match=r"model\.likelihood\.scale=0\.001: one that is learnt stays above"):
+    with pytest.raises(ConfigError, match=r"model\.likelihood\.scale=0\.001: a learnt scale should be above"):
         Gaussian(0.001, learn_scale=True)
 
 
 @pytest.mark.parametrize("logit", [-1e4, -120.0, -89.0, -50.0, -1.0, 50.0, 120.0, 1e4])
-def test_continuous_bernoulli_s_mean_has_a_gradient_everywhere(logit: float) -> None:
+def test_continuous_bernoulli_mean_has_a_gradient_everywhere(logit: float) -> None:
     logits = torch.tensor(logit, requires_grad=True)
     mean = ContinuousBernoulliLogits(logits).mean
     mean.backward()
@@ -126,7 +126,7 @@ def test_continuous_bernoulli_s_mean_has_a_gradient_everywhere(logit: float) -> 
 @pytest.mark.parametrize(
     "likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Gaussian(mean="identity")], ids=repr
 )
-def test_every_likelihood_knows_which_outputs_give_a_mean_image(likelihood) -> None:
+def test_outputs_with_mean_of_every_likelihood(likelihood) -> None:
     mean = torch.linspace(0.16, 0.84, 12).reshape(1, 3, 4)
     torch.testing.assert_close(likelihood(likelihood.outputs_with_mean(mean)).mean, mean)
     assert likelihood.outputs_with_mean(torch.zeros(1, 2, 2)).abs().max() <= math.log(999) + 1e-5

@@ -16,7 +16,7 @@ def test_mean_over_images_not_over_batches() -> None:
     assert means.compute()["kl"].item() == pytest.approx(9)
 
 
-def test_how_images_are_batched_does_not_matter() -> None:
+def test_means_do_not_depend_on_the_batch_split() -> None:
     values = torch.rand(60_000) * 100 + 100
     results = []
     for size in (1_000, 128, 7):
@@ -27,7 +27,7 @@ def test_how_images_are_batched_does_not_matter() -> None:
     assert results == pytest.approx([values.double().mean().item()] * 3, rel=1e-9)
 
 
-def test_reset_starts_anew() -> None:
+def test_reset() -> None:
     means = EpochMeans()
     means.update({"loss": torch.tensor([1.0, 2.0])})
     means.reset()
@@ -48,7 +48,7 @@ def test_first_not_finite_names_the_term_and_the_update(bad: float) -> None:
     assert means.first_not_finite() == ("kl", 2)
 
 
-def test_more_updates_than_there_is_room_for(monkeypatch) -> None:
+def test_sums_grow_beyond_the_initial_rows(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS", 4)
     values = torch.rand(30)
     means, restored = EpochMeans(), EpochMeans()

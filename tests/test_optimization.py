@@ -32,7 +32,7 @@ def test_every_optimizer_gets_learning_rate_and_weight_decay(name: str) -> None:
     )
 
 
-def test_biases_can_be_left_out_of_the_weight_decay() -> None:
+def test_weight_decay_can_exclude_biases() -> None:
     spec = {"_target_": "torch.optim.AdamW"}
     groups = make_optimizer(spec, parameters(), 0.01, 0.1, decay_biases=False).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0.0)]
@@ -40,7 +40,7 @@ def test_biases_can_be_left_out_of_the_weight_decay() -> None:
     assert len(make_optimizer(spec, parameters(), 0.01, 0.1).param_groups) == 1
 
 
-def test_an_optimizer_of_one_s_own() -> None:
+def test_custom_optimizer() -> None:
     spec = {"_target_": "test_optimization.Halved"}
     assert make_optimizer(spec, parameters(), 0.5).param_groups[0]["lr"] == 0.25
     with pytest.raises(ConfigError, match=r"model\.weight_decay=0\.1: Halved has no weight decay\. Allowed: 0"):
@@ -60,7 +60,7 @@ def test_a_schedule_counts_epochs_or_steps() -> None:
     plateau = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "patience": 3}
     assert make_schedule(plateau, optimizer)["monitor"] == "val/loss"
     cycle = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 10}
-    with pytest.raises(ConfigError, match="interval: missing; OneCycleLR needs interval=step"):
+    with pytest.raises(ConfigError, match="interval: missing; OneCycleLR needs step or epoch"):
         make_schedule(cycle, optimizer)
     assert make_schedule(cycle | {"interval": "step"}, optimizer)["interval"] == "step"
     with pytest.raises(ConfigError, match="interval=batch: should be epoch or step"):
@@ -69,7 +69,7 @@ def test_a_schedule_counts_epochs_or_steps() -> None:
         make_schedule(milestones | {"milestone": 3}, optimizer)
 
 
-def test_the_model_has_both() -> None:
+def test_model_configures_optimizer_and_schedule() -> None:
     spec = {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": [1], "gamma": 0.1}
     (optimizer,), (schedule,) = VAE(2, learning_rate=0.01, schedule=spec).configure_optimizers()
     optimizer.step()

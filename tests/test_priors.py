@@ -5,7 +5,7 @@ import torch
 import torch.distributions as td
 from linear import SHAPE, linear_vae
 
-from vae_lightning.models.objectives import kl_divergence
+from vae_lightning.models.estimators import kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.priors import StandardNormal, VampPrior
 
@@ -49,7 +49,7 @@ def test_the_mixture_is_exact_for_narrow_components_far_from_the_origin() -> Non
     torch.testing.assert_close(found.double(), each.logsumexp(0) - math.log(50), atol=1e-4, rtol=0)
 
 
-def test_vamp_starts_at_training_images_or_at_their_mean() -> None:
+def test_vamp_initializes_at_training_images_or_their_mean() -> None:
     images = torch.randint(256, (50, *SHAPE), dtype=torch.uint8)
     prior = VampPrior(2, SHAPE, pseudo_inputs=9)
     prior.initialize(images)
@@ -93,7 +93,7 @@ class Shifted(StandardNormal):
         return td.TransformedDistribution(normal, td.AffineTransform(15.0, 3.0))
 
 
-def test_the_prior_s_own_centre_and_spread() -> None:
+def test_prior_moments() -> None:
     assert [moment.tolist() for moment in linear_vae().prior_moments()] == [[0, 0], [1, 1]]
     center, spread = linear_vae(prior={"_target_": "test_priors.Shifted"}).prior_moments()
     torch.testing.assert_close(center, torch.full((2,), 15.0), atol=0.2, rtol=0)

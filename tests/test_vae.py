@@ -12,7 +12,8 @@ from vae_lightning.config import ConfigError
 from vae_lightning.models.autoencoder import Autoencoder
 from vae_lightning.models.backbones import MLP
 from vae_lightning.models.base import Array
-from vae_lightning.models.objectives import ELBO, IWAE, DReG, importance_weighted_bound
+from vae_lightning.models.estimators import importance_weighted_bound
+from vae_lightning.models.objectives import ELBO, IWAE, DReG
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import count_parameters
@@ -58,7 +59,7 @@ def test_parameter_counts_of_the_published_systems() -> None:
     assert count_parameters(VAE(20, mlp([400]))) == 652_824
 
 
-def test_reparameterization_has_the_posterior_s_moments_and_gradients() -> None:
+def test_reparameterization_has_posterior_moments_and_gradients() -> None:
     vae = VAE(2, SMALL)
     vae.encoder = Halves(2)
     outputs = vae.encoder.outputs.requires_grad_()
@@ -109,7 +110,7 @@ def test_nll_is_exact_where_x_does_not_depend_on_z(mnist: Tensor) -> None:
     assert nll.tolist() == pytest.approx([784 * math.log(2)] * 4, abs=0.02)
 
 
-def test_beta_weights_the_kl_in_the_loss_alone(mnist: Tensor) -> None:
+def test_beta_weights_the_kl_in_the_loss_only(mnist: Tensor) -> None:
     terms = VAE(5, SMALL, beta=4.0).eval().terms(mnist[:8])
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 4 * terms["kl"])
     torch.testing.assert_close(terms["elbo"], -terms["reconstruction"] - terms["kl"])
@@ -143,13 +144,13 @@ def test_hyperparameters_rebuild_the_model() -> None:
     assert (again.latent_dim, again.beta, again.likelihood.scale.item()) == (3, 2.0, pytest.approx(0.5**0.5))
 
 
-def test_a_wrong_backbone_is_named() -> None:
+def test_invalid_backbone_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model.backbone.hiden=\[4\]: no such key; did you mean hidden"):
         VAE(2, {"_target_": "vae_lightning.models.backbones.MLP", "hiden": [4]})
 
 
 @pytest.mark.parametrize(("output", "scale"), [("sigmoid", 1.0), ("tanh", 2.0)])
-def test_autoencoder_error_is_per_pixel_on_its_own_scale(output: str, scale: float, mnist: Tensor) -> None:
+def test_autoencoder_error_is_per_pixel_on_the_output_scale(output: str, scale: float, mnist: Tensor) -> None:
     model = Autoencoder(3, SMALL, output=output)
     terms = model.terms(mnist[:8])
     error = (scale * (model.reconstruct(mnist[:8]) - mnist[:8])).square().mean(dim=(1, 2, 3))
@@ -174,7 +175,7 @@ class Narrow(MLP):
         super().__init__(encoder_outputs=encoder_outputs - 1, **options)
 
 
-def test_networks_that_return_something_else_are_told_what_is_wanted(mnist: Tensor) -> None:
+def test_wrong_network_output_shapes_are_refused(mnist: Tensor) -> None:
     with pytest.raises(ConfigError, match=r"its decoder returns \[8, 784\] for 8 latents; should be \[8, 1, 28, 28\]"):
         VAE(3, {"_target_": "test_vae.Flat"}).elbo(mnist[:8])
     with pytest.raises(ConfigError, match=r"its encoder returns \[8, 5\] for 8 images; should be \[8, 6\]"):
@@ -210,7 +211,7 @@ class ShiftedDistribution(PosteriorDistribution):
         return z + self.shift, log_q
 
 
-def test_a_posterior_of_one_s_own(mnist: Tensor) -> None:
+def test_custom_posterior(mnist: Tensor) -> None:
     vae, x = VAE(3, SMALL, posterior={"_target_": "test_vae.Shifted"}), mnist[:4]
     assert not vae.has_analytic_kl
     torch.manual_seed(1)

@@ -23,8 +23,8 @@ from vae_lightning import figures
 from vae_lightning.config import ConfigError, PositiveInt, Seed
 from vae_lightning.data.pixels import described, stream_seed
 from vae_lightning.files import read_json, write_json
+from vae_lightning.models.estimators import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.models.likelihoods import remark
-from vae_lightning.models.objectives import active_units, importance_weighted_bound, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError

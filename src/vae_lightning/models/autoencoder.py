@@ -1,4 +1,4 @@
-"""The deterministic autoencoder, on the same backbones: what a VAE is compared with."""
+"""The deterministic autoencoder, a baseline for the VAE on the same backbones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vae_lightning.models.base import Array, ImageModel
 class Autoencoder(ImageModel):
     """Encoder and decoder trained on the mean squared error per pixel.
 
-    `output="sigmoid"` compares pixels in [0, 1]; `"tanh"` scales them to [−1, 1] first, where errors are four times
-    as large. Raises ConfigError for a spec that does not fit.
+    `output="sigmoid"` compares pixels in [0, 1]. `"tanh"` compares pixels scaled to [−1, 1], where the error is four
+    times as large. Raises ConfigError if a spec is invalid.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class Autoencoder(ImageModel):
         self.output = output
 
     def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
-        """Codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1], or what `images` makes them of."""
+        """Return codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1]."""
         return self.encoded(self._scaled(self.images(x)))
 
     def decode(self, z: Array) -> Tensor:
-        """Images `[..., *image_shape]` of codes `[..., latent_dim]`, in the output's own range."""
+        """Decode codes `[..., latent_dim]` to images `[..., *image_shape]` in the range of `output`."""
         outputs = self.decoded(z)
         return outputs.sigmoid() if self.output == "sigmoid" else outputs.tanh()
 
     def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """loss and mse, the same number: the mean squared error per pixel of each image, `[batch]`."""
+        """Return loss and mse, both the mean squared error per pixel of each image, `[batch]`."""
         error = (self.decode(self.codes(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}
 

@@ -1,11 +1,9 @@
-"""Encoder and decoder networks. Nothing here knows what a VAE is.
-
-A backbone holds two networks, and is told the sizes where they meet the model:
+"""Backbones: an encoder and a decoder network each, independent of the model.
 
     encoder   images  [batch, *image_shape] → [batch, encoder_outputs]
     decoder   latents [batch, latent_dim]   → [batch, *image_shape]     (logits or means, before any sigmoid)
 
-To add one: a class like those below, and a YAML file in conf/model/backbone/ that names it.
+To add one, write a subclass of `Backbone` and a YAML file in conf/model/backbone/.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 
-Widths = Annotated[Sequence[PositiveInt], Field(max_length=100)]  # one for each layer
+Widths = Annotated[Sequence[PositiveInt], Field(max_length=100)]  # one entry per layer
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"]
 
 
 def activation_layer(name: Activation) -> nn.Module:
-    """The elementwise nonlinearity of that name. Leaky ReLU has slope 0.2, as generative models use it."""
+    """Return the activation layer of that name. Leaky ReLU has slope 0.2, as is usual for generative models."""
     layers: dict[str, type[nn.Module]] = {
         "relu": nn.ReLU,
         "elu": nn.ELU,
@@ -38,6 +36,8 @@ def activation_layer(name: Activation) -> nn.Module:
 
 
 class Backbone(nn.Module):
+    """The base class: a subclass sets `encoder` and `decoder` in its constructor."""
+
     encoder: nn.Module
     decoder: nn.Module
 
@@ -45,8 +45,8 @@ class Backbone(nn.Module):
 class MLP(Backbone):
     """Fully connected layers of the widths in `hidden`, mirrored in the decoder.
 
-    `gated` layers are (W h + b) ⊙ σ(V h + c), in place of an activation (Dauphin et al. 2017; VampPrior's networks).
-    `batch_norm` normalizes each hidden layer before its activation.
+    `gated` layers compute (W h + b) ⊙ σ(V h + c) in place of an activation (Dauphin et al. 2017), as in the VampPrior
+    paper. `batch_norm` normalizes each hidden layer before its activation.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class MLP(Backbone):
 
 
 class Conv(Backbone):
-    """3×3 convolutions of stride 2, then fully connected layers; the decoder mirrors them, transposed.
+    """3×3 convolutions of stride 2, then fully connected layers; the decoder mirrors them with transposed convolutions.
 
-    `channels` are the convolutions' output channels, `padding` theirs, `batch_norm` the ones (counted from 1) that are
-    followed by batch normalization, `hidden` the widths of the linear layers between feature maps and latents.
-    Each transposed convolution gets the output padding that brings it back to its mirror's size, so that every image
-    shape works. Raises ConfigError where the image is too small for so many convolutions.
+    `channels` are the output channels of the convolutions and `padding` their padding. `batch_norm` lists the
+    convolutions, counted from 1, that are followed by batch normalization. `hidden` are the widths of the linear layers
+    between feature maps and latents. The output padding of each transposed convolution restores the size of its mirror,
+    so every image shape works. Raises ConfigError if the image is too small for the number of convolutions.
     """
 
     def __init__(
@@ -92,20 +92,20 @@ class Conv(Backbone):
         paddings = [padding] * len(channels) if isinstance(padding, int) else padding
         if len(paddings) != len(channels):
             raise ConfigError(
-                f"model.backbone.padding={padding}: should have one entry for each of the {len(channels)} channels"
+                f"model.backbone.padding={padding}: should have {len(channels)} entries, one per entry of channels"
             )
         if any(layer > len(channels) for layer in batch_norm):
-            raise ConfigError(f"model.backbone.batch_norm={batch_norm}: there are {len(channels)} convolutions")
+            raise ConfigError(f"model.backbone.batch_norm={batch_norm}: should be from 1 to {len(channels)}")
 
         down: list[nn.Module] = []
-        up: list[nn.Module] = []  # built back to front
+        up: list[nn.Module] = []  # built in reverse order
         widths = [image_channels, *channels]
         for layer, ((ins, outs), pad) in enumerate(zip(pairwise(widths), paddings, strict=True), start=1):
             smaller = [(n + 2 * pad - 3) // 2 + 1 for n in size]
             if min(smaller) < 1:
                 raise ConfigError(
-                    f"model.backbone.channels={channels}: {len(channels)} convolutions of stride 2 are too many for "
-                    f"{'×'.join(map(str, image_shape[1:]))} pixels; {layer - 1} fit"
+                    f"model.backbone.channels={channels}: too many convolutions of stride 2 for "
+                    f"{'×'.join(map(str, image_shape[1:]))} pixels; at most {layer - 1}"
                 )
             missing = [n - ((m - 1) * 2 - 2 * pad + 3) for n, m in zip(size, smaller, strict=True)]
             norm = layer in batch_norm
@@ -114,7 +114,7 @@ class Conv(Backbone):
                 *([nn.BatchNorm2d(outs)] if norm else []),
                 activation_layer(activation),
             ]
-            # Batch normalization stands at the same feature map on the way up: before the layer that mirrors this one.
+            # The decoder normalizes the same feature map: before the layer that mirrors this one.
             up = [
                 *([nn.BatchNorm2d(outs)] if norm else []),
                 activation_layer(activation),
@@ -134,10 +134,10 @@ class Conv(Backbone):
 
 
 class ResidualConv(Backbone):
-    """Residual convolutions, at 28, 14 and 7 pixels a side of MNIST: strong enough for published conv-VAE numbers.
+    """Residual convolutions, for MNIST at 28, 14 and 7 pixels per side.
 
-    Each entry of `channels` is one resolution, half the last one's, with `blocks` residual blocks (two 3×3 convolutions
-    behind ELUs, He et al. 2016, pre-activation). Images whose sides do not halve evenly raise ConfigError.
+    Each entry of `channels` is one resolution, half of the one before, with `blocks` residual blocks (pre-activation,
+    He et al. 2016). Raises ConfigError if the sides of the image cannot be halved that often.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class ResidualConv(Backbone):
         shrink = 2 ** (len(channels) - 1)
         if height % shrink or breadth % shrink:
             raise ConfigError(
-                f"model.backbone.channels={list(channels)}: {len(channels) - 1} halvings do not fit "
+                f"model.backbone.channels={list(channels)}: needs sides divisible by {shrink}; the images have "
                 f"{height}×{breadth} pixels"
             )
         small = (channels[-1], height // shrink, breadth // shrink)
@@ -172,7 +172,7 @@ class ResidualConv(Backbone):
 
 
 class ResidualBlock(nn.Module):
-    """h + conv(ELU(conv(ELU(h)))), the same shape. The last convolution starts at zero: the block, as identity."""
+    """h + conv(ELU(conv(ELU(h)))), of the same shape. It is the identity at first: the last weights start at zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class ResidualBlock(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """(W h + b) ⊙ σ(V h + c), `[batch, outs]`: a linear layer with a gate for each output."""
+    """A linear layer with a gate for each output: (W h + b) ⊙ σ(V h + c), `[batch, outs]`."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class GatedLinear(nn.Module):
 def linear_layers(
     widths: Sequence[int], activation: Activation, gated: bool = False, batch_norm: bool = False
 ) -> list[nn.Module]:
-    """Linear layers from `widths[0]` to `widths[-1]`: hidden ones normalized or gated as asked, the last plain."""
+    """Return linear layers from `widths[0]` to `widths[-1]`, the last one without normalization and activation."""
     layers: list[nn.Module] = []
     for ins, outs in pairwise(widths[:-1]):
         layers.append(GatedLinear(ins, outs) if gated else nn.Linear(ins, outs))
@@ -210,9 +210,9 @@ def linear_layers(
 
 
 def set_output_bias(decoder: nn.Module, outputs: Tensor) -> None:
-    """Start the decoder's last bias where it gives `outputs` `[channels, height, width]`.
+    """Set the last bias of the decoder to `outputs` `[channels, height, width]`.
 
-    A linear layer has a bias a pixel; a convolution one a channel, which takes the mean over its pixels.
+    A linear layer has one bias per pixel. A convolution has one per channel, which is set to the mean over pixels.
     """
     bias = [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")][-1]
     bias.data.copy_(outputs.flatten() if bias.numel() == outputs.numel() else outputs.mean(dim=(-2, -1)))

@@ -1,6 +1,6 @@
-"""What every model here shares: its networks, the steps, exact epoch means, and the optimizer.
+"""The base class of all models: networks, steps, exact epoch means and the optimizer.
 
-A model says what an image costs, `terms(x, labels)`; the rest of training is the same for all.
+A model defines `terms(x, labels)`, the loss of each image. The rest of training is the same for all models.
 """
 
 from __future__ import annotations
@@ -21,47 +21,48 @@ from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.models.optimization import make_optimizer, make_schedule
 
-Array = Tensor | ArrayLike  # what torch.as_tensor takes
+Array = Tensor | ArrayLike  # any input of torch.as_tensor
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
 
 
 class ShapeError(UserError):
-    """Images or latents that the model cannot take."""
+    """Images or latents of a shape or type that the model does not accept."""
 
 
 def as_tensor(values: Array, what: str) -> Tensor:
-    """Numbers that a person passes, as a tensor. Raises ShapeError for what is none."""
+    """Convert numbers to a tensor. Raises ShapeError for anything that is not a rectangular array of numbers."""
     if isinstance(values, Tensor) and not (values.is_complex() or values.is_sparse or values.is_meta):
         return values
     try:
         if isinstance(values, Tensor):
             raise TypeError
         array = np.array(values, order="C")
-        if array.dtype.kind not in "biuf":  # complex numbers would lose a part, and the rest are none
+        if array.dtype.kind not in "biuf":  # bool, integers and floats
             raise TypeError
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except (ValueError, TypeError, RuntimeError, OverflowError):
-        raise ShapeError(f"{what}: {type(values).__name__} is no array of numbers, all rows of one length") from None
+        raise ShapeError(f"{what}: {type(values).__name__} is not an array of real numbers") from None
 
 
 def check_counts(**counts: object) -> None:
-    """Raise ShapeError for a number of samples or steps that is no whole number from 1."""
+    """Raise ShapeError unless each count is a positive integer."""
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ShapeError(f"{name}={count}: should be a whole number from 1")
+            raise ShapeError(f"{name}={count}: should be a positive integer")
 
 
 class ImageModel(LightningModule, ABC):
-    """A model of images, trained on `terms(x, labels)["loss"]`. Logs the mean over images of every term each epoch.
+    """A model of images, trained on `terms(x, labels)["loss"]`. Each epoch it logs the mean over images of every term.
 
-    `backbone` is a spec, `{"_target_": class, argument: value}`, and its encoder has `encoder_outputs` outputs. A
-    subclass saves its arguments with `save_hyperparameters`: plain values, from which a checkpoint rebuilds the model.
-    Those of the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
-    Raises ConfigError for a spec that does not fit.
+    `backbone` is a spec, `{"_target_": class, argument: value}`; its encoder has `encoder_outputs` outputs. A subclass
+    calls `save_hyperparameters` with plain values, from which a checkpoint rebuilds the model. The hyperparameters of
+    the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
+    Raises ConfigError if a spec is invalid.
     """
 
-    config: dict[str, Any]  # of the run that it was loaded from,
-    protocol: dict[str, str]  # and what its checkpoint says of the data: data.name, data.pixels
+    # Set by load_run:
+    config: dict[str, Any]  # the configuration of the run
+    protocol: dict[str, str]  # data.name and data.pixels of the checkpoint
 
     def __init__(
         self,
@@ -85,46 +86,46 @@ class ImageModel(LightningModule, ABC):
         self.decoder: nn.Module = networks.decoder
         self.encoder_outputs = encoder_outputs
         self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
-        # In a plain dictionary: they hold no weights, and do not belong in checkpoints and model summaries.
+        # A plain dictionary keeps them out of checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
-        self.batch_index = 0  # of the running epoch
+        self.batch_index = 0  # in the current epoch
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Per-image figures `[batch]` by name; `"loss"` is minimised, all are logged. `labels` are `[batch]`."""
+        """Return per-image terms `[batch]` by name: `"loss"` is minimised, all are logged. `labels` are `[batch]`."""
 
     def images(self, x: Array) -> Tensor:
-        """What a person calls images as the batch that the model takes: `[batch, *image_shape]` in [0, 1].
+        """Convert images to a batch `[batch, *image_shape]` in [0, 1] on the model's device.
 
-        Bytes or floats, a tensor, array or list on any device, one image or many, with or without a channel axis of 1.
-        Raises ShapeError for another shape, and for floats that are no pixels.
+        Accepts bytes or floats; a tensor, array or list; one image or many; with or without a channel axis of size 1.
+        Raises ShapeError for another shape, and for floats outside [0, 1].
         """
         x = as_tensor(x, "images")
         known = self._trainer is not None or torch.compiler.is_compiling()
         if known and x.shape[1:] == self.image_shape and x.is_floating_point():
-            return x  # a batch in training, or a graph being traced: nothing to do, and nothing to wait for
+            return x  # in training and tracing: no check of values, which would synchronize the device
         shapes = [self.image_shape, *([self.image_shape[1:]] if self.image_shape[0] == 1 else [])]
         if not any(x.shape[-len(s) :] == s and x.ndim <= len(s) + 1 for s in shapes):
-            raise ShapeError(f"images of shape {tuple(x.shape)}: the model takes {self.image_shape} or a batch of it")
+            raise ShapeError(f"images of shape {tuple(x.shape)}: should be {self.image_shape} or a batch of it")
         x = x.to(self.device).reshape(-1, *self.image_shape)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         if not ((x >= 0) & (x <= 1)).all():
-            raise ShapeError(f"pixels between {x.min():g} and {x.max():g}: floats are in [0, 1], bytes (uint8) to 255")
+            raise ShapeError(f"pixels from {x.min():g} to {x.max():g}: should be floats in [0, 1], or uint8 up to 255")
         return x
 
     def latents(self, z: Array) -> Tensor:
-        """Latents `[..., latent_dim]`, given as a tensor, array or list, on the model's device. Raises ShapeError."""
+        """Convert a tensor, array or list to latents `[..., latent_dim]` on the model's device. Raises ShapeError."""
         if not isinstance(z, Tensor):
             z = as_tensor(z, "latents")
             if not z.isfinite().all():
-                raise ShapeError("latents that are NaN or infinite")
+                raise ShapeError("latents: some are NaN or infinite")
         z = z.to(self.device, torch.float32)
         if z.shape[-1:] != (self.latent_dim,):
-            raise ShapeError(f"latents of shape {tuple(z.shape)}: the model has latent_dim={self.latent_dim}")
+            raise ShapeError(f"latents of shape {tuple(z.shape)}: should end in latent_dim={self.latent_dim}")
         return z
 
     def encoded(self, x: Tensor) -> Tensor:
-        """The encoder's outputs `[batch, encoder_outputs]` for images `[batch, *image_shape]`. Raises ConfigError."""
+        """Return encoder outputs `[batch, encoder_outputs]` of images `[batch, *image_shape]`. Raises ConfigError."""
         outputs = self.encoder(x)
         if outputs.shape[1:] != (self.encoder_outputs,):
             raise ConfigError(
@@ -134,7 +135,7 @@ class ImageModel(LightningModule, ABC):
         return outputs
 
     def decoded(self, z: Array) -> Tensor:
-        """The decoder's outputs `[..., *image_shape]`, float32, for latents `[..., latent_dim]`. Raises ConfigError."""
+        """Return decoder outputs `[..., *image_shape]`, float32, of z `[..., latent_dim]`. Raises ConfigError."""
         z = self.latents(z)
         outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
         if outputs.ndim != 4 or outputs.shape[2:] != self.image_shape[1:]:
@@ -146,40 +147,40 @@ class ImageModel(LightningModule, ABC):
 
     @abstractmethod
     def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
-        """Where images lie in latent space, `[batch, latent_dim]`: of a VAE, the posterior means."""
+        """Return the latent codes of images, `[batch, latent_dim]`: the posterior means of a VAE."""
 
     @torch.no_grad()
     def all_codes(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`codes` of many images `[n, *image_shape]`, a thousand at a time: `[n, latent_dim]`."""
+        """Return `codes` of many images `[n, *image_shape]`, in batches of 1,000: `[n, latent_dim]`."""
         parts = [None] * -(-len(images) // 1_000) if labels is None else labels.to(self.device).split(1_000)
         pairs = zip(images.split(1_000), parts, strict=True)
         return torch.cat([self.codes(self.images(batch), part) for batch, part in pairs])
 
     @abstractmethod
     def pictures(self, z: Array, labels: Tensor | None = None) -> Tensor:
-        """Latents `[..., latent_dim]` as images to show, `[..., *image_shape]` in [0, 1]: of a VAE, p(x|z)'s mean."""
+        """Decode z `[..., latent_dim]` to images `[..., *image_shape]` in [0, 1]: the mean of p(x|z) of a VAE."""
 
     def forward(self, x: Array, labels: Tensor | None = None) -> Tensor:
-        """Images through the model and back, `[batch, *image_shape]` in [0, 1]."""
+        """Return reconstructions of images, `[batch, *image_shape]` in [0, 1]."""
         return self.pictures(self.codes(x, labels), labels)
 
     @torch.no_grad()
     def reconstruct(self, x: Array, labels: Tensor | None = None) -> Tensor:
-        """Images through the model and back, `[batch, *image_shape]` in [0, 1], without gradients."""
+        """Return reconstructions of images, `[batch, *image_shape]` in [0, 1], without gradients."""
         return self(x, labels)
 
     @torch.no_grad()
     def interpolate(self, start: Array, end: Array, steps: int = 10, spherical: bool = False) -> Tensor:
-        """From image `start` to image `end`, decoded on the way, `[steps, batch, *image_shape]`.
+        """Decode the path from image `start` to image `end`: `[steps, batch, *image_shape]`.
 
-        On the straight line between their codes, or along the arc that `latents.arc` describes.
+        The path between their codes is a straight line, or the arc of `latents.arc` if `spherical`.
         """
         check_counts(steps=steps)
         path = arc if spherical else line
         return self.pictures(path(self.codes(start), self.codes(end), steps))
 
     def share(self) -> Share | None:
-        """Which images of the running batch are this process's; None where there are no others."""
+        """Return this process's share of the current batch; None if there is only one process."""
         trainer = self._trainer
         if trainer is None or trainer.world_size == 1:
             return None
@@ -187,22 +188,23 @@ class ImageModel(LightningModule, ABC):
         return getattr(trainer.train_dataloader if trainer.training else evaluated, "share", None)
 
     def batch_mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` `[batch]`, whose gradient is that over the batch of all processes together.
+        """Return the mean of `values` `[batch]`, scaled for several processes.
 
-        They average their gradients, and an uneven last batch gives some of them an image less.
+        DDP averages gradients over processes. In an uneven last batch some processes have one image fewer, so each
+        weights its mean by its share of the images.
         """
         share = self.share()
         return values.mean() if share is None else values.sum() * (share.counts * share.world_size / share.total)
 
     def count(self, split: str, terms: dict[str, Tensor]) -> None:
-        """Add a batch to the epoch's means."""
+        """Add a batch to the means of the epoch."""
         share = self.share()
         self.means[split].update({name: v[:0] for name, v in terms.items()} if share and not share.counts else terms)
 
     def noise(self, *shape: int, device: torch.device) -> Tensor:
-        """ε ~ N(0, I) of `shape` `[..., batch, latent_dim]`.
+        """Draw ε ~ N(0, I) of `shape` `[..., batch, latent_dim]`.
 
-        Each of several processes takes its rows of one draw for all of them: their number changes no result.
+        Several processes make the same draw and take their rows of it, so the number of processes changes no result.
         """
         share = self.share()
         if share is None:
@@ -211,7 +213,7 @@ class ImageModel(LightningModule, ABC):
         return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
 
     def epochs_trained(self) -> float:
-        """How far training is, in epochs and fractions of one: by batches, of which a step may take several."""
+        """Return the training progress in epochs, fractions included, counted in batches."""
         batches = int(self.trainer.num_training_batches)
         return (self.trainer.current_epoch * batches + self.batch_index) / batches
 
@@ -238,12 +240,13 @@ class ImageModel(LightningModule, ABC):
 
     def _log_means(self, split: str) -> None:
         means = self.means[split]
-        # The means are over all processes already; sync_dist tells Lightning so, which would warn without it.
+        # The means are over all processes already; without sync_dist Lightning would warn.
         self.log_dict({f"{split}/{term}": value.float() for term, value in means.compute().items()}, sync_dist=True)
         means.reset()
 
     def configure_optimizers(self) -> Any:
-        trainer = self._trainer  # Lightning cannot clip the gradients of a fused optimizer under mixed precision
+        trainer = self._trainer
+        # Lightning cannot clip the gradients of a fused optimizer under mixed precision.
         fused = not (trainer and trainer.gradient_clip_val and "mixed" in str(trainer.precision))
         h = self.hparams
         optimizer = make_optimizer(

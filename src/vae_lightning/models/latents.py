@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def line(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """`steps` points on the straight line between latents `[..., d]`, both ends included: `[steps, ..., d]`."""
+    """Return `steps` points on the straight line between latents `[..., d]`, ends included: `[steps, ..., d]`."""
     return start + fractions(start, steps) * (end - start)
 
 
 def arc(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """`steps` points between latents `[..., d]`, turning at an even pace: `[steps, ..., d]` (White 2016).
+    """Return `steps` points of spherical interpolation between latents `[..., d]`: `[steps, ..., d]` (White 2016).
 
-    A straight line between two draws of N(0, I) cuts through the middle, where the prior puts almost nothing when d is
-    large; the arc keeps their distance from it, going evenly from one length to the other. Where the two lie on one
-    ray, or opposite, or one at 0, there is no arc between them, and it is the line.
+    For large d, the straight line between two samples of N(0, I) passes near 0, where the prior has almost no mass. The
+    arc turns at constant angular speed and interpolates the norm linearly. If the two are parallel, opposite or 0, the
+    result is the straight line.
     """
     t = fractions(start, steps)
     lengths = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
@@ -29,15 +29,15 @@ def arc(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def fractions(start: Tensor, steps: int) -> Tensor:
-    """0 to 1 in `steps` steps, ready to multiply latents of the shape of `start`: `[steps, 1, …]`."""
+    """Return `steps` numbers from 0 to 1, which broadcast against `start`: `[steps, 1, …]`."""
     return torch.linspace(0, 1, steps, device=start.device).reshape(-1, *[1] * start.ndim)
 
 
 def principal_directions(means: Tensor) -> tuple[Tensor, Tensor]:
-    """The principal components of posterior means `[n, d]`: directions `[d, d]`, a unit vector a row, widest first,
-    and the standard deviation along each `[d]`.
+    """Return the principal components of posterior means `[n, d]`, largest first.
 
-    The sign is the one that makes the largest entry of a row positive, so that pictures come out the same everywhere.
+    They are unit vectors, one per row, `[d, d]`, and the standard deviation along each, `[d]`. The largest entry of
+    each row is positive, so that pictures do not depend on the machine.
     """
     values, vectors = torch.linalg.eigh(means.T.cov().reshape(means.shape[1], -1).double().cpu())
     directions = vectors.T.flip(0)
@@ -46,5 +46,5 @@ def principal_directions(means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_activity(means: Tensor) -> list[int]:
-    """The latent dimensions, that of the largest Var_x(E_q[z]) first, from posterior means `[n, d]`."""
+    """Return the latent dimensions sorted by Var_x(E_q[z]), largest first, from posterior means `[n, d]`."""
     return means.var(dim=0).argsort(descending=True).tolist()

@@ -1,7 +1,7 @@
-"""p(x|z): each likelihood turns decoder outputs into a `torch.distributions` object over whole images.
+"""Likelihoods p(x|z): from decoder outputs to a `torch.distributions` object over images.
 
-Its `log_prob(x)` is in nats per image, summed over pixels, normalizing constants included; its `mean` is the image to
-show. To add one, write a class with a `forward`, and a YAML file in conf/model/likelihood/ that names it.
+`log_prob(x)` is in nats per image, summed over pixels, normalizing constant included. `mean` is the image to show. To
+add one, write a subclass of `Likelihood` and a YAML file in conf/model/likelihood/.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from vae_lightning.config import ConfigError, Positive
 
-IMAGE_DIMS = 3  # channels, height, width: the dimensions that one log_prob sums over
+IMAGE_DIMS = 3  # channels, height, width: log_prob sums over them
 CROSS_ENTROPY = (
-    "pixels between 0 and 1 with a Bernoulli likelihood: loss, nll, elbo and reconstruction are cross-entropies, not "
-    "likelihoods; they compare with tutorials, not with log likelihoods"
+    "grey pixels with a Bernoulli likelihood: loss, nll, elbo and reconstruction are cross-entropies, not likelihoods; "
+    "compare them with tutorials only"
 )
-LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which would else shrink without end on images that fit exactly
+LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which could otherwise shrink towards 0
 
 
 class Likelihood(nn.Module, ABC):
-    """From decoder outputs `[..., channels, height, width]` to p(x|z), with `log_prob(x)` of shape `[...]`.
+    """Maps decoder outputs `[..., channels, height, width]` to p(x|z), with `log_prob(x)` of shape `[...]`.
 
-    `binary` says that it is a probability of binary images, which grey ones are not.
+    `binary` is True if it is a distribution over binary images, for which grey pixels give a cross-entropy.
     """
 
     binary = False
 
     @abstractmethod
     def forward(self, outputs: Tensor) -> td.Distribution:
-        """p(x|z)."""
+        """Return p(x|z)."""
 
     @torch.no_grad()
     def outputs_with_mean(self, mean: Tensor) -> Tensor:
-        """Decoder outputs `[channels, height, width]` whose p(x|z) has the mean image `mean`, by bisection.
+        """Find decoder outputs `[channels, height, width]` with p(x|z) of mean image `mean`, by bisection.
 
-        They stay within ±6.9, the log odds of 0.999, beyond which a sigmoid has hardly a gradient. Raises ConfigError
-        for a likelihood that does not take one output for each pixel.
+        They stay within ±6.9, the log odds of 0.999, where a sigmoid still has a gradient. Raises ConfigError for a
+        likelihood that does not have one output per pixel.
         """
         high = torch.full_like(mean, math.log(999), dtype=torch.float64)
         low = -high
@@ -50,24 +50,26 @@ class Likelihood(nn.Module, ABC):
             middle = (low + high) / 2
             found = self(middle).mean
             if found.shape != mean.shape:
-                raise ConfigError(f"model.data_bias=true: {type(self).__name__} has no output for each pixel's mean")
+                raise ConfigError(
+                    f"model.data_bias=true: {type(self).__name__} needs one output per pixel; allowed: false"
+                )
             low, high = torch.where(found < mean, middle, low), torch.where(found < mean, high, middle)
         return ((low + high) / 2).to(mean.dtype)
 
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
-        """Further per-image figures `[...]` that this likelihood is usually judged by."""
+        """Return more per-image metrics `[...]` that are usual for this likelihood."""
         return {}
 
 
 def remark(likelihood: Likelihood, pixels: str) -> str:
-    """What must be said of numbers under this likelihood and pixel protocol; nothing, where they are what they seem."""
+    """Return the remark that belongs to numbers under this likelihood and pixel protocol, or an empty string."""
     return CROSS_ENTROPY if likelihood.binary and pixels == "grey" else ""
 
 
 class Bernoulli(Likelihood):
-    """Independent Bernoulli pixels, on logits: finite, gradients included, however large the logits are.
+    """Independent Bernoulli pixels, computed from logits. Values and gradients are finite for logits of any size.
 
-    On grey pixels (x between 0 and 1) its negative log_prob is a cross-entropy and no likelihood, as in every tutorial.
+    On grey pixels, x between 0 and 1, the negative log_prob is a cross-entropy, as in tutorials, and not a likelihood.
     """
 
     binary = True
@@ -77,23 +79,23 @@ class Bernoulli(Likelihood):
 
 
 class BinaryImages(td.Independent[td.Bernoulli]):
-    """Independent Bernoulli pixels with `logits` `[..., channels, height, width]`; `log_prob` takes grey ones, too."""
+    """Independent Bernoulli pixels with `logits` `[..., channels, height, width]`; `log_prob` accepts grey pixels."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         super().__init__(td.Bernoulli(logits=logits, validate_args=False), IMAGE_DIMS, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # td.Bernoulli's own takes its sign from every pixel before they are summed: two passes more, there and back.
+        # td.Bernoulli negates every pixel before the sum, which takes two more passes over memory.
         logits, value = torch.broadcast_tensors(self.logits, value)
         cross_entropy = binary_cross_entropy_with_logits(logits, value, reduction="none")
         return -cross_entropy.flatten(-IMAGE_DIMS).sum(dim=-1)
 
 
 class ContinuousBernoulli(Likelihood):
-    """Independent continuous Bernoulli pixels in [0, 1], on logits (Loaiza-Ganem & Cunningham 2019).
+    """Independent continuous Bernoulli pixels in [0, 1], computed from logits (Loaiza-Ganem & Cunningham 2019).
 
-    The density that makes the cross-entropy of grey pixels a likelihood: p(x) = C(λ) λˣ (1 − λ)¹⁻ˣ.
+    p(x) = C(λ) λˣ (1 − λ)¹⁻ˣ: the constant C(λ) turns the cross-entropy of grey pixels into a likelihood.
     """
 
     def forward(self, outputs: Tensor) -> td.Distribution:
@@ -101,13 +103,13 @@ class ContinuousBernoulli(Likelihood):
 
 
 class ContinuousBernoulliLogits(td.Distribution):
-    """The continuous Bernoulli with λ = σ(l), written in the logit l, where it is finite and smooth everywhere.
+    """The continuous Bernoulli with λ = σ(l), as a function of the logit l, finite and smooth everywhere.
 
-    With x = l/2, log C = log(l / tanh(l/2)) = log 2 + log(x / tanh x), and E[x] = 1/(1 − e⁻ˡ) − 1/l. Near l = 0, where
-    both are 0/0, the first terms of their series stand in. torch's own works on probabilities, and loses both.
+    With x = l/2, log C = log(l / tanh(l/2)) = log 2 + log(x / tanh x), and E[x] = 1/(1 − e⁻ˡ) − 1/l. Both are 0/0 at
+    l = 0, so their series are used near it. torch's class computes from probabilities and is inaccurate near 0 and 1.
     """
 
-    arg_constraints = {}  # noqa: RUF012 (torch.distributions' own form)
+    arg_constraints = {}  # noqa: RUF012 (as in torch.distributions)
     NEAR_ZERO = 0.2
 
     def __init__(self, logits: Tensor) -> None:
@@ -119,11 +121,11 @@ class ContinuousBernoulliLogits(td.Distribution):
         return self.log_normalizer() - binary_cross_entropy_with_logits(logits, value, reduction="none")
 
     def log_normalizer(self) -> Tensor:
-        """log C, the shape of the logits. It is even in them."""
+        """Return log C, in the shape of the logits. It is an even function of them."""
         near = self.logits.abs() < self.NEAR_ZERO
         square = self.logits.square()
         series = math.log(2) + square / 12 - 7 * square.square() / 1440
-        size = torch.where(near, 1.0, self.logits.abs())  # where() must not meet an infinite gradient on either side
+        size = torch.where(near, 1.0, self.logits.abs())  # keeps the gradient of the branch not taken finite
         return torch.where(near, series, size.log() - torch.tanh(size / 2).log())
 
     @property
@@ -131,16 +133,16 @@ class ContinuousBernoulliLogits(td.Distribution):
         near = self.logits.abs() < self.NEAR_ZERO
         series = 0.5 + self.logits / 12 - self.logits**3 / 720
         size = torch.where(near, 1.0, self.logits.abs())
-        below = 1 / size + torch.exp(-size) / torch.expm1(-size)  # at −|l|, where nothing overflows
+        below = 1 / size + torch.exp(-size) / torch.expm1(-size)  # the mean at −|l|, which does not overflow
         return torch.where(near, series, torch.where(self.logits < 0, below, 1 - below))
 
 
 class Gaussian(Likelihood):
-    """Independent Gaussian pixels with one standard deviation `scale` for all, fixed or learnt from there.
+    """Independent Gaussian pixels with one standard deviation `scale`, fixed, or learnt from that initial value.
 
-    `mean` says how decoder outputs become the mean: `sigmoid` keeps it a pixel value, `identity` leaves it free.
-    scale² = 1/2 makes −log p(x|z) the summed squared error plus a constant, (pixels / 2) · log π; a learnt scale finds
-    the balance of reconstruction and KL by itself (σ-VAE, Rybkin et al. 2021).
+    `mean` maps decoder outputs to the mean: `sigmoid` keeps it in [0, 1], `identity` leaves it unbounded. With
+    scale² = 1/2, −log p(x|z) is the summed squared error plus the constant (pixels / 2) · log π. A learnt scale
+    balances reconstruction and KL (σ-VAE, Rybkin et al. 2021).
     """
 
     def __init__(
@@ -153,14 +155,14 @@ class Gaussian(Likelihood):
         start = math.log(scale)
         if learn_scale:
             if start <= LOG_SCALE_FLOOR:
-                raise ConfigError(f"model.likelihood.scale={scale}: one that is learnt stays above e⁻⁶ = 0.0025")
-            start = LOG_SCALE_FLOOR + math.log(math.expm1(start - LOG_SCALE_FLOOR))  # where `scale` makes it `scale`
+                raise ConfigError(f"model.likelihood.scale={scale}: a learnt scale should be above e⁻⁶ = 0.0025")
+            start = LOG_SCALE_FLOOR + math.log(math.expm1(start - LOG_SCALE_FLOOR))  # the inverse of `scale` below
         self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=learn_scale)
         self.mean: nn.Module = nn.Sigmoid() if mean == "sigmoid" else nn.Identity()
 
     @property
     def scale(self) -> Tensor:
-        """The standard deviation, no smaller than e⁻⁶, with a gradient everywhere."""
+        """The standard deviation: above e⁻⁶ if learnt, with a gradient everywhere."""
         if not self.log_scale.requires_grad:
             return self.log_scale.exp()
         return (LOG_SCALE_FLOOR + softplus(self.log_scale - LOG_SCALE_FLOOR)).exp()
@@ -169,5 +171,5 @@ class Gaussian(Likelihood):
         return td.Independent(td.Normal(self.mean(outputs), self.scale, validate_args=False), IMAGE_DIMS, False)
 
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
-        """`squared_error`: summed over the pixels of an image, with z drawn from the posterior."""
+        """Return `squared_error`, summed over the pixels of an image, with z drawn from the posterior."""
         return {"squared_error": (p.mean - x).square().sum(dim=(-3, -2, -1))}

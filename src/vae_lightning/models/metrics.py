@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-ROWS = 1_024  # of `sums`, to begin with
+ROWS = 1_024  # initial rows of `sums`
 
 
 class EpochMeans(Metric):
-    """The mean over all images seen since `reset` of each term in a dictionary of `[batch]` tensors.
+    """The mean of each term over all images since `reset`; terms are a dictionary of `[batch]` tensors.
 
-    The sums of each batch are a row of `sums`, on the device and in float64 (float32 on MPS, which has no other), so an
-    update costs microseconds and no synchronization, and which one went wrong can be found later. Across processes the
-    sums and counts are added before dividing, so uneven batches weigh right.
+    Each batch adds a row to `sums`, on the device and in float64 (float32 on MPS, which has no float64). So an update
+    takes microseconds without synchronization, and the batch with the first NaN can be found later. Sums and counts are
+    added over processes before the division, so uneven batches are weighted correctly.
     """
 
     full_state_update = False
-    sums: Tensor  # [updates and room for more, terms]
+    sums: Tensor  # [at least updates, terms]
     count: Tensor
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class EpochMeans(Metric):
         self.updates += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each term, in nats per image: 0-dimensional tensors."""
-        # Of the rows in use: with the room for more, the order of adding up would depend on how much there is.
+        """Return the mean of each term, in nats per image: 0-dimensional tensors."""
+        # Only the rows in use: the order of summation must not depend on the number of unused rows.
         return dict(zip(self.terms, self.sums[: self.updates].sum(dim=0) / self.count, strict=True))
 
     def reset(self) -> None:
@@ -52,14 +52,14 @@ class EpochMeans(Metric):
         self.updates = 0
 
     def saved(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """The sums so far of every process, which `gather` puts on top of each other, for a checkpoint."""
+        """Return the sums of every process, stacked by `gather`, for a checkpoint."""
         if not self.updates:
             return {}
         sums, count = gather(self.sums[: self.updates]).cpu(), gather(self.count).cpu()
         return {"terms": list(self.terms), "updates": self.updates, "sums": sums, "count": count}
 
     def restore(self, saved: dict[str, Any], rank: int, device: torch.device) -> None:
-        """Go on from the sums that a checkpoint has of process `rank`."""
+        """Restore the sums of process `rank` from a checkpoint."""
         if not saved or not saved["updates"]:
             return
         self._start(tuple(saved["terms"]), device)
@@ -69,7 +69,7 @@ class EpochMeans(Metric):
         self.count.copy_(saved["count"].reshape(-1)[rank])
 
     def first_not_finite(self) -> tuple[str, int] | None:
-        """The term that first became NaN or infinite, and at which update (from 0); None while all are finite."""
+        """Return the first NaN or infinite term and its update, counted from 0; None if all are finite."""
         if not self.updates:
             return None
         finite = self.sums[: self.updates].isfinite()
@@ -77,7 +77,7 @@ class EpochMeans(Metric):
             return None
         first = int(finite.all(dim=1).int().argmin())
         bad = [term for term, is_finite in zip(self.terms, finite[first].tolist(), strict=True) if not is_finite]
-        # "loss" and "elbo" contain the other terms: of those that went bad together, name the one at the bottom.
+        # "loss" and "elbo" contain the other terms, so name another one if there is one.
         return next((t for t in bad if t not in ("loss", "elbo")), bad[0]), first
 
     def _start(self, terms: tuple[str, ...], device: torch.device) -> None:

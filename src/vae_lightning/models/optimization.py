@@ -1,7 +1,7 @@
-"""The optimizer and the learning-rate schedule, from their specs.
+"""The optimizer and the learning-rate schedule.
 
-`model.learning_rate` and `model.weight_decay` are passed to the optimizer that `model/optimizer` chooses. To use one of
-your own, name its class in a YAML file in conf/model/optimizer/.
+`model/optimizer` chooses the optimizer, which gets `model.learning_rate` and `model.weight_decay`. To add one, name its
+class in a YAML file in conf/model/optimizer/.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def make_optimizer(
     decay_biases: bool = True,
     fused: bool = True,
 ) -> Optimizer:
-    """The optimizer that `spec` describes.
+    """Return the optimizer of `spec`.
 
     Without `decay_biases`, parameters of fewer than two dimensions (biases, normalization) get no weight decay. `fused`
-    allows one kernel for all parameters, which is faster than PyTorch's default and makes the same update.
-    Raises ConfigError for a spec that does not fit.
+    allows the fused implementation, which is faster and computes the same update. Raises ConfigError if the spec is
+    invalid.
     """
     target = locate(spec.get("_target_"), Optimizer, "model.optimizer._target_")
     takes = signature(target).parameters
@@ -52,10 +52,10 @@ def make_optimizer(
 
 
 def make_schedule(spec: Spec, optimizer: Optimizer) -> dict[str, Any]:
-    """The learning-rate schedule that `spec` describes, as Lightning takes it.
+    """Return the learning-rate schedule of `spec`, in the format of Lightning's `configure_optimizers`.
 
-    `interval` in the spec says whether it counts epochs (the default) or steps; `monitor` which metric
-    ReduceLROnPlateau watches. Raises ConfigError for a spec that does not fit.
+    `interval` in the spec is `epoch` (the default) or `step`. `monitor` is the metric of ReduceLROnPlateau. Raises
+    ConfigError if the spec is invalid.
     """
     options = {key: spec[key] for key in ("interval", "monitor") if key in spec}
     scheduler = build(
@@ -65,7 +65,7 @@ def make_schedule(spec: Spec, optimizer: Optimizer) -> dict[str, Any]:
         optimizer=optimizer,
     )
     if "interval" not in options and isinstance(scheduler, OneCycleLR | CyclicLR):
-        raise ConfigError(f"model.schedule.interval: missing; {type(scheduler).__name__} needs interval=step, or epoch")
+        raise ConfigError(f"model.schedule.interval: missing; {type(scheduler).__name__} needs step or epoch")
     interval = options.get("interval", "epoch")
     if interval not in get_args(Interval):
         raise ConfigError(f"model.schedule.interval={interval}: should be epoch or step")

@@ -1,7 +1,7 @@
-"""q(z|x): from an encoder's outputs to a distribution over latents.
+"""Posteriors q(z|x): from encoder outputs to a distribution over latents.
 
-A posterior says how many outputs it wants of the encoder, and turns them into a distribution that makes z from standard
-normal noise, together with log q(z|x). To add one, write a `Posterior`, and a YAML file in conf/model/posterior/.
+A posterior sets the number of encoder outputs. Its distribution makes z and log q(z|x) from standard normal noise. To
+add one, write a subclass of `Posterior` and a YAML file in conf/model/posterior/.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, PositiveInt
 
-LOG_VARIANCE_BOUND = 15.0  # variances between 3e-7 and 3e6: wider than any posterior needs, and exp() stays finite
+LOG_VARIANCE_BOUND = 15.0  # variances from 3e-7 to 3e6: wider than any posterior needs, and exp() stays finite
 
 
 class PosteriorDistribution(td.Distribution, ABC):
     """q(z|x) of a batch of images: batch_shape `[batch]`, event_shape `[latent_dim]`.
 
-    `mean` `[batch, latent_dim]` is the code that stands for an image. `log_prob(z)` of z `[..., batch, latent_dim]` is
-    `[..., batch]`, in nats; where it has no closed form it may raise NotImplementedError.
+    `mean`, `[batch, latent_dim]`, is the code of an image. `log_prob(z)` of z `[..., batch, latent_dim]` is
+    `[..., batch]`, in nats; it may raise NotImplementedError if it has no closed form.
     """
 
     @property
     def noise_dim(self) -> int:
-        """Dimensions of the noise that one z is made from."""
+        """The dimension of the noise from which one z is made."""
         return self.event_shape[-1]
 
     @abstractmethod
     def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z `[..., batch, latent_dim]` and log q(z|x) `[..., batch]` from noise ε ~ N(0, I) `[..., batch, noise_dim]`.
+        """Return z `[..., batch, latent_dim]` and log q(z|x) `[..., batch]` for ε ~ N(0, I) `[..., batch, noise_dim]`.
 
-        Differentiable in the parameters: the reparameterization (Kingma & Welling 2014, section 2.4).
+        Both are differentiable in the parameters: the reparameterization (Kingma & Welling 2014, section 2.4).
         """
 
     def transform(self, noise: Tensor) -> Tensor:
-        """z alone, where log q(z|x) is not needed."""
+        """Return z without log q(z|x)."""
         return self.transform_and_log_prob(noise)[0]
 
     def detach(self) -> PosteriorDistribution:
-        """The same distribution, with no gradient to its parameters. Raises ConfigError where there is none."""
-        raise ConfigError(f"model.objective: DReG needs a posterior with `detach`, and {type(self).__name__} has none")
+        """Return the distribution without gradients to its parameters. Raises ConfigError if not implemented."""
+        raise ConfigError(f"model.objective: DReG needs a posterior with `detach`; {type(self).__name__} has none")
 
     def mixture(self, temperature: float = 1.0) -> td.Distribution:
-        """(1/N) Σ q(z|xₙ) over the batch, with standard deviations scaled by `temperature`."""
+        """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations."""
         raise NotImplementedError
 
 
@@ -60,11 +60,11 @@ class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
 
     @property
     def stddev(self) -> Tensor:
-        stddev: Tensor = self.base_dist.stddev  # td.Independent would take the root of its square
+        stddev: Tensor = self.base_dist.stddev  # td.Independent would compute the square root of the variance
         return stddev
 
     def transform(self, noise: Tensor) -> Tensor:
-        """z = mean + σ ε."""
+        """Return z = mean + σ ε."""
         return self.mean + self.stddev * noise
 
     def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,20 +81,20 @@ class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
 
 
 class GaussianMixture(td.MixtureSameFamily):
-    """(1/K) Σₖ N(z; μₖ, diag σₖ²), whose `log_prob` costs two matrix products, not a tensor `[..., K, latent_dim]`.
+    """(1/K) Σₖ N(z; μₖ, diag σₖ²). `log_prob` takes two matrix products and no tensor `[..., K, latent_dim]`.
 
-    (z − μ)²/σ² is expanded to z²/σ² − 2zμ/σ² + μ²/σ². Where σ is small those terms are large and cancel, so they are
-    summed in float64 (float32 on Apple's GPUs, which have no other).
+    (z − μ)²/σ² is expanded to z²/σ² − 2zμ/σ² + μ²/σ². For small σ these terms are large and cancel, so they are summed
+    in float64 (float32 on MPS, which has no float64).
     """
 
     def __init__(self, components: DiagonalGaussian) -> None:
         logits = torch.zeros(len(components.mean), device=components.mean.device)
-        even = td.Categorical(logits=logits, validate_args=False)  # a GPU would be waited for to look at them
-        super().__init__(even, components, validate_args=False)
+        uniform = td.Categorical(logits=logits, validate_args=False)  # validation would synchronize a GPU
+        super().__init__(uniform, components, validate_args=False)
         self.components = components
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """`[...]` of latents `[..., latent_dim]`, in nats."""
+        """Return the log density `[...]`, in nats, of latents `[..., latent_dim]`."""
         exact = torch.float32 if value.device.type == "mps" else torch.float64
         z, mean, log_variance = value.to(exact), self.components.mean.to(exact), self.components.log_variance.to(exact)
         precision = torch.exp(-log_variance)
@@ -104,7 +104,7 @@ class GaussianMixture(td.MixtureSameFamily):
 
 
 class Posterior(nn.Module, ABC):
-    """From encoder outputs `[batch, encoder_outputs]` to q(z|x) over `latent_dim` dimensions."""
+    """Maps encoder outputs `[batch, encoder_outputs]` to q(z|x) over `latent_dim` dimensions."""
 
     def __init__(self, latent_dim: PositiveInt, encoder_outputs: PositiveInt) -> None:
         super().__init__()
@@ -113,17 +113,17 @@ class Posterior(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, outputs: Tensor) -> PosteriorDistribution:
-        """q(z|x), in float32 whatever the training precision."""
+        """Return q(z|x), in float32 at any training precision."""
 
 
 class Gaussian(Posterior):
-    """A diagonal Gaussian: a mean and a log variance for each latent dimension (Kingma & Welling 2014, eq. 9)."""
+    """A diagonal Gaussian with a mean and a log variance per latent dimension (Kingma & Welling 2014, eq. 9)."""
 
     def __init__(self, latent_dim: PositiveInt) -> None:
         super().__init__(latent_dim, encoder_outputs=2 * latent_dim)
 
     def forward(self, outputs: Tensor) -> DiagonalGaussian:
-        # The log variance is bounded smoothly, by a scaled tanh. Outside a hard bound its gradient would be zero, and a
-        # dimension that strayed there could never come back.
+        # A scaled tanh bounds the log variance. Beyond a hard bound the gradient would be zero, and a dimension could
+        # not return.
         mean, raw = outputs.float().chunk(2, dim=-1)
         return DiagonalGaussian(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))

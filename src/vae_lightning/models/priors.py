@@ -1,8 +1,8 @@
-"""p(z): priors over latents. A module each, so that their tensors follow the model to its device.
+"""Priors p(z) over latents.
 
-A prior is called with the model's `encode`, which VampPrior is made of, and returns a `torch.distributions` object
-whose `log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a class with a `forward`, and a YAML
-file in conf/model/prior/ that names it.
+A prior is a module. Its `forward` takes the model's `encode`, which VampPrior needs, and returns a
+`torch.distributions` object: `log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a subclass
+of `Prior` and a YAML file in conf/model/prior/.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Encode = Callable[[Tensor], PosteriorDistribution]
 
 
 class Prior(nn.Module, ABC):
-    """p(z). `has_analytic_kl` says that it is N(0, I), whose KL from a diagonal Gaussian has a closed form."""
+    """The base class. `has_analytic_kl` is True for N(0, I): its KL from a diagonal Gaussian has a closed form."""
 
     has_analytic_kl = False
 
     @abstractmethod
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
-        """`temperature` scales the standard deviations, for samples; at 1 it is the prior."""
+        """Return p(z). `temperature` scales the standard deviations of samples; 1 gives the prior."""
 
     def initialize(self, images: Tensor) -> None:
-        """Look at the training images `[n, channels, height, width]`, uint8, once before training."""
+        """Initialize from the training images `[n, channels, height, width]`, uint8, once before training."""
 
 
 class StandardNormal(Prior):
@@ -43,7 +43,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: PositiveInt, image_shape: Sequence[int] = ()) -> None:
         super().__init__()
-        # Buffers that no checkpoint needs: they say nothing that latent_dim does not.
+        # Not saved in checkpoints: latent_dim determines them.
         self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
@@ -55,8 +55,8 @@ class StandardNormal(Prior):
 class VampPrior(Prior):
     """The mixture of posteriors (1/K) Σₖ q(z|uₖ) at K learnt pseudo-inputs uₖ (Tomczak & Welling 2018, eq. 9).
 
-    `start` says where the pseudo-inputs begin: at K training images drawn at random, or at their mean with a little
-    noise. They are kept in [0, 1] by clamping, as pixels are.
+    `start` initializes the pseudo-inputs: `images` at K random training images, `mean` at the mean image plus noise.
+    They are clamped to [0, 1].
     """
 
     def __init__(

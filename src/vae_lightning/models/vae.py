@@ -4,13 +4,14 @@
     q(z|x)                     posterior: `encode`
     log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the ELBO: `elbo`, which training maximises
 
-`log_weights` is log p(x,z) − log q(z|x), with the sample axis first: Monte-Carlo ELBO, IWAE bound and NLL are one line
-each on top of it. All numbers are in nats per image, and float32.
+`log_weights` is log p(x,z) − log q(z|x), with the sample axis first. The Monte-Carlo ELBO, the IWAE bound and the NLL
+follow from it in one line each. All numbers are float32, in nats per image.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.models.backbones import set_output_bias
 from vae_lightning.models.base import Array, ImageModel, check_counts
+from vae_lightning.models.estimators import kl_divergence, with_free_bits
 from vae_lightning.models.likelihoods import Likelihood
-from vae_lightning.models.objectives import Objective, kl_divergence, with_free_bits
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
 from vae_lightning.models.priors import Prior
 
@@ -30,9 +31,9 @@ class VAE(ImageModel):
     """Encoder, decoder, reparameterization and ELBO.
 
     `backbone`, `likelihood`, `prior`, `posterior` and `objective` are specs, as for `ImageModel`. `beta` weights the KL
-    in the loss. `data_bias` starts the decoder's output bias where p(x|z) has the mean training image.
-    `encode` and `decode` take the batch's labels, which a conditional model of your own may use.
-    Raises ConfigError for a spec that does not fit.
+    in the loss. `data_bias` initializes the decoder's output bias so that p(x|z) has the mean training image as mean.
+    `encode` and `decode` take the labels of the batch, for conditional models.
+    Raises ConfigError if a spec is invalid.
     """
 
     def __init__(
@@ -63,29 +64,24 @@ class VAE(ImageModel):
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
 
-    @property
-    def has_analytic_kl(self) -> bool:
-        """Whether KL(q ‖ p) has a closed form for each dimension: a diagonal Gaussian and a standard normal prior."""
-        return type(self.posterior) is Gaussian and self.prior.has_analytic_kl
-
     def encode(self, x: Array, labels: Tensor | None = None) -> PosteriorDistribution:
-        """q(z|x) of images `[batch, *image_shape]` in [0, 1]: its `mean` is `[batch, latent_dim]`.
+        """Return q(z|x) for images `[batch, *image_shape]` in [0, 1]. Its `mean` is `[batch, latent_dim]`.
 
-        Here and below, `x` may also be whatever `images` makes such a batch of, and `z` whatever `latents` takes.
+        In all methods, `x` may be any input that `images` accepts, and `z` any input that `latents` accepts.
         """
         return self.posterior(self.encoded(self.images(x)))
 
     def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
-        """ε ~ N(0, I) for one z of each image, `[batch, noise_dim]`, or for several, `[samples, batch, noise_dim]`."""
+        """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
         sample_axis = () if samples is None else (samples,)
         return self.noise(*sample_axis, *q.batch_shape, q.noise_dim, device=q.mean.device)
 
     def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
-        """z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
+        """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
         return q.transform(self.noise_for(q, samples))
 
     def decode(self, z: Array, labels: Tensor | None = None) -> td.Distribution:
-        """p(x|z) of latents `[..., latent_dim]`: its `log_prob(x)` is `[...]`, its `mean` `[..., *image_shape]`."""
+        """Return p(x|z) for z `[..., latent_dim]`: `log_prob(x)` is `[...]`, `mean` is `[..., *image_shape]`."""
         return self.likelihood(self.decoded(z))
 
     def elbo(
@@ -97,11 +93,11 @@ class VAE(ImageModel):
         warmup_epochs: float = 0.0,
         free_bits: float = 0.0,
     ) -> dict[str, Tensor]:
-        """loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z an image.
+        """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z per image.
 
-        loss = reconstruction + β · warm-up · kl, where the KL of each latent dimension is free up to `free_bits` nats.
-        The KL has a closed form for a diagonal Gaussian against N(0, I); else, or with `kl="monte_carlo"`, it is
-        log q(z|x) − log p(z) at the sample. Raises ConfigError for free bits without a closed form.
+        loss = reconstruction + β · warm-up · kl, where the first `free_bits` nats of each dimension's KL are free.
+        Without a closed form, or with `kl="monte_carlo"`, the KL is log q(z|x) − log p(z) at the sample. Raises
+        ConfigError for free bits without a closed form.
         """
         x = self.images(x)
         q = self.encode(x, labels)
@@ -109,14 +105,14 @@ class VAE(ImageModel):
             z = self.reparameterize(q)
             divergence = kl_divergence(q.mean, q.log_variance)  # [batch, latent_dim]
         elif free_bits:
-            raise ConfigError(f"model.objective.free_bits={free_bits}: needs a KL in closed form. Allowed: 0")
+            raise ConfigError(f"model.objective.free_bits={free_bits}: needs a closed-form KL; allowed: 0")
         else:
             z, log_q = q.transform_and_log_prob(self.noise_for(q))
             divergence = (log_q - self.prior(self.encode).log_prob(z)).unsqueeze(-1)  # [batch, 1]
         p = self.decode(z, labels)
         reconstruction = -p.log_prob(x)
         rate = divergence.sum(dim=-1)
-        warmup = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0  # of the KL's weight (Bowman et al. 2016)
+        warmup = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0  # weight of the KL (Bowman et al. 2016)
         penalty = with_free_bits(divergence, free_bits) if free_bits else rate
         return {
             "loss": reconstruction + self.beta * warmup * penalty,
@@ -125,41 +121,29 @@ class VAE(ImageModel):
             "kl": rate,
         } | self.likelihood.metrics(p, x)
 
+    @property
+    def has_analytic_kl(self) -> bool:
+        """Whether KL(q ‖ p) has a closed form: the posterior is a diagonal Gaussian and the prior is N(0, I)."""
+        return type(self.posterior) is Gaussian and self.prior.has_analytic_kl
+
     def log_joint(self, x: Array, z: Array, labels: Tensor | None = None) -> Tensor:
-        """log p(x, z) of images `[batch, *image_shape]` and latents `[..., batch, latent_dim]`: `[..., batch]`."""
+        """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
         return self.prior(self.encode).log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
 
     def log_weights(self, x: Array, k: int, labels: Tensor | None = None) -> Tensor:
-        """log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
+        """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
         check_counts(k=k)
         q = self.encode(x, labels)
         z, log_q = q.transform_and_log_prob(self.noise_for(q, samples=k))
         return self.log_joint(x, z, labels) - log_q
 
-    def sampled_terms(self, x: Tensor, z: Tensor, log_q: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """log_weights `[k, batch]` of samples z `[k, batch, latent_dim]` with log q(z|x) `[k, batch]`.
-
-        Beside them elbo, reconstruction and kl, `[batch]`: means over the same samples, without gradients.
-        """
-        log_prior, p = self.prior(self.encode).log_prob(z), self.decode(z, labels)
-        log_likelihood = p.log_prob(x)
-        reconstruction, rate = -log_likelihood.detach().mean(dim=0), (log_q - log_prior).detach().mean(dim=0)
-        with torch.no_grad():
-            metrics = {name: value.mean(dim=0) for name, value in self.likelihood.metrics(p, x).items()}
-        return {
-            "log_weights": log_prior + log_likelihood - log_q,
-            "elbo": -(reconstruction + rate),
-            "reconstruction": reconstruction,
-            "kl": rate,
-        } | metrics
-
     def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """What the objective makes of a batch; in training it is told how far training is, for warm-up."""
+        """Return the terms of the objective. During training it gets the epoch, for warm-up."""
         return self.objective(self, x, labels, self.epochs_trained() if self.training else math.inf)
 
     def on_fit_start(self) -> None:
-        """Let prior and decoder look at the training images, before the first step of a fresh run."""
-        if self.trainer.ckpt_path:  # the checkpoint has what came of it
+        """Initialize the prior and the decoder's bias from the training images, unless the run is resumed."""
+        if self.trainer.ckpt_path:
             return
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
         self.prior.initialize(images.to(self.device))
@@ -175,16 +159,16 @@ class VAE(ImageModel):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, labels: Tensor | None = None) -> Tensor:
-        """n images decoded from the prior, `[n, *image_shape]`: the mean of p(x|z), as pictures usually show.
+        """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
 
-        `temperature` scales the prior's standard deviations: below 1, images are more typical and less varied.
+        `temperature` scales the standard deviations of the prior. Below 1, images are more typical and less varied.
         """
         check_counts(n=n)
         return self.decode(self.prior(self.encode, temperature).sample((n,)), labels).mean
 
     @torch.no_grad()
     def prior_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the prior, `[latent_dim]` each; from 10,000 samples if it has no formula."""
+        """Return mean and standard deviation of the prior, `[latent_dim]` each; if unknown, of 10,000 samples."""
         p = self.prior(self.encode)
         try:
             return p.mean, p.stddev
@@ -193,3 +177,17 @@ class VAE(ImageModel):
                 torch.manual_seed(0)
                 z = p.sample((10_000,))
             return z.mean(dim=0), z.std(dim=0)
+
+
+class Objective(ABC):
+    """The loss of a VAE; objectives.py has the subclasses."""
+
+    def check(self, vae: VAE) -> None:  # noqa: B027 (most objectives accept every model)
+        """Raise ConfigError if the objective is not defined for this model."""
+
+    @abstractmethod
+    def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
+        """Return per-image terms `[batch]` in nats: `loss`, which is minimised, `elbo` (β = 1), and others to log.
+
+        x is `[batch, *image_shape]`, labels `[batch]`. `epoch` is the training progress, with fractions of an epoch.
+        """

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.models.base import ImageModel
-from vae_lightning.models.objectives import active_units, kl_divergence
+from vae_lightning.models.estimators import active_units, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory

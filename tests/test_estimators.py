@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+import torch.distributions as td
+
+from vae_lightning.models.estimators import active_units, importance_weighted_bound, kl_divergence, with_free_bits
+from vae_lightning.models.posteriors import DiagonalGaussian
+
+
+def test_kl_agrees_with_torch_distributions() -> None:
+    mean, log_variance = torch.randn(50, 7), torch.randn(50, 7) * 2
+    ours = kl_divergence(mean, log_variance)
+    theirs = td.kl_divergence(td.Normal(mean, (log_variance / 2).exp()), td.Normal(0.0, 1.0))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (ours >= 0).all()
+
+
+def test_kl_agrees_with_a_monte_carlo_estimate() -> None:
+    mean, log_variance = torch.tensor([[0.7, -1.2, 0.0]]), torch.tensor([[-1.0, 0.5, 0.0]])
+    q = DiagonalGaussian(mean, log_variance)
+    z = q.rsample((400_000,))
+    estimates = q.log_prob(z) - td.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    error = estimates.std().item() / math.sqrt(len(z))
+    exact = kl_divergence(mean, log_variance).sum().item()
+    assert abs(estimates.mean().item() - exact) < 4 * error
+    assert error < 0.01 * exact
+
+
+def test_kl_is_zero_only_at_the_prior() -> None:
+    zero = torch.zeros(1, 4)
+    assert kl_divergence(zero, zero).sum() == 0
+    assert kl_divergence(zero + 0.1, zero).sum() > 0
+
+
+def test_importance_weighted_bound() -> None:
+    weights = torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    bound = importance_weighted_bound(weights.log())
+    assert bound.exp().tolist() == pytest.approx([2.0, 4.0])
+    # Far outside what exp() can hold, it is still the logarithm of a mean.
+    assert importance_weighted_bound(torch.tensor([[-5000.0], [-5000.0]])).item() == pytest.approx(-5000)
+
+
+def test_iwae_gradient_weights_the_best_sample_most() -> None:
+    log_weights = torch.tensor([[0.0], [-20.0]], requires_grad=True)
+    (-importance_weighted_bound(log_weights)).sum().backward()
+    assert log_weights.grad is not None
+    assert log_weights.grad.flatten().tolist() == pytest.approx([-1, 0], abs=1e-6)
+
+
+def test_free_bits_stop_the_gradient_below_the_floor() -> None:
+    kl = torch.tensor([[0.1, 3.0], [0.3, 1.0]], requires_grad=True)
+    penalty = with_free_bits(kl, floor=0.5)
+    assert penalty.mean().item() == pytest.approx(0.5 + 2.0)
+    penalty.mean().backward()
+    assert kl.grad is not None
+    assert kl.grad.tolist() == [[0.0, 0.5], [0.0, 0.5]]
+
+
+def test_active_units() -> None:
+    means = torch.stack([torch.randn(1_000), 0.01 * torch.randn(1_000), torch.full((1_000,), 5.0)], dim=1)
+    assert active_units(means) == 1
+
+
+def test_kl_is_never_negative() -> None:
+    log_variance = torch.cat([sign * torch.logspace(-12, 0, 2_000) for sign in (-1, 1)])
+    assert (kl_divergence(torch.zeros_like(log_variance), log_variance) >= 0).all()
