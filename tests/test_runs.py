@@ -215,7 +215,7 @@ def test_images_of_the_wrong_shape_are_said_to_be_so(shape: tuple[int, ...], run
 def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so(run: Path) -> None:
     vae, mnist_like = load_run(run), torch.zeros(28, 28)
     for wrong in (torch.full((28, 28), 255.0), torch.full((28, 28), -1.0), torch.full((28, 28), float("nan"))):
-        with pytest.raises(ShapeError, match=r"floats are in \[0, 1\]"):
+        with pytest.raises(ShapeError, match=r"should be floats in \[0, 1\]"):
             vae.reconstruct(wrong)
     with pytest.raises(ShapeError, match=r"latents of shape \(2,\): should end in latent_dim=3"):
         vae.decode([0.5, 0])

@@ -220,7 +220,7 @@ def test_custom_posterior(mnist: Tensor) -> None:
     weights = vae.log_weights(x, k=1)[0]
     torch.testing.assert_close(terms["elbo"], weights)
     assert vae.reconstruct(x).shape == x.shape
-    with pytest.raises(ConfigError, match="DReG needs a posterior with `detach`, and ShiftedDistribution has none"):
+    with pytest.raises(ConfigError, match="DReG needs a posterior with `detach`; ShiftedDistribution has none"):
         DReG()(vae, x)
 
 
