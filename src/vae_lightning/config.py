@@ -74,23 +74,23 @@ def check_arguments(
     that the caller passes beside them.
     Raises ConfigError at the first unknown key, missing key, wrong type or value out of range.
     """
-    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    parameters = inspect.signature(function).parameters
     allowed = [name for name in parameters if name not in given]
     hints = _type_hints(function)
+    prefix = f"{path}." if path else ""
     takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
-        key = f"{path}.{name}".lstrip(".")
-        if name not in allowed:
-            if takes_any_key:
-                continue
-            raise ConfigError(f"{key}={value}: no such key{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}")
-        default = parameters[name].default
-        if name in hints and not (value is default or (type(value) is type(default) and value == default)):
-            _check_value(hints[name], value, key)
+        if name in allowed:
+            default = parameters[name].default
+            if name in hints and (type(value), value) != (type(default), default):
+                _check_value(hints[name], value, prefix + name)
+        elif not takes_any_key:
+            near = did_you_mean(name, allowed)
+            raise ConfigError(f"{prefix}{name}={value}: no such key{near} Allowed: {', '.join(allowed)}")
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if needed and name not in {*arguments, *given}:
-            raise ConfigError(f"{f'{path}.{name}'.lstrip('.')}: missing, and it has no default")
+            raise ConfigError(f"{prefix}{name}: missing, and it has no default")
 
 
 def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
@@ -127,7 +127,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys; lists stay whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 from PIL.Image import Image
 from PIL.Image import open as open_image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
@@ -29,9 +30,9 @@ DIGIT_COLOURS = "#e76300 #a96b59 #b9ac70 #bd1f01 #832db6 #92dadb #94a4a2 #3f90da
 SCALE = 3  # screen pixels for each image pixel in a saved grid
 
 
-def image_grid(images: Tensor, columns: int) -> Tensor:
+def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     """Images `[n, channels, height, width]` in rows of `columns`."""
-    return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=0.5)
+    return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=padding, pad_value=0.5)
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -58,13 +59,12 @@ def manifold_latents(steps: int = 20) -> Tensor:
 
 def manifold_grid(decode: Callable[[Tensor], Tensor], steps: int = 20) -> Tensor:
     """The decoded 2-D manifold; `decode` takes latents `[n, 2]` to images."""
-    return make_grid(decode(manifold_latents(steps)).clamp(0, 1).cpu(), nrow=steps, padding=0)
+    return image_grid(decode(manifold_latents(steps)), steps, padding=0)
 
 
 def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_1$", "$z_2$")) -> Figure:
     """Codes `[n, 2]` coloured by digit, each digit named where its median lies; `names` are the axes'."""
-    figure = Figure(figsize=(6.4, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(6.4, 6)
     digits = labels.unique().tolist()
     order = torch.randperm(len(means), generator=torch.Generator().manual_seed(0)).to(labels.device)
     colours = [DIGIT_COLOURS[digit % 10] for digit in labels[order].tolist()]  # in turn, so that none covers the rest
@@ -73,27 +73,22 @@ def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_
     axes.scatter(x, y, s=size, alpha=0.6, linewidths=0, c=colours)
     medians = torch.stack([means[labels == digit].median(dim=0).values for digit in digits]).cpu()
     extent = (means.amax(dim=0) - means.amin(dim=0)).max().item()
-    for digit, (x, y) in zip(digits, pushed_apart(medians, 0.05 * extent).tolist(), strict=True):
+    for digit, (x, y) in zip(digits, spread_labels(medians, 0.05 * extent).tolist(), strict=True):
         box = {"fc": "white", "ec": DIGIT_COLOURS[digit % 10], "boxstyle": "round,pad=0.2"}
         axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox=box)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def pushed_apart(points: Tensor, distance: float) -> Tensor:
-    """Points `[n, 2]` moved as little as it takes for no two to be closer than `distance`, nearly."""
-    points = points.double().clone()
-    upwards = torch.tensor([0.0, 1.0], dtype=points.dtype)
+def spread_labels(points: Tensor, distance: float) -> Tensor:
+    """Move points `[n, 2]` apart until no two are much closer than `distance`."""
+    n = len(points)
+    points = points.double() + 1e-6 * distance * torch.arange(n).unsqueeze(1)  # points that coincide move apart too
     for _ in range(100):
-        for i in range(len(points)):
-            for j in range(i):
-                apart = points[i] - points[j]
-                length = apart.norm()
-                if length < distance:
-                    push = (distance - length) / 2 * (apart / length if length > 0 else upwards)
-                    points[i] += push
-                    points[j] -= push
+        apart = points.unsqueeze(1) - points  # [n, n, 2]
+        length = apart.norm(dim=-1, keepdim=True)
+        push = (distance - length).clamp(min=0) / 2
+        points = points + (push * normalize(apart, dim=-1)).sum(dim=1)
     return points.float()
 
 
@@ -102,8 +97,7 @@ def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = 
     many, across = images.shape[:2]
     grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
     height, width = (2 + size for size in images.shape[-2:])  # of a cell, its border included
-    figure = Figure(figsize=(0.9 + 0.5 * across, 0.35 + 0.5 * many * height / width), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(0.9 + 0.5 * across, 0.35 + 0.5 * many * height / width)
     axes.imshow(grid, interpolation="nearest")
     axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)
     axes.set_xticks([width * (column + 0.5) for column in range(across if columns else 0)], columns)
@@ -123,32 +117,26 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
     figure = Figure(figsize=(3.6 * len(terms), 3.2), layout="constrained")
     for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
         for split, colour in (("train", COLOURS[0]), ("val", COLOURS[2])):
-            points = [
-                (row["epoch"], row[f"{split}/{term}"]) for row in history if row.get(f"{split}/{term}") is not None
-            ]
+            key = f"{split}/{term}"
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, marker="." if len(points) < 2 else "")
-        axes.set(title=term, xlabel="epoch", ylabel="" if term == "mse" else "nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        finish(axes, title=term, xlabel="epoch", ylabel="" if term == "mse" else "nats per image")
     return figure
 
 
 def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
     """The importance-weighted bound against the number of samples k; `curve` has the bound, in nats, for each k."""
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(4.8, 3.2)
     axes.plot(list(curve), [-bound for bound in curve.values()], marker="o", color=COLOURS[0])
     axes.set(xscale="log", xlabel="importance samples k", ylabel="nats per image", title=quantity)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str, metric: str) -> Figure:
     """A metric against a configuration key: a line a name, of (key, mean, standard deviation); the last are bars."""
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(4.8, 3.6)
     for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
         x, y, deviation = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, deviation, label=verbatim(name) or None, color=colour, marker="o", markersize=4, capsize=3)
@@ -163,8 +151,7 @@ def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str,
 
 def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]]) -> Figure:
     """A line a run, of (metric, points) with points (epoch, value)."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(6, 3.8)
     for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(*zip(*points, strict=True), label=verbatim(name), color=colour, marker="." if len(points) < 2 else "")
     settled = [value for _, points in curves.values() for _, value in points[len(points) // 20 :]]
@@ -178,14 +165,21 @@ def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]
 
 def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
     """Distortion against rate, (kl, reconstruction), a point a run; dotted lines join points of equal ELBO."""
-    figure = Figure(figsize=(5.4, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes(5.4, 4)
     for (name, (rate, distortion)), colour in zip(points.items(), COLOURS, strict=False):
         axes.plot(rate, distortion, marker="o", linestyle="", label=verbatim(name), color=colour)
         axes.axline((rate, distortion), slope=-1, color=colour, linewidth=0.6, linestyle=":")
     axes.plot([], [], color="grey", linewidth=0.6, linestyle=":", label="equal ELBO")
     finish(axes, xlabel="kl: rate, nats per image", ylabel="reconstruction: distortion, nats per image")
     return figure
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of that size in inches, and its axes, without the lines at the top and right."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def verbatim(text: str) -> str:
@@ -204,7 +198,15 @@ def finish(axes: Axes, **labels: str) -> None:
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
     with atomic_write(path) as partial:
-        _save(picture, partial)
+        if isinstance(picture, Figure):
+            picture.savefig(partial, dpi=120)
+        elif not isinstance(picture, Tensor):
+            frames = [to_pil_image(enlarged(frame, 2 * SCALE)) for frame in picture]
+            frames[0].save(partial, save_all=True, append_images=frames[1:], duration=60, loop=0)
+        elif path.suffix == ".png":
+            save_image(enlarged(picture), partial)
+        else:
+            imsave(partial, picture.permute(1, 2, 0).numpy(), dpi=60)
 
 
 def as_pil(picture: Tensor | Figure) -> Image:
@@ -214,22 +216,6 @@ def as_pil(picture: Tensor | Figure) -> Image:
     file = BytesIO()
     picture.savefig(file, dpi=120)
     return open_image(file).convert("RGB")
-
-
-def _save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
-    if isinstance(picture, Figure):
-        picture.savefig(path, dpi=120)
-    elif not isinstance(picture, Tensor):
-        frames = [to_pil_image(enlarged(frame, 2 * SCALE)) for frame in picture]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
-    elif path.suffix == ".png":
-        save_image(enlarged(picture), path)
-    else:
-        figure = Figure(figsize=(picture.shape[2] / 60, picture.shape[1] / 60))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_axis_off()
-        figure.savefig(path)
 
 
 def enlarged(picture: Tensor, times: int = SCALE) -> Tensor:

@@ -32,27 +32,21 @@ class FileError(UserError):
 
 
 @contextmanager
-def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, durable: bool = False, new: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside `path`, with its suffix; it replaces `path` when the block ends without an error.
 
-    `durable` waits for the disk first, so that the file survives a power cut.
+    `durable` waits for the disk first, so that the file survives a power cut. `new` raises FileExistsError instead of
+    replacing a file. An OSError that names no file gets the name of `path`.
     """
-    with partial_file(path) as partial:
-        yield partial
-        if durable:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
-@contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, gone at the end. An error that names no file gets the name of `path`."""
     partial = partial_path(path)
     try:
         with errors_name(path):
             partial.unlink(missing_ok=True)
             yield partial
+            if durable:
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+            (os.link if new else os.replace)(partial, path)  # each is one step, and link fails if the file exists
     finally:
         partial.unlink(missing_ok=True)
 
@@ -103,10 +97,10 @@ def is_running(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
+    except PermissionError:  # a process of another user
+        return True
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from vae_lightning.config import NonNegativeInt, PositiveInt
 from vae_lightning.data.module import DataError, ImageDataModule, Labelled
 from vae_lightning.data.pixels import Pixels
+from vae_lightning.files import atomic_write
 
 Name = Literal["MNIST", "FashionMNIST", "KMNIST", "EMNIST-letters", "EMNIST-balanced", "EMNIST-digits"]
 CHECKOUT = Path(__file__).resolve().parents[3] / "data"  # MNIST's original files, in a checkout
@@ -64,9 +65,12 @@ def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
     options = {"split": subset} if subset else {}
     raw = root / family / "raw"
     checksums = dict(vars(dataset_class).get("resources", []))  # EMNIST has none of its own: it is unpacked once
-    for file, checksum in checksums.items():
-        if (raw / file).exists():
-            _compare(raw / file, checksum)
+    for file in (raw / name for name in checksums if (raw / name).exists()):
+        if not datasets.utils.check_integrity(file, checksums[file.name]):
+            raise DataError(
+                f"{file}: cut short or altered ({file.stat().st_size} bytes, expected MD5 {checksums[file.name]}); "
+                "restore it with `git checkout -- data`, or delete it to have it downloaded again"
+            )
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) / family / "raw"
         work.mkdir(parents=True)
@@ -81,30 +85,11 @@ def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
                 f"{raw}: {name} is not there whole and cannot be downloaded ({' '.join(str(error).split())}); "
                 "where it lies is data.root=…, or, for a run that is finished, data_root=…"
             ) from error
-        _keep(
-            [path for path in work.iterdir() if not path.is_symlink() and path.name in (checksums or {path.name})], raw
-        )
-    (train, test) = ((s.data.unsqueeze(1).contiguous(), s.targets) for s in sets)
+        with suppress(OSError):  # a read-only `root` keeps nothing
+            raw.mkdir(parents=True, exist_ok=True)
+            for path in work.iterdir():
+                if not path.is_symlink() and (path.name in checksums or not checksums):
+                    with atomic_write(raw / path.name) as partial:
+                        shutil.move(path, partial)
+    train, test = ((s.data.unsqueeze(1).contiguous(), s.targets) for s in sets)
     return train, test
-
-
-def _compare(path: Path, checksum: str) -> None:
-    content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != checksum:
-        raise DataError(
-            f"{path}: cut short or altered ({len(content)} bytes with MD5 {found}, expected MD5 {checksum}); "
-            "restore it with `git checkout -- data`, or delete it to have it downloaded again"
-        )
-
-
-def _keep(downloaded: list[Path], raw: Path) -> None:
-    """Move new files into `raw`, each one under its name only when whole. A read-only `raw` keeps nothing."""
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        for path in downloaded:
-            partial = raw / f".{path.name}.{os.getpid()}"
-            shutil.move(path, partial)
-            os.replace(partial, raw / path.name)
-    except OSError:
-        return

@@ -13,7 +13,6 @@ from vae_lightning.files import (
     FileError,
     as_yaml,
     atomic_write,
-    partial_file,
     read_json,
     read_yaml,
     remove_partial,
@@ -101,12 +100,10 @@ class RunDirectory:
         if self.state == "new" and (others or around):
             what = f"holds {sorted(others)[0]}/" if others else "is the current directory, or one above it"
             raise RunError(f"{self.path}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
-        with partial_file(self.config_file) as file:
-            file.write_text(as_yaml(config), encoding="utf-8")
-            try:
-                os.link(file, self.config_file)  # atomic, and fails if it exists: of two jobs that choose it, one wins
-            except FileExistsError:
-                raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
+        try:
+            self.write_config(config, new=True)  # of two jobs that choose the same directory, one fails
+        except FileExistsError:
+            raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
 
     def reopen(self, config: dict[str, Any]) -> None:
         """Mark the run as unfinished, with `config`. What was measured is kept: its metrics until there are new ones.
@@ -126,9 +123,9 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints, self.figures, self.export, self.evaluations):
             remove_partial(folder)
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Replace the configuration of the run."""
-        with atomic_write(self.config_file) as partial:
+    def write_config(self, config: dict[str, Any], new: bool = False) -> None:
+        """Write the configuration of the run; `new` raises FileExistsError if there is one."""
+        with atomic_write(self.config_file, new=new) as partial:
             partial.write_text(as_yaml(config), encoding="utf-8")
 
     def read_config(self) -> dict[str, Any]:
@@ -158,33 +155,27 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Reserve the run for this process until the block ends or the process dies. Raises RunError if it is taken."""
-        with self._lock() as free:
-            if not free:
-                raise RunError(f"{self}: is being trained by another process")
-            yield
-
-    def is_locked(self) -> bool:
-        """Whether a process is training the run."""
-        with self._lock() as free:
-            return not free
-
-    @contextmanager
-    def _lock(self) -> Iterator[bool]:
-        """Lock the directory; yields whether it was free."""
         try:
             import fcntl
         except ImportError:  # Windows: two jobs in one directory are not told apart
-            yield True
+            yield
             return
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = True
             except BlockingIOError:
-                free = False
+                raise RunError(f"{self}: is being trained by another process") from None
             except OSError:  # a file system without locks
-                free = True
-            yield free
+                pass
+            yield
         finally:
             os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Whether a process is training the run."""
+        try:
+            with self.locked():
+                return False
+        except RunError:
+            return True

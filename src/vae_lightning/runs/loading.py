@@ -27,11 +27,16 @@ def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
     """
     run, checkpoint = RunDirectory.locate(path)
     config = trusted_config(run, trust)
-    content = read_checkpoint(checkpoint)
-    model = build(config["model"], ImageModel, "model", image_shape=content["image_shape"])
+    content = load_checkpoint(checkpoint)
+    hyperparameters = content.get("hyper_parameters")
+    shape = hyperparameters.get("image_shape") if isinstance(hyperparameters, dict) else None
+    if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise RunError(f"{checkpoint}: says no image_shape of three numbers; it was not loaded")
+    model = build(config["model"], ImageModel, "model", image_shape=tuple(shape))
     load_weights(content["state_dict"], model, checkpoint)
+    data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
+    model.protocol = {key: value for key, value in data.items() if key.startswith("data.")}
     model.config = config
-    model.protocol = {key: value for key, value in content.items() if key.startswith("data.")}
     return model.eval()
 
 
@@ -47,22 +52,11 @@ def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -
         raise RunError(f"{checkpoint}: has weights that are {'NaN or infinite' if same else 'of another type'}")
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's `state_dict`, the model's `image_shape`, and the data's `data.name` and `data.pixels`.
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
 
     Raises RunError for a file that is damaged, or holds anything but tensors and plain values.
     """
-    content = load_checkpoint(file)
-    data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
-    hyperparameters = content.get("hyper_parameters")
-    shape = hyperparameters.get("image_shape") if isinstance(hyperparameters, dict) else None
-    if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
-        raise RunError(f"{file}: says no image_shape of three numbers; it was not loaded")
-    return {"state_dict": dict(content["state_dict"]), "image_shape": tuple(shape)} | data
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """The whole content of a checkpoint, on the CPU. Raises RunError as `read_checkpoint` does."""
     if not file.is_file():
         raise RunError(f"{file}: no such checkpoint")
     try:
@@ -108,16 +102,16 @@ def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = ()
     return Run(directory, checkpoint, model, data)
 
 
-# What builds a model and its data; and callbacks of Lightning's that write no files of their own.
-TRUSTED = ("vae_lightning", "torch.optim")
-HARMLESS_CALLBACKS = (
-    "EMAWeightAveraging",
-    "EarlyStopping",
-    "LearningRateMonitor",
-    "StochasticWeightAveraging",
-    "Timer",
+# Code that a run may name: what builds models and data, and Lightning's callbacks that write no files of their own.
+TRUSTED = (
+    "vae_lightning",
+    "torch.optim",
+    "lightning.pytorch.callbacks.EMAWeightAveraging",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.StochasticWeightAveraging",
+    "lightning.pytorch.callbacks.Timer",
 )
-TRUSTED_CALLBACKS = tuple(f"lightning.pytorch.callbacks.{name}" for name in HARMLESS_CALLBACKS)
 
 
 def trusted_config(
@@ -127,28 +121,23 @@ def trusted_config(
     config = run.read_config()
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
-    unknown = untrusted(config, trust, parts)
+    trust = [str(name) for name in trust]
+    named = {name: config.get(name) for name in parts}
+    if isinstance(loggers := named.get("logger"), dict):
+        named["logger"] = {name: spec for name, spec in loggers.items() if not is_harmless_logger(spec)}
+    unknown = {
+        key: str(target)
+        for key, target in _targets(named)
+        if not any(f"{target}.".startswith(f"{name}.") for name in (*TRUSTED, *trust))
+    }
     if unknown:
-        key, target, _ = unknown[0]
-        modules = ",".join(dict.fromkeys([*map(str, trust), *(module for _, _, module in unknown)]))
+        key, target = next(iter(unknown.items()))
+        modules = dict.fromkeys([*trust, *(target.rpartition(".")[0] or target for target in unknown.values())])
         raise RunError(
             f"{run.config_file}: {key}={target}: not in vae_lightning or torch.optim; loading would run code "
-            f"named by the run; if you know it, trust=[{modules}] allows it"
+            f"named by the run; if you know it, trust=[{','.join(modules)}] allows it"
         )
     return config
-
-
-def untrusted(config: dict[str, Any], trust: Iterable[str], parts: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What `parts` of a configuration name that neither this package nor `trust` has: key, target, and its module."""
-    allowed = (*TRUSTED, *TRUSTED_CALLBACKS, *trust)
-    loggers = config.get("logger")
-    specs = loggers.items() if isinstance(loggers, dict) else ()
-    harmless = [f"logger.{name}._target_" for name, spec in specs if is_harmless_logger(spec)]
-    return [
-        (key, str(target), str(target).rpartition(".")[0] or str(target))
-        for key, target in _targets({name: config.get(name) for name in parts})
-        if key not in harmless and not any(f"{target}.".startswith(f"{name}.") for name in allowed)
-    ]
 
 
 # Values of a logger's arguments that are neither a path nor an address; and those in conf/logger/mlflow.yaml.

@@ -57,20 +57,27 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
             raise ConfigError(f"repeat={repeat}: starts a new run; leave resume={resume} out")
         former = RunDirectory(as_path(repeat, "repeat"))
         changed = _changed(trusted_config(former, trust, PARTS), former, config, given)
-        log.info("repeating %s%s", former, _what_differs(former))
+        log.info("repeating %s%s", former, _changed_code(former))
         return RunPlan(changed, RunDirectory(directory))
     if resume not in (None, "auto"):
-        return _resumed(RunDirectory(as_path(resume, "resume").resolve()), config, trust, given)
+        run = RunDirectory(as_path(resume, "resume").resolve())
+        before = trusted_config(run, trust, PARTS)
+        check_links(run)
+        changed = _changed(before, run, config, given)
+        longer = changed["trainer"].get("max_epochs") != before["trainer"].get("max_epochs")
+        untested = changed["test"] and not before.get("test", True)
+        finished = run.state == "finished" and not longer and not untested
+        return RunPlan(changed, run, resume=True, finished=finished)
     found = find_run(config, [directory, *searched] if resume == "auto" else [directory])
-    run = RunDirectory(directory)
-    if found is None and run.state != "new":
-        key, theirs, ours = first_difference(numbers_of(run.read_config()), numbers_of(config))
+    if found is None:
+        run = RunDirectory(directory)
+        if run.state == "new":
+            return RunPlan(config, run)
+        key, theirs, ours = first_difference(comparable(run.read_config()), comparable(config))
         raise RunError(
             f"{run}: already holds a run, of another configuration ({key}={theirs}, not {ours}); "
             "choose another hydra.run.dir"
         )
-    if found is None:
-        return RunPlan(config, run)
     if found.state == "finished":
         return RunPlan(config, found, finished=True)
     if resume is None:
@@ -97,24 +104,11 @@ def check_links(run: RunDirectory) -> None:
 
     `checkpoints/` may be a link to a directory on another disk, if there is nothing in it but this run's checkpoints.
     """
-    for path in run.path.iterdir() if run.path.is_dir() else ():
-        if not path.is_symlink():
-            continue
-        known = (run.last_checkpoint, run.best_checkpoint, run.previous_checkpoint)
-        names = {file.name for file in path.iterdir()} if path == run.checkpoints and path.is_dir() else None
-        if names is None or not names <= {file.name for file in known} or any(file.is_symlink() for file in known):
+    known = (run.last_checkpoint, run.best_checkpoint, run.previous_checkpoint)
+    for path in filter(Path.is_symlink, run.path.iterdir()):
+        files = path.iterdir() if path == run.checkpoints and path.is_dir() else [path]
+        if not all(file in known and not file.is_symlink() for file in files):
             raise RunError(f"{path}: is a link, and a resumed run would write through it")
-
-
-def _resumed(run: RunDirectory, config: dict[str, Any], trust: Iterable[str], given: Iterable[str]) -> RunPlan:
-    """The plan to resume `run`, with what the command line may change of it."""
-    former = trusted_config(run, trust, PARTS)
-    check_links(run)
-    changed = _changed(former, run, config, given)
-    longer = changed["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
-    untested = changed["test"] and not former.get("test", True)
-    finished = run.state == "finished" and not longer and not untested
-    return RunPlan(changed, run, resume=True, finished=finished)
 
 
 def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
@@ -136,7 +130,7 @@ def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], 
     return changed
 
 
-def _what_differs(run: RunDirectory) -> str:
+def _changed_code(run: RunDirectory) -> str:
     """The versions and the commit that have changed since `run` was trained, for a line in the log."""
     try:
         then = flatten(run.read_environment())
@@ -161,24 +155,21 @@ def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> RunDirec
     found: list[RunDirectory] = []
     for run in map(RunDirectory, dict.fromkeys(directories)):
         try:
-            if run.config_file.is_file() and numbers_of(run.read_config()) == numbers_of(config):
+            if run.config_file.is_file() and comparable(run.read_config()) == comparable(config):
                 found.append(run)
         except RunError as problem:
             log.warning("%s", problem)
-    free = [run for run in found if not run.is_locked()]
-    finished = [run for run in found if run.state == "finished"]
-    return next(iter(finished or free or found), None)
+    return min(found, key=lambda run: (run.state != "finished", run.is_locked()), default=None)
 
 
-def numbers_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without data.root, which changes no number: images are known by their checksums."""
-    data = config.get("data")
-    return {**config, "data": {k: v for k, v in data.items() if k != "root"} if isinstance(data, dict) else data}
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat configuration without data.root, which changes no number: images are known by their checksums."""
+    return {key: value for key, value in flatten(dict(config)).items() if key != "data.root"}
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The first key in which two configurations differ, and both values."""
     left, right = flatten(dict(theirs)), flatten(dict(ours))
-    keys = [key for key in [*right, *left] if key not in left or key not in right or left[key] != right[key]]
-    key = keys[0] if keys else "a dictionary that is empty in one of them"
+    keys = (key for key in [*right, *left] if key not in left or key not in right or left[key] != right[key])
+    key = next(keys, "nesting")
     return key, left.get(key, "missing"), right.get(key, "missing")
