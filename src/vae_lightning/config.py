@@ -16,7 +16,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -52,7 +52,7 @@ class Interval(NamedTuple):
         if text is None:
             return cls()
         match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
-        if not match or not int(match[1]) or isinstance(text, bool | float) or not (match[2] or steps):
+        if not match or not int(match[1]) or not (match[2] or steps):
             wanted = "a number of steps, or a time" if steps else "a time"
             raise ConfigError(f"{key}={text}: should be {wanted} such as 30s, 10min or 2h")
         number, unit = int(match[1]), match[2]
@@ -76,7 +76,10 @@ def check_arguments(
     """
     parameters = inspect.signature(function).parameters
     allowed = [name for name in parameters if name not in given]
-    hints = _type_hints(function)
+    try:
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    except NameError:  # a hint that names something imported for type checkers only: nothing to check against
+        hints = {}
     prefix = f"{path}." if path else ""
     takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
@@ -147,14 +150,6 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
     return target
 
 
-def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        target = function.__init__ if inspect.isclass(function) else function
-        return get_type_hints(target, include_extras=True)
-    except NameError:  # a hint that names something imported for type checkers only: nothing to check against
-        return {}
-
-
 def _check_value(hint: Any, value: Any, key: str) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     if isinstance(value, list) and "tuple[" in str(hint):  # a configuration has no tuples
@@ -167,11 +162,5 @@ def _check_value(hint: Any, value: Any, key: str) -> None:
         wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
         wanted = wanted if wanted.startswith(("Value", "List", "String")) else f"should be {wanted}"
         given = "null" if value is None else value
-        raise ConfigError(f"{key}={given}: {wanted}{did_you_mean(value, _choices(hint))}") from None
-
-
-def _choices(hint: Any) -> list[Any]:
-    """Every value that a (possibly nested) Literal in `hint` allows."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [choice for member in get_args(hint) for choice in _choices(member)]
+        near = did_you_mean(value, re.findall("'(.+?)'", wanted))  # the choices of a Literal stand in quotes
+        raise ConfigError(f"{key}={given}: {wanted}{near}") from None

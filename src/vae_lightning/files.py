@@ -104,15 +104,10 @@ def is_running(process: int) -> bool:
     return True
 
 
-class PlainDumper(yaml.SafeDumper):
-    """Writes a list that stands in two places twice, and not as an alias."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def as_yaml(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False)
+    """Return `content` as YAML without aliases, which `read_yaml` refuses."""
+    copied = json.loads(json.dumps(content))  # a list that stands in two places becomes two lists
+    return yaml.safe_dump(copied, sort_keys=False)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vae_lightning.config import UserError
-from vae_lightning.files import (
-    FileError,
-    as_yaml,
-    atomic_write,
-    read_json,
-    read_yaml,
-    remove_partial,
-    write_json,
-)
+from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml, remove_partial, write_json
 
 StrPath = str | os.PathLike[str]
 UNFINISHED = "unfinished"  # in metrics.json: the run has been resumed since

@@ -136,10 +136,12 @@ def _changed_code(run: RunDirectory) -> str:
         then = flatten(run.read_environment())
     except FileError:
         return ""
-    now = {key: value for key, value in flatten(describe_code()).items() if key.startswith(("versions.", "git_commit"))}
-    differ = [key for key in now if then.get(key) not in (None, now[key])]
-    words = [f"{key.removeprefix('versions.')} {then[key]} then, {now[key]} now" for key in differ]
-    return f" ({'; '.join(words)})" if words else ""
+    changes = [
+        f"{key.removeprefix('versions.')} {then[key]} then, {now} now"
+        for key, now in flatten(describe_code()).items()
+        if key.startswith(("versions.", "git_commit")) and then.get(key) not in (None, now)
+    ]
+    return f" ({'; '.join(changes)})" if changes else ""
 
 
 def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
