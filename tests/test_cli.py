@@ -137,7 +137,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(command, tmp_path: Path) -> 
     assert command("hydra.run.dir=run", *BRIEF).code == 0  # the same: finished, and nothing to do
     result = command("hydra.run.dir=run", *BRIEF, "model.beta=2")
     assert result.code == 2
-    assert "already holds a run, of another configuration (model.beta=1.0, not 2)" in result.err
+    assert "already contains a run with another configuration (model.beta=1.0, not 2)" in result.err
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "train.log"}
     assert before == after
 

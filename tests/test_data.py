@@ -194,7 +194,7 @@ def test_a_damaged_file_is_named(copied: Path, damage: str) -> None:
 def test_a_missing_file_that_cannot_be_downloaded_is_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz").unlink()
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(copied / "nowhere").as_uri() + "/"])
-    with pytest.raises(DataError, match=r"MNIST is not there whole and cannot be downloaded \(.*train-labels") as error:
+    with pytest.raises(DataError, match=r"MNIST is incomplete and cannot be downloaded \(.*train-labels") as error:
         load_images("MNIST", copied)
     assert "\n" not in str(error.value)
 
@@ -281,7 +281,7 @@ def test_files_of_a_set_without_checksums_that_are_garbage(tmp_path: Path) -> No
     for split in ("train", "test"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"emnist-letters-{split}-{kind}-ubyte").write_bytes(b"garbage")
-    with pytest.raises(DataError, match="EMNIST-letters is not there whole"):
+    with pytest.raises(DataError, match="EMNIST-letters is incomplete"):
         load_images("EMNIST-letters", tmp_path)
 
 

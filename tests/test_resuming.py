@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "takes only trainer.max_epochs"]),
+        (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "change only trainer.max_epochs"]),
         (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.models.backbones.MLP"]),
         (["model/objective=iwae"], ["model/objective"]),
         (["seed=1"], ["seed: seed is 0"]),
@@ -360,7 +360,7 @@ def test_an_unfinished_run_is_not_trained_over(stopped: Path, command) -> None:
     callback = signal_at("batch", 57)
     refused = command(*SMALL, callback, "hydra.run.dir=run")
     assert refused.code == 2
-    assert f"is not finished; say resume={stopped}, or resume=auto" in refused.err
+    assert f"is not finished; use resume={stopped} or resume=auto" in refused.err
     assert command(*SMALL, callback, "hydra.run.dir=other").code == 0  # the same run, finished, beside it
     assert command(*SMALL, callback, "hydra.run.dir=run", "resume=auto").code == 0
     assert (stopped / "metrics.json").exists(), "the directory that was named is the one that is meant"
@@ -640,4 +640,4 @@ def test_keys_that_one_version_lacks_are_named(command, tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text(saved.replace("  on_nan: stop\n", ""))
     refused = command(*BRIEF, "hydra.run.dir=run")
     assert refused.code == 2
-    assert "of another configuration (trainer.on_nan=missing, not stop)" in refused.err
+    assert "with another configuration (trainer.on_nan=missing, not stop)" in refused.err

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vae_lightning.models.vae import VAE
     from vae_lightning.runs.loading import load_run
 
-# Imported when first used: `import vae_lightning` alone takes no time and loads neither torch nor Lightning.
+# Imported on first use, so that `import vae_lightning` is fast and loads neither torch nor Lightning.
 _MODULES = {
     "VAE": "vae_lightning.models.vae",
     "Autoencoder": "vae_lightning.models.autoencoder",

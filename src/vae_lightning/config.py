@@ -1,12 +1,12 @@
-"""From plain configuration to objects, and one clear line for whatever is wrong in it.
+"""Build objects from plain configuration, and report each error in one line.
 
-A configuration is nested dictionaries of numbers, strings and lists. A dictionary with a `_target_` names a class; its
-other keys are that class's constructor arguments, and the constructor's type hints say what is allowed:
+A configuration is a nested dictionary of numbers, strings and lists. A dictionary with a `_target_` names a class. Its
+other keys are the constructor's arguments, and the constructor's type hints say which values are allowed:
 
     spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}
     build(spec, Backbone, "model.backbone", latent_dim=20, encoder_outputs=40, image_shape=(1, 28, 28))
 
-Nothing here needs Hydra, so that a trained model loads without it.
+This module does not need Hydra, so a trained model loads without it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
-# Numbers as configuration means them: finite, and never a bool or a string that happens to convert.
+# Type hints for numbers in a configuration: finite, and never converted from a bool or a string.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every library's generator takes
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # accepted by every library's generator
 ImageShape = Annotated[Sequence[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend. The text is one line, shown without a traceback."""
+    """An error that the user can fix; its text is one line, shown without a traceback."""
 
 
 class ConfigError(UserError):
@@ -41,14 +41,14 @@ class ConfigError(UserError):
 
 
 class Interval(NamedTuple):
-    """A number of steps, or seconds; neither for null."""
+    """An interval in steps or in seconds; both are None for null."""
 
     steps: int | None = None
     seconds: float | None = None
 
     @classmethod
     def parse(cls, text: int | str | None, key: str, steps: bool = True) -> Interval:
-        """`500` (steps, where allowed), `30s`, `10min`, `2h` or null. Raises ConfigError, naming `key`."""
+        """Parse `500` (if `steps` are allowed), `30s`, `10min`, `2h` or null. Raises ConfigError, which names `key`."""
         if text is None:
             return cls()
         match = re.fullmatch(r"([0-9]+) ?(|s|min|h)", str(text))
@@ -60,7 +60,7 @@ class Interval(NamedTuple):
 
 
 def did_you_mean(given: object, allowed: Iterable[object]) -> str:
-    """The end of a sentence: `"; did you mean X?"` with the nearest of `allowed`, or a full stop when none is near."""
+    """Return `"; did you mean X?"` with the closest match in `allowed`, or `"."` if there is none."""
     close = difflib.get_close_matches(str(given), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else "."
 
@@ -68,17 +68,17 @@ def did_you_mean(given: object, allowed: Iterable[object]) -> str:
 def check_arguments(
     function: Callable[..., Any], arguments: Mapping[str, Any], path: str, given: Iterable[str] = ()
 ) -> None:
-    """Hold `arguments` against the signature and type hints of `function`.
+    """Check `arguments` against the signature and type hints of `function`.
 
-    `path` is where they stand in the configuration (`"model.backbone"`), and starts the message; `given` are the names
-    that the caller passes beside them.
-    Raises ConfigError at the first unknown key, missing key, wrong type or value out of range.
+    `path` is their key in the configuration (`"model.backbone"`); error messages begin with it. `given` names the
+    arguments that the caller passes itself.
+    Raises ConfigError for the first unknown key, missing key, wrong type or value out of range.
     """
     parameters = inspect.signature(function).parameters
     allowed = [name for name in parameters if name not in given]
     try:
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    except NameError:  # a hint that names something imported for type checkers only: nothing to check against
+    except NameError:  # a hint whose class is imported for type checkers only cannot be checked
         hints = {}
     prefix = f"{path}." if path else ""
     takes_any_key = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -97,15 +97,15 @@ def check_arguments(
 
 
 def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
-    """Make the object that `spec` describes: `spec["_target_"]` called with the other keys and with `given`.
+    """Build the object that `spec` describes: call `spec["_target_"]` with the other keys and with `given`.
 
-    `kind` is the class it must be or inherit from, so that a configuration can name models and never, say, `os.system`.
-    Raises ConfigError, naming the key under `path`, for whatever does not fit.
+    The target must be a subclass of `kind`, so a configuration cannot name functions such as `os.system`.
+    Raises ConfigError, which names the key under `path`, if the class or an argument does not fit.
     """
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"{path}={spec}: should be {{_target_: class, argument: value}}, of a {kind.__name__}")
+        raise ConfigError(f"{path}={spec}: should be {{_target_: class, argument: value}} for a {kind.__name__}")
     if "_target_" not in spec:
-        raise ConfigError(f"{path}._target_: missing; it names the class to build, a {kind.__name__}")
+        raise ConfigError(f"{path}._target_: missing; it should name the class to build, a {kind.__name__}")
     target = locate(spec["_target_"], kind, f"{path}._target_")
     arguments = {key: value for key, value in spec.items() if key != "_target_"}
     check_arguments(target, arguments, path, given)
@@ -113,21 +113,21 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
         return target(**{**arguments, **given})
     except UserError:
         raise
-    except ValueError as error:  # what the class itself has to say of its arguments
+    except ValueError as error:  # the class rejected its arguments, with a message
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # an argument that trips it up; HYDRA_FULL_ERROR=1 shows where, for who writes the class
+    except Exception as error:  # a bug in the class, or an argument it did not expect; HYDRA_FULL_ERROR=1 shows where
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: {spec['_target_']} cannot be made of this ({reason[:300]})") from error
+        raise ConfigError(f"{path}: {spec['_target_']} cannot be built from its arguments ({reason[:300]})") from error
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is PyTorch's way, or Python's, to say that memory ran out; for the CPU, PyTorch has no class."""
+    """Return whether `error` means that memory ran out. PyTorch has no exception class for the CPU's memory."""
     named = type(error).__name__ == "OutOfMemoryError"
     return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; lists stay whole."""
+    """Flatten nested dictionaries into one with dotted keys; lists and empty dictionaries are values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -135,7 +135,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def locate(name: object, kind: type[T], key: str) -> type[T]:
-    """The class of that dotted name, which must be or inherit from `kind`. Raises ConfigError, naming `key`."""
+    """Return the class with that dotted name. Raises ConfigError, which names `key`, if it is no subclass of `kind`."""
     module_name, _, class_name = str(name).rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -152,13 +152,13 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
 
 def _check_value(hint: Any, value: Any, key: str) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    if isinstance(value, list) and "tuple[" in str(hint):  # a configuration has no tuples
+    if isinstance(value, list) and "tuple[" in str(hint):  # YAML has no tuples
         value = tuple(value)
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
-        # A union is wrong in as many ways as it has members: say each once. A list names the wrong element.
+        # There is an error for each member of a union and each element of a list: repeat no message.
         wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
         wanted = wanted if wanted.startswith(("Value", "List", "String")) else f"should be {wanted}"
         given = "null" if value is None else value

@@ -1,6 +1,6 @@
-"""Pictures from images and latents: pure functions that return an image grid or a matplotlib figure.
+"""Image grids and matplotlib figures of images, latents and metrics, from pure functions.
 
-Grids are tensors `[channels, height, width]` in [0, 1], ready for TensorBoard's `add_image` and for `save`.
+Grids are tensors `[channels, height, width]` in [0, 1], as TensorBoard's `add_image` and `save` expect.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torchvision.utils import make_grid, save_image
 
 from vae_lightning.files import atomic_write
 
-# Ten colours told apart by colour-blind readers (Petroff 2021, arXiv:2107.02270).
+# Ten colours that colour-blind readers can distinguish (Petroff 2021, arXiv:2107.02270).
 COLOURS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadb".split()
-# The same, dealt to the digits so that those that lie side by side in latent space (3, 5, 8; 4, 7, 9) differ most.
+# The same colours, ordered so that digits that are close in latent space (3, 5, 8; 4, 7, 9) differ most.
 DIGIT_COLOURS = "#e76300 #a96b59 #b9ac70 #bd1f01 #832db6 #92dadb #94a4a2 #3f90da #717581 #ffa90e".split()
 SCALE = 3  # screen pixels for each image pixel in a saved grid
 
 
 def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
-    """Images `[n, channels, height, width]` in rows of `columns`."""
+    """Arrange images `[n, channels, height, width]` in rows of `columns`."""
     return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=padding, pad_value=0.5)
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Rows of originals, each above the row of its reconstructions; both `[n, channels, height, width]`."""
-    # The widest of 5 to 10 columns that leaves the fewest places empty: 8 pairs make one row, 25 make five.
+    """Arrange rows of originals, each above its reconstructions; both are `[n, channels, height, width]`."""
+    # The largest number of columns from 5 to 10 that leaves the fewest cells empty: 8 pairs make one row, 25 make five.
     columns = min(len(images), min(range(10, 4, -1), key=lambda c: -len(images) % c))
     rows: list[Tensor] = []
     for originals, copies in zip(images.split(columns), reconstructions.split(columns), strict=True):
@@ -47,9 +47,9 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def manifold_latents(steps: int = 20) -> Tensor:
-    """A steps × steps grid over two latent dimensions, at equally probable quantiles of N(0, 1): `[steps², 2]`.
+    """Return a steps × steps grid of latents `[steps², 2]`, at equally probable quantiles of N(0, 1).
 
-    The first dimension grows to the right and the second upwards, as on the scatter of posterior means
+    The first dimension increases to the right and the second upwards, as in the scatter plot of posterior means
     (Kingma & Welling 2014, figure 4).
     """
     quantiles = torch.special.ndtri(torch.linspace(0.5 / steps, 1 - 0.5 / steps, steps, dtype=torch.float64)).float()
@@ -58,16 +58,16 @@ def manifold_latents(steps: int = 20) -> Tensor:
 
 
 def manifold_grid(decode: Callable[[Tensor], Tensor], steps: int = 20) -> Tensor:
-    """The decoded 2-D manifold; `decode` takes latents `[n, 2]` to images."""
+    """Return the decoded 2-D manifold as a grid; `decode` maps latents `[n, 2]` to images."""
     return image_grid(decode(manifold_latents(steps)), steps, padding=0)
 
 
 def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_1$", "$z_2$")) -> Figure:
-    """Codes `[n, 2]` coloured by digit, each digit named where its median lies; `names` are the axes'."""
+    """Plot latents `[n, 2]` coloured by digit, with a label at each digit's median; `names` label the axes."""
     figure, axes = new_axes(6.4, 6)
     digits = labels.unique().tolist()
     order = torch.randperm(len(means), generator=torch.Generator().manual_seed(0)).to(labels.device)
-    colours = [DIGIT_COLOURS[digit % 10] for digit in labels[order].tolist()]  # in turn, so that none covers the rest
+    colours = [DIGIT_COLOURS[digit % 10] for digit in labels[order].tolist()]  # shuffled: no digit covers the others
     size = 3 * max(1.0, (10_000 / len(means)) ** 0.5)
     x, y = means[order].T.cpu()
     axes.scatter(x, y, s=size, alpha=0.6, linewidths=0, c=colours)
@@ -83,7 +83,7 @@ def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_
 def spread_labels(points: Tensor, distance: float) -> Tensor:
     """Move points `[n, 2]` apart until no two are much closer than `distance`."""
     n = len(points)
-    points = points.double() + 1e-6 * distance * torch.arange(n).unsqueeze(1)  # points that coincide move apart too
+    points = points.double() + 1e-6 * distance * torch.arange(n).unsqueeze(1)  # equal points move apart too
     for _ in range(100):
         apart = points.unsqueeze(1) - points  # [n, n, 2]
         length = apart.norm(dim=-1, keepdim=True)
@@ -93,10 +93,10 @@ def spread_labels(points: Tensor, distance: float) -> Tensor:
 
 
 def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = ()) -> Figure:
-    """Images `[rows, columns, channels, height, width]`, with a label before each row and above each column."""
+    """Plot images `[rows, columns, channels, height, width]` with labels for the rows and columns."""
     many, across = images.shape[:2]
     grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
-    height, width = (2 + size for size in images.shape[-2:])  # of a cell, its border included
+    height, width = (2 + size for size in images.shape[-2:])  # of a cell with its border
     figure, axes = new_axes(0.9 + 0.5 * across, 0.35 + 0.5 * many * height / width)
     axes.imshow(grid, interpolation="nearest")
     axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)
@@ -107,9 +107,9 @@ def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = 
 
 
 def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
-    """Every term on every split against the epoch, one panel a term; `history` has a dictionary an epoch.
+    """Plot each term against the epoch, in one panel per term; `history` has one dictionary per epoch.
 
-    `elbo` gets one only where it is more than the loss with its sign turned.
+    `elbo` has a panel only if it differs from the negative loss.
     """
     terms = list(dict.fromkeys(key.split("/")[1] for key in history[0] if key.startswith(("train/", "val/"))))
     if "elbo" in terms and all(row["train/elbo"] == -row["train/loss"] for row in history):  # type: ignore[operator]
@@ -127,7 +127,7 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
 
 
 def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
-    """The importance-weighted bound against the number of samples k; `curve` has the bound, in nats, for each k."""
+    """Plot the negative importance-weighted bound against k; `curve` maps k samples to the bound in nats."""
     figure, axes = new_axes(4.8, 3.2)
     axes.plot(list(curve), [-bound for bound in curve.values()], marker="o", color=COLOURS[0])
     axes.set(xscale="log", xlabel="importance samples k", ylabel="nats per image", title=quantity)
@@ -135,7 +135,7 @@ def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
 
 
 def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str, metric: str) -> Figure:
-    """A metric against a configuration key: a line a name, of (key, mean, standard deviation); the last are bars."""
+    """Plot a metric against a configuration key, with one line of (key, mean, standard deviation) per name."""
     figure, axes = new_axes(4.8, 3.6)
     for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
         x, y, deviation = zip(*sorted(points), strict=True)
@@ -150,13 +150,13 @@ def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str,
 
 
 def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]]) -> Figure:
-    """A line a run, of (metric, points) with points (epoch, value)."""
+    """Plot one line per run; `curves` maps a run's name to (metric, points), with points (epoch, value)."""
     figure, axes = new_axes(6, 3.8)
     for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
         axes.plot(*zip(*points, strict=True), label=verbatim(name), color=colour, marker="." if len(points) < 2 else "")
     settled = [value for _, points in curves.values() for _, value in points[len(points) // 20 :]]
     room = 0.05 * (max(settled) - min(settled)) or 1.0
-    axes.set_ylim(min(settled) - room, max(settled) + room)  # the fall of the first epochs would flatten the rest
+    axes.set_ylim(min(settled) - room, max(settled) + room)  # without the steep first epochs
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     metrics = " or ".join(sorted({metric for metric, _ in curves.values()}))
     finish(axes, xlabel="epoch", ylabel=f"{metrics}, nats per image")
@@ -164,7 +164,7 @@ def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]
 
 
 def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
-    """Distortion against rate, (kl, reconstruction), a point a run; dotted lines join points of equal ELBO."""
+    """Plot distortion against rate, with one point (kl, reconstruction) per run and lines of equal ELBO."""
     figure, axes = new_axes(5.4, 4)
     for (name, (rate, distortion)), colour in zip(points.items(), COLOURS, strict=False):
         axes.plot(rate, distortion, marker="o", linestyle="", label=verbatim(name), color=colour)
@@ -175,7 +175,7 @@ def rate_distortion(points: Mapping[str, tuple[float, float]]) -> Figure:
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of that size in inches, and its axes, without the lines at the top and right."""
+    """Create a figure of that size in inches, with axes that have no line at the top and right."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -183,12 +183,12 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def verbatim(text: str) -> str:
-    """Text from a configuration, of which matplotlib must not make formulas."""
+    """Escape `$`, so that matplotlib reads no formula in text from a configuration."""
     return text.replace("$", r"\$")
 
 
 def finish(axes: Axes, **labels: str) -> None:
-    """Labels, and a legend where there are names for it."""
+    """Set labels, hide the lines at the top and right, and add a legend if any line has a label."""
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
@@ -196,7 +196,7 @@ def finish(axes: Axes, **labels: str) -> None:
 
 
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
-    """Write a grid or a figure to `path` in the format of its suffix, or frames, a grid each, as a GIF."""
+    """Write a grid or a figure to `path` in the format of its suffix, or a sequence of grids as a GIF."""
     with atomic_write(path) as partial:
         if isinstance(picture, Figure):
             picture.savefig(partial, dpi=120)
@@ -210,7 +210,7 @@ def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
 
 
 def as_pil(picture: Tensor | Figure) -> Image:
-    """A grid or a figure as a picture of the Python Imaging Library."""
+    """Convert a grid or a figure to an image of the Python Imaging Library."""
     if isinstance(picture, Tensor):
         return to_pil_image(enlarged(picture))
     file = BytesIO()
@@ -219,5 +219,5 @@ def as_pil(picture: Tensor | Figure) -> Image:
 
 
 def enlarged(picture: Tensor, times: int = SCALE) -> Tensor:
-    """Each pixel of a grid as `times` × `times`."""
+    """Repeat each pixel of a grid `times` × `times`."""
     return interpolate(picture.unsqueeze(0), scale_factor=times, mode="nearest")[0]

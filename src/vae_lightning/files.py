@@ -1,7 +1,7 @@
-"""Files: what is written is there whole or not at all, and what is read is plain values of a sensible size.
+"""Write files atomically, and read plain values from files of limited size.
 
-A run directory may come from someone else. So nothing is written through a link that lies in it, and a file that would
-fill the memory or hang its reader is refused.
+A run directory may come from someone else. So nothing is written through a link in it, and a file that would fill the
+memory or block the reader is refused.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import yaml
 
 from vae_lightning.config import UserError
 
-PARTIAL = ".vae_lightning-"  # how the names of files begin that are still being written
-LARGEST = 2_000_000  # bytes of a file of ours: a hundred times what they have
-LONGEST = 1_000  # letters of a word that may be a number, which take time in proportion to their square
-DEEPEST = 50  # lists and dictionaries in each other
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it was built so: ten times quicker
+PARTIAL = ".vae_lightning-"  # prefix of temporary files
+LARGEST = 2_000_000  # bytes of a file; the files of a run have about a hundredth of that
+LONGEST = 1_000  # characters of a value that may be a number: reading a number takes quadratic time
+DEEPEST = 50  # levels of nested lists and dictionaries
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, if installed, is ten times faster
 
 
 class FileError(UserError):
-    """A file that is not what it should be."""
+    """A file that cannot be read, or has unexpected content."""
 
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = False, new: bool = False) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, with its suffix; it replaces `path` when the block ends without an error.
+    """Yield a temporary path beside `path`, with its suffix, which replaces `path` if the block raises no error.
 
-    `durable` waits for the disk first, so that the file survives a power cut. `new` raises FileExistsError instead of
-    replacing a file. An OSError that names no file gets the name of `path`.
+    `durable` waits until the file is on the disk, so that it survives a power cut. `new` raises FileExistsError if
+    `path` exists. An OSError without a file name gets that of `path`.
     """
     partial = partial_path(path)
     try:
@@ -46,14 +46,14 @@ def atomic_write(path: Path, durable: bool = False, new: bool = False) -> Iterat
             if durable:
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
-            (os.link if new else os.replace)(partial, path)  # each is one step, and link fails if the file exists
+            (os.link if new else os.replace)(partial, path)  # both are atomic; os.link fails if `path` exists
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Let an OSError that names no file, such as that of a full disk, name `path`."""
+    """Add `path` to an OSError without a file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -64,7 +64,7 @@ def errors_name(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory; its files move into `directory` when the block ends without an error."""
+    """Yield an empty directory, whose files are moved into `directory` if the block raises no error."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=partial_path(directory / "-").name) as scratch:
         yield Path(scratch)
@@ -73,12 +73,12 @@ def staging_directory(directory: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """The name under which this process writes `path`: one that nobody else would choose."""
+    """Return the temporary path for `path`, which has the number of this process in its name."""
     return path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what processes that were killed were writing into `directory` itself."""
+    """Remove temporary files that killed processes left in `directory`, but not in its subdirectories."""
     for path in directory.glob(f"{PARTIAL}*"):
         process = path.name.removeprefix(PARTIAL).partition("-")[0]
         if not process.isdigit() or is_running(int(process)):
@@ -90,10 +90,10 @@ def remove_partial(directory: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether another process has this number. This one's own may have been a dead one's, in a container."""
+    """Return whether another process has this number. In a container, this process may reuse a dead one's number."""
     if process == os.getpid():
         return False
-    if sys.platform == "win32":  # where there is no asking
+    if sys.platform == "win32":  # os.kill would end the process
         return True
     try:
         os.kill(process, 0)
@@ -111,17 +111,18 @@ def as_yaml(content: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically and wait until it is on the disk."""
     with atomic_write(path, durable=True) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A dictionary of plain values. Raises FileError for anything else."""
+    """Read a dictionary of plain values from a JSON file. Raises FileError."""
     return _read(path, json.loads)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A dictionary of plain values. Raises FileError for anything else."""
+    """Read a dictionary of plain values from a YAML file. Raises FileError."""
     return _read(path, _load_yaml)
 
 
@@ -130,12 +131,12 @@ def _read(path: Path, load: Any) -> dict[str, Any]:
         if not path.is_file():
             raise ValueError("no such file")
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes are not a file of this kind")
+            raise ValueError(f"it has {path.stat().st_size} bytes, and at most {LARGEST} are allowed")
         content = load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it holds no dictionary")
+            raise ValueError("its content is not a dictionary")
         _check_plain(content)
-    # The loaders have errors of many kinds for values that are none (dates, numbers), and none of them is a bug here.
+    # The loaders raise many kinds of exceptions for invalid dates and numbers; each of them means a bad file.
     except Exception as error:
         raise FileError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error
     return content
@@ -145,23 +146,23 @@ def _load_yaml(text: str) -> Any:
     depth = 0
     for event in yaml.parse(text, Loader=SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for gigabytes
-            raise ValueError("it nests too deeply, or has aliases")
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):  # a few aliases can expand to gigabytes
+            raise ValueError("it is nested too deeply, or has aliases")
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > LONGEST:
-            raise ValueError("it has a number of thousands of digits")
+            raise ValueError(f"it has an unquoted value of more than {LONGEST} characters")
     return yaml.load(text, Loader=SafeLoader)
 
 
 def _check_plain(tree: Any, depth: int = 0) -> None:
     if depth > DEEPEST:
-        raise ValueError("it nests too deeply")
+        raise ValueError("it is nested too deeply")
     if isinstance(tree, dict):
         for key, value in tree.items():
             if not isinstance(key, str):
-                raise ValueError(f"{key} is no name")
+                raise ValueError(f"the key {key} is not a string")
             _check_plain(value, depth + 1)
     elif isinstance(tree, list):
         for value in tree:
             _check_plain(value, depth + 1)
     elif not isinstance(tree, str | int | float | None) or (isinstance(tree, int) and abs(tree) >= 2**63):
-        raise ValueError(f"{str(tree)[:30]} is no plain value")
+        raise ValueError(f"{str(tree)[:30]} is not a plain value")

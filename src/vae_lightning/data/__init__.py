@@ -1,1 +1,1 @@
-"""Images as one uint8 tensor on the device that trains: pixel protocols, splits, and torchvision's data sets."""
+"""Images as one uint8 tensor on the training device: pixel protocols, splits, and torchvision's data sets."""

@@ -1,4 +1,4 @@
-"""Batches by index on the device that trains: no worker processes, and no work for each image."""
+"""Batches of images by index on the training device, without worker processes or work per image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
 class DeviceBatches:
-    """Batches by index, on `device`, from images `[n, 1, 28, 28]`, uint8, that already lie there, or else on the CPU.
+    """Batches on `device` from uint8 images `[n, channels, height, width]` on that device or on the CPU.
 
-    With a `shuffle_seed` the order depends on (shuffle_seed, epoch) and on nothing else, and so does the Bernoulli draw
-    of each batch where `draw` is set: an epoch is the same whatever came before it. Batch i of `world_size` processes
-    together is what a single process would see with `world_size` times the batch size; `share` says which of its images
-    this process has.
+    With a `shuffle_seed`, the order depends only on (shuffle_seed, epoch). With `draw`, so does the Bernoulli draw of
+    each batch. Batch i over all `world_size` processes equals batch i of one process with `world_size` times the batch
+    size; `share` says which of its images this process has.
     """
 
     def __init__(
@@ -39,10 +38,10 @@ class DeviceBatches:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.start = 0  # the batch that the next iteration begins with
-        self.given = 0  # batches of the running one
+        self.start = 0  # index of the first batch of the next iteration
+        self.given = 0  # number of batches in the current iteration so far
         if shuffle_seed is not None:
-            self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+            self.sampler, self.batch_sampler = self, None  # Lightning looks for set_epoch here
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -54,7 +53,7 @@ class DeviceBatches:
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration where another one was."""
+        """Start the next iteration after the batches that `state` counts."""
         self.start = state["given"]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,5 +85,5 @@ class DeviceBatches:
 
 
 def fits(images: Tensor, device: torch.device) -> bool:
-    """Whether images may lie on a device for good: not if a GPU would have less than half of its free memory left."""
+    """Return whether images may stay on a device: on a GPU, if they take at most half of its free memory."""
     return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2

@@ -1,4 +1,4 @@
-"""MNIST and torchvision's data sets of its shape."""
+"""MNIST and torchvision's data sets of the same shape."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vae_lightning.data.pixels import Pixels
 from vae_lightning.files import atomic_write
 
 Name = Literal["MNIST", "FashionMNIST", "KMNIST", "EMNIST-letters", "EMNIST-balanced", "EMNIST-digits"]
-CHECKOUT = Path(__file__).resolve().parents[3] / "data"  # MNIST's original files, in a checkout
+CHECKOUT = Path(__file__).resolve().parents[3] / "data"  # MNIST's original files, if this is a checkout
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vae_lightning"
 
 
 class MNISTDataModule(ImageDataModule):
-    """torchvision's MNIST or a data set of its shape.
+    """torchvision's MNIST, or a data set of the same shape.
 
-    `root` is the directory that holds or receives the files; by default the checkout's data/, or, where the package was
-    installed without one, ~/.cache/vae_lightning. The rest is as for `ImageDataModule`.
+    `root` is the directory of the files. The default is data/ of the checkout, or ~/.cache/vae_lightning if the package
+    was installed without one. The other arguments are those of `ImageDataModule`.
     """
 
     def __init__(
@@ -49,26 +49,25 @@ class MNISTDataModule(ImageDataModule):
         return str(self.name) if type(self) is MNISTDataModule else type(self).__name__
 
 
-@lru_cache(maxsize=1)  # a sweep's jobs share one copy; nothing here writes to it
+@lru_cache(maxsize=1)  # the jobs of a sweep share one copy, which is never changed
 def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
-    """Training and test images with their labels, read by torchvision.
+    """Load training and test images with their labels through torchvision. Raises DataError.
 
-    torchvision unpacks its archives before reading them, and takes any unpacked file for a good one. So it works in a
-    scratch directory of its own, on links to archives whose checksums were compared first: processes that start
-    together do not meet, a read-only `root` does, and nothing half-written is ever found. What it had to download is
-    then moved into `root`, each file whole. Raises DataError.
+    torchvision unpacks its archives beside them and trusts any unpacked file. So it works in a temporary directory, on
+    links to archives with the right checksums. This allows a read-only `root`, and processes that load at the same
+    time. Downloaded files are then moved into `root` atomically.
     """
-    from torchvision import datasets  # slow to import, and needed by nothing else
+    from torchvision import datasets  # slow to import, and not needed elsewhere
 
     family, _, subset = name.partition("-")
     dataset_class = getattr(datasets, family)
     options = {"split": subset} if subset else {}
     raw = root / family / "raw"
-    checksums = dict(vars(dataset_class).get("resources", []))  # EMNIST has none of its own: it is unpacked once
+    checksums = dict(vars(dataset_class).get("resources", []))  # EMNIST has none: its unpacked files are kept
     for file in (raw / name for name in checksums if (raw / name).exists()):
         if not datasets.utils.check_integrity(file, checksums[file.name]):
             raise DataError(
-                f"{file}: cut short or altered ({file.stat().st_size} bytes, expected MD5 {checksums[file.name]}); "
+                f"{file}: truncated or altered ({file.stat().st_size} bytes, expected MD5 {checksums[file.name]}); "
                 "restore it with `git checkout -- data`, or delete it to have it downloaded again"
             )
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,13 +78,12 @@ def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
                 (work / path.name).symlink_to(path.resolve())
         try:
             sets = [dataset_class(scratch, train=train, download=True, **options) for train in (True, False)]
-        # torchvision has errors of many kinds for files that are not what their names say (EMNIST's have no checksums).
-        except Exception as error:
+        except Exception as error:  # of many types, for files with the wrong content
             raise DataError(
-                f"{raw}: {name} is not there whole and cannot be downloaded ({' '.join(str(error).split())}); "
-                "where it lies is data.root=…, or, for a run that is finished, data_root=…"
+                f"{raw}: {name} is incomplete and cannot be downloaded ({' '.join(str(error).split())}); "
+                "set its directory with data.root=…, or with data_root=… for a finished run"
             ) from error
-        with suppress(OSError):  # a read-only `root` keeps nothing
+        with suppress(OSError):  # if `root` is read-only, they are not kept
             raw.mkdir(parents=True, exist_ok=True)
             for path in work.iterdir():
                 if not path.is_symlink() and (path.name in checksums or not checksums):

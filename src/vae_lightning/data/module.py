@@ -1,4 +1,4 @@
-"""Images as one uint8 tensor on the device that trains, split and served by a LightningDataModule."""
+"""A LightningDataModule for images in one uint8 tensor on the training device, with splits and pixel protocols."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, 
 
 
 class DataError(UserError):
-    """A data file that is missing, cut short or altered."""
+    """A data file that is missing, truncated or altered."""
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Images held in memory, split, binarized by protocol, and served from the training device.
+    """Base class of data sets: splits images, applies the pixel protocol, and serves batches from the training device.
 
-    A data set is a subclass with a `load`. The last `val_size` training images are held out for validation; 0 trains
-    on all of them. Batches are `(images [batch, channels, height, width] in [0, 1], labels [batch])`. Across processes
-    each one sees its own share of the images. Raises ConfigError for a `val_size` that leaves no image to train on.
+    A subclass defines `load`. The last `val_size` training images are held out for validation; 0 trains on all of them.
+    Batches are `(images [batch, channels, height, width] in [0, 1], labels [batch])`. Each process of a run sees its
+    own share of the images. Raises ConfigError if `val_size` leaves no image to train on.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ImageDataModule(LightningDataModule, ABC):
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # into the checkpoint: the protocol goes where the weights go
+        self.save_hyperparameters(logger=False)  # saved in the checkpoint, with the pixel protocol
         self.pixels = pixels
         self.batch_size = batch_size
         self.val_size = val_size
@@ -46,10 +46,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> tuple[Labelled, Labelled]:
-        """Training and test images, uint8 `[n, channels, height, width]`, with their labels `[n]`."""
+        """Return training and test images, uint8 `[n, channels, height, width]`, each with labels `[n]`."""
 
     def prepare_data(self) -> None:
-        """Download what is missing, once per machine."""
+        """Download missing files, once per machine."""
         self.load()
 
     def setup(self, stage: str | None = None) -> None:
@@ -71,35 +71,35 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def dataset(self) -> str:
-        """The name of these images in results: by default the class's own."""
+        """The name of the data set in results: by default, that of the class."""
         return type(self).__name__
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """`(channels, height, width)` of the images, after `setup`."""
+        """The shape `(channels, height, width)` of an image, after `setup`."""
         return tuple(self.train_images.shape[1:])
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the images' bytes as they are trained on and tested on."""
+        """Return the SHA-256 checksum of each split's images, after the pixel protocol."""
         images = {"train": self.train_images, "val": self.val_images, "test": self.test_images}
         return {split: hashlib.sha256(x.contiguous().numpy().data).hexdigest() for split, x in images.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint says of the numbers in it: they are about these pixels of this data set."""
+        """Return the data set and pixel protocol, which a checkpoint stores."""
         return {"data.name": self.dataset, "data.pixels": self.pixels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ConfigError where a checkpoint is to be trained on, or tested, under another protocol than its own."""
+        """Raise ConfigError if the checkpoint is of another data set or pixel protocol."""
         for key, own in self.state_dict().items():
             theirs = state_dict.get(key, own)
             if theirs != own:
                 raise ConfigError(
-                    f"{key}={own}: the checkpoint is of {key}={theirs}, and numbers under the two cannot be "
-                    f"compared. Allowed: {theirs}"
+                    f"{key}={own}: the checkpoint is of {key}={theirs}, and results of the two cannot be compared. "
+                    f"Allowed: {theirs}"
                 )
 
     def train_dataloader(self) -> DeviceBatches:
-        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's: the same batches each epoch
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's option: the same batches each epoch
         shuffle_seed = None if overfit else self.seed
         return self._batches(self.train_images, self.train_labels, shuffle_seed, draw=self.pixels == "dynamic")
 

@@ -1,1 +1,1 @@
-"""Run directories: their files, their state, and how a trained model is read back from one."""
+"""Run directories: files, state, environment, resuming, and loading a trained model."""

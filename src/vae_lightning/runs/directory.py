@@ -1,4 +1,4 @@
-"""A run directory: the files of one training run, who may write them, and how far the run is."""
+"""A run directory: the files, lock, configuration and state of one training run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from vae_lightning.config import UserError
 from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml, remove_partial, write_json
 
 StrPath = str | os.PathLike[str]
-UNFINISHED = "unfinished"  # in metrics.json: the run has been resumed since
+UNFINISHED = "unfinished"  # key in metrics.json of a run that was resumed after it had finished
 
 
 class RunError(UserError):
-    """A run directory that is incomplete, or that cannot be written."""
+    """A run directory that is incomplete or cannot be used."""
 
 
 def runs_in(directory: Path) -> list[Path]:
-    """The run directories below, in sweeps too, the newest last."""
+    """Return the run directories up to three levels below `directory`, sorted from oldest to newest."""
     found = [file for depth in ("*", "*/*", "*/*/*") for file in directory.glob(f"{depth}/config.yaml")]
     return [file.parent for file in sorted(found, key=lambda file: file.stat().st_mtime)]
 
 
 def newest_run(directory: Path) -> Path:
-    """The run directory that `latest` means. Raises RunError where there is none."""
+    """Return the newest run below `directory`, for `latest`. Raises RunError if there is none."""
     runs = runs_in(directory)
     if not runs:
-        raise RunError(f"latest: there is no run in {directory}/ here")
+        raise RunError(f"latest: no run found in {directory}/")
     return runs[-1]
 
 
 class RunDirectory:
-    """The paths, lock, configuration and state of one run. To make one touches no file."""
+    """The paths, lock, configuration and state of one run. The constructor does not access the disk."""
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
@@ -61,13 +61,13 @@ class RunDirectory:
 
     @classmethod
     def locate(cls, path: StrPath) -> tuple[RunDirectory, Path]:
-        """The run directory that `path` is, or that a checkpoint at `path` belongs to, and the checkpoint.
+        """Return the run directory and checkpoint for `path`, which is a run directory, a checkpoint or `latest`.
 
-        Of a directory that is the best one, or the last where there is no best one yet.
+        The checkpoint of a directory is the best one, or the last one if there is no best one yet.
         """
         path = newest_run(Path("outputs")) if str(path) == "latest" else Path(path)
         if path.suffix == ".ckpt" and not path.is_dir():
-            run = cls(path.absolute().parent.parent)  # checkpoints/ may be a link, and so may the file itself
+            run = cls(path.absolute().parent.parent)  # checkpoints/ and the file itself may be links
             return run if run.config_file.exists() else cls(path.resolve().parent.parent), path
         run = cls(path)
         no_best = run.last_checkpoint.exists() and not run.best_checkpoint.exists()
@@ -75,7 +75,7 @@ class RunDirectory:
 
     @property
     def state(self) -> Literal["new", "unfinished", "finished"]:
-        """A run begins with its config.yaml and ends with its metrics.json, until it is made longer."""
+        """The state of the run: config.yaml is written first, metrics.json last; resuming marks it as unfinished."""
         if not self.config_file.exists():
             return "new"
         try:
@@ -85,22 +85,22 @@ class RunDirectory:
         return "finished" if metrics and not metrics.get(UNFINISHED) else "unfinished"
 
     def create(self, config: dict[str, Any]) -> None:
-        """Create the directory with its config.yaml. Raises RunError if it already holds a run, or directories."""
+        """Create the directory with its config.yaml. Raises RunError if it has a run or other directories already."""
         self.path.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        around = self.path.resolve() in (here := Path.cwd(), *here.parents) and any(self.path.iterdir())
+        around = Path.cwd().is_relative_to(self.path.resolve()) and any(self.path.iterdir())
         if self.state == "new" and (others or around):
-            what = f"holds {sorted(others)[0]}/" if others else "is the current directory, or one above it"
-            raise RunError(f"{self.path}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
+            what = f"contains {min(others)}/" if others else "is the current directory or a parent of it"
+            raise RunError(f"{self}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
         try:
-            self.write_config(config, new=True)  # of two jobs that choose the same directory, one fails
+            self.write_config(config, new=True)  # if two jobs choose the same directory, one of them fails
         except FileExistsError:
-            raise RunError(f"{self}: already holds a run; choose another hydra.run.dir") from None
+            raise RunError(f"{self}: already contains a run; choose another hydra.run.dir") from None
 
     def reopen(self, config: dict[str, Any]) -> None:
-        """Mark the run as unfinished, with `config`. What was measured is kept: its metrics until there are new ones.
+        """Mark the run as unfinished, with `config`.
 
-        Evaluations are kept under the number of the epochs before.
+        Its metrics are kept until there are new ones. Its evaluations get the number of epochs so far in their names.
         """
         if self.state == "finished":
             metrics = read_json(self.metrics_file)
@@ -111,22 +111,24 @@ class RunDirectory:
         self.write_config(config)
 
     def remove_partial(self) -> None:
-        """Remove what processes that were killed were writing into this run."""
+        """Remove temporary files that killed processes left in this run."""
         for folder in (self.path, self.checkpoints, self.figures, self.export, self.evaluations):
             remove_partial(folder)
 
     def write_config(self, config: dict[str, Any], new: bool = False) -> None:
-        """Write the configuration of the run; `new` raises FileExistsError if there is one."""
+        """Write config.yaml; `new` raises FileExistsError if it exists."""
         with atomic_write(self.config_file, new=new) as partial:
             partial.write_text(as_yaml(config), encoding="utf-8")
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration of the run. Raises RunError where there is none."""
+        """Read the configuration of the run. Raises RunError if there is none."""
         try:
             config = read_yaml(self.config_file)
         except FileError as error:
             if runs := runs_in(self.path):
-                raise RunError(f"{self}: holds {len(runs)} runs, and is none; the newest is {runs[-1]}") from error
+                raise RunError(
+                    f"{self}: contains {len(runs)} runs and is not one itself; the newest is {runs[-1]}"
+                ) from error
             raise RunError(f"{self}: not a run directory ({error})") from error
         for key, kind in (("model", dict), ("data", dict), ("seed", int)):
             if not isinstance(config.get(key), kind):
@@ -134,11 +136,11 @@ class RunDirectory:
         return config
 
     def read_environment(self) -> dict[str, Any]:
-        """The content of environment.json, or {} before there is one. Raises FileError."""
+        """Read environment.json; {} if it does not exist. Raises FileError."""
         return read_json(self.environment_file) if self.environment_file.exists() else {}
 
     def subdirectory(self, path: Path) -> Path:
-        """Create a directory of the run, such as `figures`. Raises RunError for a link, which may lead anywhere."""
+        """Create a directory of the run, such as `figures`. Raises RunError if it is a link."""
         if path.is_symlink():
             raise RunError(f"{path}: is a link; nothing is written through it")
         path.mkdir(parents=True, exist_ok=True)
@@ -146,10 +148,10 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Reserve the run for this process until the block ends or the process dies. Raises RunError if it is taken."""
+        """Lock the run until the block or the process ends. Raises RunError if another process has locked it."""
         try:
             import fcntl
-        except ImportError:  # Windows: two jobs in one directory are not told apart
+        except ImportError:  # Windows: no locks
             yield
             return
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -158,14 +160,14 @@ class RunDirectory:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{self}: is being trained by another process") from None
-            except OSError:  # a file system without locks
+            except OSError:  # the file system has no locks
                 pass
             yield
         finally:
             os.close(descriptor)
 
     def is_locked(self) -> bool:
-        """Whether a process is training the run."""
+        """Return whether a process is training the run."""
         try:
             with self.locked():
                 return False

@@ -1,4 +1,4 @@
-"""Code, versions, machine and data of a run: the content of its environment.json."""
+"""The content of environment.json: code, versions, machine and data of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_DIFF = 100_000  # characters of uncommitted changes
 
 
 def describe_environment(model: ImageModel, device: torch.device, data: ImageDataModule) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: code, versions, machine, command, data and model size."""
+    """Describe what is needed to repeat a run: code, versions, machine, command, data and model size."""
     return {
         "command": shlex.join(sys.argv),
         "seed": data.seed,
@@ -38,23 +38,24 @@ def describe_environment(model: ImageModel, device: torch.device, data: ImageDat
 
 
 def describe_code() -> dict[str, Any]:
-    """Which code runs: versions, commit, and what is not committed."""
+    """Describe the code: versions, git commit and uncommitted changes."""
+    status = _git("status", "--porcelain")
     return {
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_clean": {None: None, "": True}.get(_git("status", "--porcelain"), False),
+        "git_clean": None if status is None else not status,
         "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
     }
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of trained values in `module`."""
+    """Return the number of trainable parameters of `module`."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, such as "NVIDIA H100" or "AMD EPYC (2 cores)"."""
+    """Return the name of the device, such as "NVIDIA H100" or "AMD EPYC (2 cores)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
@@ -71,9 +72,9 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the code that runs; None where it is no checkout, or git is not there."""
+    """Return the output of git for this package; None if it is not in a checkout, or git is not installed."""
     try:
-        # Without its lock, which would stay behind if git were killed, and keep the next `git commit` away.
+        # Without locks: if git were killed, a lock would stay and block the next `git commit`.
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Read a trained model back from its run directory. Nothing is unpickled, and only trusted code is run."""
+"""Load a trained model from its run directory, without unpickling and without running untrusted code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 
 
 def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
-    """The trained model of a run directory (its best checkpoint) or of one checkpoint in it, in evaluation mode.
+    """Load the model of a run directory (its best checkpoint) or of one of its checkpoints, in evaluation mode.
 
     Nothing is unpickled: config.yaml says what to build, and the checkpoint is read as weights only. A configuration
-    that names code outside vae_lightning and torch.optim is refused, unless `trust` has the module or package: a
-    backbone of your own in wide.py loads with `trust=["wide"]`. The whole configuration of the run is `model.config`.
-    Raises RunError for a directory or checkpoint that is not whole, ConfigError for a configuration that does not fit.
+    that names code outside vae_lightning and torch.optim is refused, unless `trust` lists the module or package: a
+    backbone of your own in wide.py loads with `trust=["wide"]`. `model.config` is the configuration of the run.
+    Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
     """
     run, checkpoint = RunDirectory.locate(path)
     config = trusted_config(run, trust)
@@ -31,7 +31,7 @@ def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
     hyperparameters = content.get("hyper_parameters")
     shape = hyperparameters.get("image_shape") if isinstance(hyperparameters, dict) else None
     if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
-        raise RunError(f"{checkpoint}: says no image_shape of three numbers; it was not loaded")
+        raise RunError(f"{checkpoint}: has no image_shape of three positive integers; it was not loaded")
     model = build(config["model"], ImageModel, "model", image_shape=tuple(shape))
     load_weights(content["state_dict"], model, checkpoint)
     data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
@@ -41,40 +41,36 @@ def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
 
 
 def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -> None:
-    """Load `weights` into `model`. Raises RunError where they are not its own, or not finite."""
+    """Load `weights` into `model`. Raises RunError if they do not fit, or are not finite."""
     try:
         model.load_state_dict(weights)
         same = all(weights[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
         finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise RunError(f"{checkpoint}: not the weights of the model that is configured") from error
+        raise RunError(f"{checkpoint}: its weights do not fit the configured model") from error
     if not (same and finite):
         raise RunError(f"{checkpoint}: has weights that are {'NaN or infinite' if same else 'of another type'}")
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
-
-    Raises RunError for a file that is damaged, or holds anything but tensors and plain values.
-    """
+    """Read a checkpoint onto the CPU. Raises RunError if it is damaged, or has more than tensors and plain values."""
     if not file.is_file():
         raise RunError(f"{file}: no such checkpoint")
     try:
-        with ZipFile(file) as archive:  # PyTorch does not look at the checksums that it writes
-            # PyTorch compresses nothing; what is compressed may be made to fill the memory.
+        with ZipFile(file) as archive:  # PyTorch does not verify the checksums that it writes
+            # PyTorch writes no compressed entries; a compressed one could expand until the memory is full.
             if any(file.compress_type != ZIP_STORED for file in archive.infolist()) or archive.testzip():
                 raise ValueError
         content = torch.load(file, map_location="cpu", weights_only=True)
         content["state_dict"].items()
         return content
-    # Both have errors of many kinds for a file that was altered, and none of them is a bug here.
-    except Exception as error:
-        raise RunError(f"{file}: damaged, or holds more than weights; it was not loaded") from error
+    except Exception as error:  # of many types, for damaged and altered files
+        raise RunError(f"{file}: damaged, or contains more than weights; it was not loaded") from error
 
 
 @dataclass
 class Run:
-    """A trained run, opened for use: where it lies, its model on a device, and its data."""
+    """A trained run: its directory and checkpoint, its model on a device, and its data."""
 
     directory: RunDirectory
     checkpoint: Path
@@ -83,13 +79,13 @@ class Run:
 
 
 def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = (), data_root: str | None = None) -> Run:
-    """The model of a run, on `accelerator` (auto, cpu or gpu), with the data that it was trained on, of its protocol.
+    """Load the model of a run on `accelerator` (auto, cpu or gpu), and its data under the run's pixel protocol.
 
-    `data_root` says where the data lie on this machine, if not where the run found them.
-    Raises what `load_run` does, ConfigError where there is no GPU, and DataError for data that are not whole.
+    `data_root` is the directory of the data on this machine; the default is that of the run.
+    Raises the errors of `load_run`, ConfigError if there is no GPU, and DataError for missing or damaged data.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu")
+        raise ConfigError("accelerator=gpu: PyTorch finds no GPU on this machine. Allowed: auto, cpu")
     directory, checkpoint = RunDirectory.locate(path)
     model = load_run(path, trust)
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
@@ -97,12 +93,12 @@ def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = ()
     data = build(spec, ImageDataModule, "data", seed=model.config["seed"])
     for key, own in data.state_dict().items():
         if model.protocol.get(key, own) != own:
-            raise RunError(f"{directory.config_file}: says {key}={own}, and its checkpoint {key}={model.protocol[key]}")
+            raise RunError(f"{directory.config_file}: has {key}={own}, but its checkpoint {key}={model.protocol[key]}")
     data.setup()
     return Run(directory, checkpoint, model, data)
 
 
-# Code that a run may name: what builds models and data, and Lightning's callbacks that write no files of their own.
+# Modules and classes that any run may name: those of this package, optimizers, and callbacks that write no files.
 TRUSTED = (
     "vae_lightning",
     "torch.optim",
@@ -117,7 +113,7 @@ TRUSTED = (
 def trusted_config(
     run: RunDirectory, trust: Iterable[str] = (), parts: Sequence[str] = ("model", "data")
 ) -> dict[str, Any]:
-    """The configuration of a run, to build `parts` from. Raises RunError if it names code that is not trusted."""
+    """Read the configuration of a run. Raises RunError if one of its `parts` names code that is not trusted."""
     config = run.read_config()
     if isinstance(trust, str):
         raise ConfigError(f"trust={trust}: should be a list of modules, [{trust}]")
@@ -134,18 +130,18 @@ def trusted_config(
         key, target = next(iter(unknown.items()))
         modules = dict.fromkeys([*trust, *(target.rpartition(".")[0] or target for target in unknown.values())])
         raise RunError(
-            f"{run.config_file}: {key}={target}: not in vae_lightning or torch.optim; loading would run code "
-            f"named by the run; if you know it, trust=[{','.join(modules)}] allows it"
+            f"{run.config_file}: {key}={target}: not in vae_lightning or torch.optim; loading would run this "
+            f"code; if you trust it, trust=[{','.join(modules)}] allows it"
         )
     return config
 
 
-# Values of a logger's arguments that are neither a path nor an address; and those in conf/logger/mlflow.yaml.
-HARMLESS = re.compile(r"|\w[\w .-]*|lightning\.pytorch\.loggers\.\w+|(sqlite:///)?outputs/\w+(\.db)?")
+# Arguments of a logger that are neither a path nor a URL, or that are those of conf/logger/mlflow.yaml.
+HARMLESS = re.compile(r"|\w[\w .-]*|(sqlite:///)?outputs/\w+(\.db)?")
 
 
 def is_harmless_logger(spec: Any) -> bool:
-    """Whether this is one of Lightning's loggers, and none of its arguments names a path or an address."""
+    """Return whether `spec` is one of Lightning's loggers, and none of its arguments is a path or a URL."""
     return (
         isinstance(spec, dict)
         and str(spec.get("_target_")).startswith("lightning.pytorch.loggers.")
@@ -157,7 +153,7 @@ def is_harmless_logger(spec: Any) -> bool:
 
 
 def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` of a configuration, with its dotted key."""
+    """Yield the dotted key and the value of each `_target_` in a configuration."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in items:
         key = f"{path}.{name}".lstrip(".")

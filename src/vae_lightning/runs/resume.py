@@ -1,11 +1,11 @@
-"""Which run a command is about: a new one, one to resume, or one that is finished already.
+"""Choose the run of a command: a new one, one to resume, or one that is already finished.
 
-    python train.py resume=RUN_DIR                          # with the configuration that the run has; or resume=latest
-    python train.py resume=RUN_DIR trainer.max_epochs=60    # and longer
-    python train.py model.latent_dim=5 resume=auto          # the run of this very configuration, if there is one
-    python train.py repeat=RUN_DIR                          # its configuration once more, in a new directory
+    python train.py resume=RUN_DIR                          # resume with the run's configuration; or resume=latest
+    python train.py resume=RUN_DIR trainer.max_epochs=60    # train it longer
+    python train.py model.latent_dim=5 resume=auto          # resume the run with this configuration, or start it
+    python train.py repeat=RUN_DIR                          # train the same configuration in a new directory
 
-`resume=auto` knows a run by its configuration, not by its directory's name or a job's number.
+`resume=auto` finds a run by its configuration, not by the name of its directory or the number of a job.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from vae_lightning.runs.loading import trusted_config
 
 log = logging.getLogger(__name__)
 
-# What a resumed run may be told anew: how long it trains, and what changes no number.
+# Keys that may change when a run is resumed: the length of training, and keys that do not change results.
 CHANGEABLE = (
     *("trainer.max_epochs", "trainer.checkpoint_every", "trainer.accelerator", "trainer.fast_loop"),
     *("trainer.enable_progress_bar", "data.root", "test"),
 )
-COMMAND_KEYS = ("resume", "repeat", "trust", "timeout", "hparams_search")  # of a command, and not of its run
-PARTS = ("model", "data", "trainer", "logger")  # the parts of a configuration that name classes
+COMMAND_KEYS = ("resume", "repeat", "trust", "timeout", "hparams_search")  # options of the command, not of the run
+PARTS = ("model", "data", "trainer", "logger")  # parts of a configuration that name classes
 
 
 @dataclass
 class RunPlan:
-    """What to train and where; whether the directory's run is resumed, or is finished already."""
+    """A configuration, its run directory, and whether to resume that run or whether it is already finished."""
 
     config: dict[str, Any]
     run: RunDirectory
@@ -45,16 +45,16 @@ class RunPlan:
 
 
 def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], searched: Iterable[Path] = ()) -> RunPlan:
-    """The run that a command's `config` is about, where `directory` is for a new one.
+    """Choose the run of a command with this `config`; a new run gets `directory`.
 
-    `given` are the keys that the command line changed, and `searched` the directories that resume=auto looks at.
-    Raises RunError or ConfigError for a run that cannot be resumed, or not in this way.
+    `given` are the keys that the command line set. `searched` are the directories in which resume=auto looks for runs.
+    Raises RunError or ConfigError if the run cannot be resumed, or not with these keys.
     """
     resume, repeat, trust = config.get("resume"), config.get("repeat"), config.get("trust") or ()
     config = run_config(config)
     if repeat is not None:
         if resume is not None:
-            raise ConfigError(f"repeat={repeat}: starts a new run; leave resume={resume} out")
+            raise ConfigError(f"repeat={repeat}: starts a new run; remove resume={resume}")
         former = RunDirectory(as_path(repeat, "repeat"))
         changed = _changed(trusted_config(former, trust, PARTS), former, config, given)
         log.info("repeating %s%s", former, _changed_code(former))
@@ -75,24 +75,24 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
             return RunPlan(config, run)
         key, theirs, ours = first_difference(comparable(run.read_config()), comparable(config))
         raise RunError(
-            f"{run}: already holds a run, of another configuration ({key}={theirs}, not {ours}); "
+            f"{run}: already contains a run with another configuration ({key}={theirs}, not {ours}); "
             "choose another hydra.run.dir"
         )
     if found.state == "finished":
         return RunPlan(config, found, finished=True)
     if resume is None:
-        raise RunError(f"{found}: holds a run that is not finished; say resume={found}, or resume=auto")
+        raise RunError(f"{found}: contains a run that is not finished; use resume={found} or resume=auto")
     check_links(found)
     return RunPlan(config, found, resume=True)
 
 
 def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A command's configuration without what says which run it is about."""
+    """Return the configuration of the run: that of the command without the keys that choose the run."""
     return {key: value for key, value in config.items() if key not in COMMAND_KEYS}
 
 
 def as_path(value: Any, key: str) -> Path:
-    """A run directory as the command line gives it; one of digits arrives as a number. Raises ConfigError."""
+    """Return the run directory given on the command line; digits arrive as a number. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         allowed = "the path of a run directory" + (", latest, auto or null" if key == "resume" else ", latest or null")
         raise ConfigError(f"{key}={value}: should be {allowed}")
@@ -100,19 +100,19 @@ def as_path(value: Any, key: str) -> Path:
 
 
 def check_links(run: RunDirectory) -> None:
-    """Raise RunError for a link in a run directory, through which a resumed run would write somewhere else.
+    """Raise RunError for a link in a run directory, because a resumed run would write to another place.
 
-    `checkpoints/` may be a link to a directory on another disk, if there is nothing in it but this run's checkpoints.
+    `checkpoints/` may be a link to a directory on another disk if that contains only this run's checkpoints.
     """
     known = (run.last_checkpoint, run.best_checkpoint, run.previous_checkpoint)
     for path in filter(Path.is_symlink, run.path.iterdir()):
         files = path.iterdir() if path == run.checkpoints and path.is_dir() else [path]
         if not all(file in known and not file.is_symlink() for file in files):
-            raise RunError(f"{path}: is a link, and a resumed run would write through it")
+            raise RunError(f"{path}: is a link; a resumed run would write through it")
 
 
 def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
-    """The configuration of `run` with what the command line may change of it. Raises ConfigError."""
+    """Return the configuration of `run`, with the changes of the command line. Raises ConfigError if one is not allowed."""
     if not isinstance(former.get("trainer"), dict) or not isinstance(former.get("figures"), dict):
         raise RunError(f"{run.config_file}: is not the configuration of a run: trainer or figures is missing")
     changed = {"test": True} | copy.deepcopy(former)
@@ -124,14 +124,14 @@ def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], 
         if key.partition(".")[0] in COMMAND_KEYS or (keys and not different):
             continue
         if key not in CHANGEABLE:
-            what = f"{different[0]} is {theirs.get(different[0])} in {run}" if different else "not of the run"
-            raise ConfigError(f"{key}: {what}; a run that is resumed or repeated takes only {', '.join(CHANGEABLE)}")
+            what = f"{different[0]} is {theirs.get(different[0])} in {run}" if different else "not a key of the run"
+            raise ConfigError(f"{key}: {what}; to resume or repeat a run, change only {', '.join(CHANGEABLE)}")
         set_key(changed, key, asked[key])
     return changed
 
 
 def _changed_code(run: RunDirectory) -> str:
-    """The versions and the commit that have changed since `run` was trained, for a line in the log."""
+    """Describe the versions and the commit that have changed since `run` was trained."""
     try:
         then = flatten(run.read_environment())
     except FileError:
@@ -145,7 +145,7 @@ def _changed_code(run: RunDirectory) -> str:
 
 
 def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a value by its dotted key."""
+    """Set the value of a dotted key in a nested configuration."""
     *path, last = dotted.split(".")
     for name in path:
         config = config[name]
@@ -153,7 +153,7 @@ def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> RunDirectory | None:
-    """The run of `config` among `directories`: a finished one, or else one that no other process trains now."""
+    """Find the run with this configuration, preferably a finished one, then one that no process is training."""
     found: list[RunDirectory] = []
     for run in map(RunDirectory, dict.fromkeys(directories)):
         try:
@@ -165,12 +165,12 @@ def find_run(config: Mapping[str, Any], directories: Iterable[Path]) -> RunDirec
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat configuration without data.root, which changes no number: images are known by their checksums."""
+    """Flatten a configuration, without data.root, which does not change results: the images have checksums."""
     return {key: value for key, value in flatten(dict(config)).items() if key != "data.root"}
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """The first key in which two configurations differ, and both values."""
+    """Return the first key in which two configurations differ, and both values."""
     left, right = flatten(dict(theirs)), flatten(dict(ours))
     keys = (key for key in [*right, *left] if key not in left or key not in right or left[key] != right[key])
     key = next(keys, "nesting")
