@@ -3,14 +3,23 @@ from typing import Literal
 import pytest
 from torch import nn
 
-from vae_lightning.config import ConfigError, NonNegative, PositiveInt, UserError, build, check_arguments, did_you_mean
+from vae_lightning.config import (
+    ConfigError,
+    NonNegative,
+    PositiveInt,
+    UserError,
+    build,
+    check_arguments,
+    did_you_mean,
+    flatten,
+)
 from vae_lightning.models.backbones import MLP, Backbone
 
 
 def sample(size: PositiveInt, weight: NonNegative = 1.0, mode: Literal["fast", "slow"] = "fast") -> None: ...
 
 
-def test_good_arguments_pass() -> None:
+def test_valid_arguments_are_accepted() -> None:
     check_arguments(sample, {"size": 3, "weight": 2, "mode": "slow"}, "a.b")
 
 
@@ -28,7 +37,7 @@ def test_good_arguments_pass() -> None:
         ({}, ["a.b.size: missing"]),
     ],
 )
-def test_wrong_arguments_get_one_line_that_names_them(arguments: dict, words: list[str]) -> None:
+def test_errors_name_the_key_in_one_line(arguments: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         check_arguments(sample, arguments, "a.b")
     assert "\n" not in str(error.value)
@@ -36,7 +45,7 @@ def test_wrong_arguments_get_one_line_that_names_them(arguments: dict, words: li
         assert word in str(error.value)
 
 
-def test_build_makes_what_the_spec_says() -> None:
+def test_build_passes_arguments_to_the_class() -> None:
     spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [7]}
     network = build(spec, Backbone, "model.backbone", latent_dim=2, encoder_outputs=4)
     assert isinstance(network, MLP)
@@ -54,7 +63,7 @@ def test_build_makes_what_the_spec_says() -> None:
         ("MLP", "no such class"),
     ],
 )
-def test_build_refuses_what_is_not_of_its_kind(target: str, words: str) -> None:
+def test_build_refuses_other_classes(target: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         build({"_target_": target}, nn.Module, "model.backbone")
     assert f"model.backbone._target_={target}" in str(error.value)
@@ -66,7 +75,7 @@ class Picky(nn.Module):
         raise ValueError("p has to be\n  between 0 and 1")
 
 
-def test_what_a_class_has_to_say_of_its_arguments_is_one_line() -> None:
+def test_value_error_of_a_class_becomes_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^model\.backbone: p has to be between 0 and 1$"):
         build({"_target_": f"{__name__}.Picky", "p": 2.0}, nn.Module, "model.backbone")
 
@@ -79,3 +88,7 @@ def test_build_needs_a_target() -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("covn", ["mlp", "conv"]) == "; did you mean conv?"
     assert did_you_mean("xyz", ["mlp", "conv"]) == "."
+
+
+def test_flatten_keeps_empty_dictionaries() -> None:
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [{"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}]}

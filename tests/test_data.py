@@ -25,13 +25,13 @@ from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
 @pytest.fixture(autouse=True)
-def _forget_loaded_sets() -> None:
+def _clear_cache() -> None:
     load_images.cache_clear()
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A data directory of the test's own."""
+    """A copy of the data directory that a test may change."""
     shutil.copytree(DATA / "MNIST", tmp_path / "data" / "MNIST")
     return tmp_path / "data"
 
@@ -67,7 +67,7 @@ def test_splits() -> None:
         module(val_size=60_000)
 
 
-def test_setup_twice_does_not_split_again() -> None:
+def test_second_setup_does_nothing() -> None:
     data = module(val_size=10_000)
     before = data.train_images
     data.setup("test")
@@ -87,7 +87,7 @@ def test_an_epoch_has_every_image_once_and_a_short_last_batch() -> None:
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        torch.manual_seed(torch.seed())  # whatever the global generator is at
+        torch.manual_seed(torch.seed())  # the global generator has no influence
         labels = torch.arange(1_000)
         batches = DeviceBatches(torch.zeros(1_000, 1, 1, 1, dtype=torch.uint8), labels, 100, shuffle_seed=seed)
         batches.set_epoch(epoch)
@@ -117,7 +117,7 @@ def test_grey_is_byte_over_255_and_threshold_is_above_one_half() -> None:
     assert torch.equal(data.train_images, (train[:50_000].float() / 255 > 0.5).to(torch.uint8) * 255)
 
 
-def test_dynamic_draws_anew_for_training_and_once_for_evaluation() -> None:
+def test_dynamic_draws_each_epoch_for_training_and_once_for_evaluation() -> None:
     data = module(pixels="dynamic", batch_size=10_000, val_size=50_000)
     loader = data.train_dataloader()
     (first, _), (again, _) = next(iter(loader)), next(iter(loader))
@@ -133,7 +133,7 @@ def test_dynamic_draws_anew_for_training_and_once_for_evaluation() -> None:
         assert torch.equal(one, two)
 
 
-def test_the_fixed_draw_is_the_same_for_everyone() -> None:
+def test_fixed_draw_never_changes() -> None:
     dynamic, fixed = module(pixels="dynamic"), module(pixels="fixed")
     assert torch.equal(dynamic.test_images, fixed.test_images)
     digest = hashlib.sha256(fixed.test_images.numpy().tobytes()).hexdigest()
@@ -148,7 +148,7 @@ def test_bernoulli_draw_has_the_right_mean() -> None:
         assert byte not in (0, 255) or drawn == byte / 255
 
 
-def test_nothing_is_written_beside_the_archives(copied: Path) -> None:
+def test_read_only_root(copied: Path) -> None:
     raw = copied / "MNIST" / "raw"
     before = sorted(raw.iterdir())
     raw.chmod(0o555)
@@ -159,14 +159,14 @@ def test_nothing_is_written_beside_the_archives(copied: Path) -> None:
         raw.chmod(0o755)
 
 
-def test_a_half_extracted_file_left_by_someone_else_does_no_harm(copied: Path) -> None:
+def test_partly_extracted_files_are_ignored(copied: Path) -> None:
     (copied / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0")
     (train, _), _ = load_images("MNIST", copied)
     assert len(train) == 60_000
 
 
 @pytest.mark.proof
-def test_processes_that_start_together_do_not_meet(copied: Path) -> None:
+def test_concurrent_loads_do_not_interfere(copied: Path) -> None:
     code = (
         "from vae_lightning.data.mnist import load_images; from pathlib import Path;"
         f"print(sum(images.sum().item() for images, _ in load_images('MNIST', Path({str(copied)!r}))))"
@@ -179,7 +179,7 @@ def test_processes_that_start_together_do_not_meet(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_a_damaged_file_is_named(copied: Path, damage: str) -> None:
+def test_error_names_a_damaged_file(copied: Path, damage: str) -> None:
     file = copied / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
     content = file.read_bytes()
     file.write_bytes({"truncated": content[:1000], "altered": content[:-9] + b"123456789", "empty": b""}[damage])
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_named(copied: Path, damage: str) -> None:
         assert word in line
 
 
-def test_a_missing_file_that_cannot_be_downloaded_is_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_is_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz").unlink()
     monkeypatch.setattr(datasets.MNIST, "mirrors", [(copied / "nowhere").as_uri() + "/"])
     with pytest.raises(DataError, match=r"MNIST is incomplete and cannot be downloaded \(.*train-labels") as error:
@@ -200,7 +200,7 @@ def test_a_missing_file_that_cannot_be_downloaded_is_one_line(copied: Path, monk
 
 
 def idx(array: torch.Tensor) -> bytes:
-    """`array` in the format of MNIST's files."""
+    """Return `array` in the format of MNIST's files."""
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.to(torch.uint8).numpy().tobytes()
 
 
@@ -217,7 +217,7 @@ Server = tuple[Path, str]
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A directory and the address, on this machine, that serves it: torchvision downloads over HTTP only."""
+    """A directory, and the URL of a local server for it: torchvision downloads over HTTP only."""
     directory = tmp_path / "server"
     directory.mkdir()
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(directory))
@@ -227,9 +227,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         httpd.shutdown()
 
 
-def test_other_sets_of_the_same_shape_are_downloaded_once(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_sets_are_downloaded_once(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     served, address = server
     resources = []
     for name, content in tiny_set().items():
@@ -261,7 +259,7 @@ def test_emnist_is_unpacked_once(tmp_path: Path, server: Server, monkeypatch: py
     assert load_images("EMNIST-letters", root)[1][0].shape == (10, 1, 28, 28)
 
 
-def test_a_set_too_large_for_the_device_stays_here(monkeypatch) -> None:
+def test_large_data_sets_stay_on_the_cpu(monkeypatch) -> None:
     images = torch.zeros(1_000, 1, 28, 28, dtype=torch.uint8)
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes, 10**9))
@@ -269,13 +267,15 @@ def test_a_set_too_large_for_the_device_stays_here(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 2, 10**9))
     assert not fits(images, gpu)
     assert fits(images, torch.device("cpu"))
-    batches = DeviceBatches(images, torch.arange(1_000), 100, device=torch.device("meta"))  # batches go where it trains
+    batches = DeviceBatches(
+        images, torch.arange(1_000), 100, device=torch.device("meta")
+    )  # batches are on the training device
     x, labels = next(iter(batches))
     assert {x.device.type, labels.device.type} == {"meta"}
     assert x.shape == (100, 1, 28, 28)
 
 
-def test_files_of_a_set_without_checksums_that_are_garbage(tmp_path: Path) -> None:
+def test_invalid_files_without_checksums_are_refused(tmp_path: Path) -> None:
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     for split in ("train", "test"):

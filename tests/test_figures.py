@@ -4,7 +4,7 @@ import torch
 from vae_lightning import figures
 
 
-def test_reconstructions_stand_below_their_originals() -> None:
+def test_reconstructions_are_below_their_originals() -> None:
     originals, copies = torch.full((11, 1, 28, 28), 0.25), torch.full((11, 1, 28, 28), 0.75)
     grid = figures.reconstruction_grid(originals, copies)
     assert grid.shape == (3, 4 * 30 + 2, 6 * 30 + 2)
@@ -13,23 +13,23 @@ def test_reconstructions_stand_below_their_originals() -> None:
     assert centres.tolist() == [[0.25] * 6, [0.75] * 6, [0.25] * 5 + [blank], [0.75] * 5 + [blank]]
 
 
-def test_rows_are_full_where_they_can_be() -> None:
+def test_reconstruction_grid_fills_its_rows() -> None:
     for pairs, rows, columns in ((8, 1, 8), (25, 5, 5), (10, 1, 10), (16, 2, 8)):
         x = torch.rand(pairs, 1, 28, 28)
         assert figures.reconstruction_grid(x, x).shape == (3, 2 * rows * 30 + 2, columns * 30 + 2)
 
 
-def test_fewer_pairs_than_columns_leave_no_gap() -> None:
+def test_reconstruction_grid_of_few_pairs_has_no_empty_cells() -> None:
     x = torch.rand(2, 1, 28, 28)
     assert figures.reconstruction_grid(x, x).shape == (3, 62, 62)
 
 
-def test_image_grid_has_the_columns_asked_for() -> None:
+def test_image_grid_columns() -> None:
     assert figures.image_grid(torch.rand(50, 1, 28, 28), columns=10).shape == (3, 5 * 30 + 2, 10 * 30 + 2)
     assert figures.image_grid(torch.full((1, 3, 8, 8), 7.0), columns=1).max() == 1
 
 
-def test_manifold_runs_over_equally_probable_latents() -> None:
+def test_manifold_latents_are_quantiles_of_the_normal_distribution() -> None:
     z = figures.manifold_latents(steps=3)
     quantile = 0.9674216  # Φ⁻¹(5/6)
     assert z[0].tolist() == pytest.approx([-quantile, quantile], abs=1e-5)  # top left: z₁ low, z₂ high
@@ -44,14 +44,21 @@ def test_manifold_runs_over_equally_probable_latents() -> None:
     assert (grid[0, 0].diff() >= 0).all()
 
 
-def test_scatter_names_every_digit() -> None:
+def test_scatter_labels_every_digit() -> None:
     figure = figures.latent_scatter(torch.randn(300, 2), torch.arange(300) % 10)
     (axes,) = figure.axes
     assert sorted(text.get_text() for text in axes.texts) == list("0123456789")
     assert len({tuple(colour) for colour in axes.collections[0].get_facecolor()}) == 10
 
 
-def test_loss_curves_have_a_panel_a_term_and_a_line_a_split() -> None:
+def test_labels_are_spread() -> None:
+    points = torch.cat([torch.zeros(5, 2), torch.rand(5, 2), torch.tensor([[9.0, 9.0]])])
+    spread = figures.spread_labels(points, 0.5)
+    assert torch.pdist(spread).min() > 0.45
+    torch.testing.assert_close(spread[-1], points[-1])
+
+
+def test_loss_curves_have_one_panel_per_term_and_one_line_per_split() -> None:
     rows = [{"epoch": 1, "train/loss": 3.0, "train/kl": 1.0}, {"epoch": 2, "train/loss": 2.0, "train/kl": 1.5}]
     rows[1] |= {"val/loss": 2.5}
     figure = figures.loss_curves(rows)
@@ -59,13 +66,17 @@ def test_loss_curves_have_a_panel_a_term_and_a_line_a_split() -> None:
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [2.5]]
 
 
-def test_elbo_has_a_panel_where_it_says_more_than_the_loss() -> None:
+def test_elbo_has_a_panel_only_if_it_differs_from_the_negative_loss() -> None:
     row = {"epoch": 1, "train/loss": 3.0, "train/elbo": -3.0}
     assert [axes.get_title() for axes in figures.loss_curves([row]).axes] == ["loss"]
     assert [axes.get_title() for axes in figures.loss_curves([row | {"train/elbo": -2.0}]).axes] == ["loss", "elbo"]
 
 
-def test_save_writes_png(tmp_path) -> None:
+def test_save_writes_the_format_of_the_suffix(tmp_path) -> None:
     figures.save(figures.image_grid(torch.rand(4, 1, 28, 28), 2), tmp_path / "grid.png")
     figures.save(figures.loss_curves([{"epoch": 1, "train/loss": 1.0}]), tmp_path / "figure.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("grid.png", "figure.png"))
+    figures.save(figures.image_grid(torch.rand(4, 1, 28, 28), 2), tmp_path / "grid.pdf")
+    pdf = (tmp_path / "grid.pdf").read_bytes()
+    assert b"/Width 62" in pdf
+    assert b"/Height 62" in pdf

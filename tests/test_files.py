@@ -17,7 +17,7 @@ from vae_lightning.files import (
 )
 
 
-def test_plain_values_come_back(tmp_path: Path) -> None:
+def test_plain_values_round_trip(tmp_path: Path) -> None:
     shared = [1, 2.5, "ü", None, True]
     content = {"a": shared, "b": {"c": shared, "d": {}}}
     (tmp_path / "x.yaml").write_text(as_yaml(content))
@@ -33,7 +33,7 @@ def test_plain_values_come_back(tmp_path: Path) -> None:
         "x: " + "[" * 60 + "]" * 60, "x: '" + "a" * 2_000_000 + "'", "x: 0x_",
     ],
 )  # fmt: skip
-def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(FileError, match=r"x\.yaml: cannot be read"):
         read_yaml(tmp_path / "x.yaml")
@@ -42,13 +42,13 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "[]", "{", f'{{"a": {10**400}}}', '{"a": ' + "[" * 60 + "]" * 60 + "}"]
 )
-def test_what_is_no_json_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(FileError, match=r"x\.json: cannot be read"):
         read_json(tmp_path / "x.json")
 
 
-def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero", "missing"):
@@ -56,7 +56,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
             read_yaml(tmp_path / name)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_writes_are_atomic(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("old")
 
@@ -68,6 +68,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fails(atomic_write(path), "")
     assert path.read_text() == "old"
+    with pytest.raises(FileExistsError), atomic_write(path, new=True) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "old"
     with pytest.raises(RuntimeError):
         fails(staging_directory(tmp_path / "folder"), "a")
     assert list((tmp_path / "folder").iterdir()) == []
@@ -77,7 +80,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "x.json"]
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_links_are_replaced_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "x.json").symlink_to(victim)
@@ -86,7 +89,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_only_what_dead_processes_were_writing_is_removed(tmp_path: Path) -> None:
+def test_only_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     alive = os.getppid()

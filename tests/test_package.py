@@ -1,4 +1,4 @@
-"""The package as a library: a wheel, installed without its checkout, and a repository of one's own beside it."""
+"""The package as a library: an installed wheel, used from another repository."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ class Squares(ImageDataModule):
             image[:, n % 20 : n % 20 + 8, n % 13 : n % 13 + 8] = 255
         return (images[:200], torch.arange(200) % 10), (images[200:], torch.arange(100) % 10)
 """
-# Runs each command of the installed package in one process, as its console script would.
+# Run each command of the installed package in one process, like its console script.
 DRIVER = """
 import contextlib, io, sys
 from importlib.metadata import distribution
@@ -89,7 +89,7 @@ assert str(MNISTDataModule().root).endswith("cache/vae_lightning"), "no data bes
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the installed wheel, made from a copy of the checkout."""
+    """A directory with the installed wheel, built from a copy of the checkout."""
     copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("site")
     for name in ("src", "conf"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
@@ -117,7 +117,7 @@ def test_the_wheel_works_without_its_checkout(site: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_the_oldest_versions_are_pinned_for_make_versions() -> None:
+def test_oldest_versions_are_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [
         project["optional-dependencies"][name]

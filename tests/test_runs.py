@@ -26,7 +26,7 @@ def test_a_directory_holds_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
 
 
-def test_load_run_gives_the_trained_model(config, tmp_path: Path, mnist) -> None:
+def test_load_run_loads_the_trained_model(config, tmp_path: Path, mnist) -> None:
     brief = ["trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "figures.every=0"]
     train(config("model.latent_dim=3", *brief), tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -40,7 +40,7 @@ def test_load_run_gives_the_trained_model(config, tmp_path: Path, mnist) -> None
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in saved["state_dict"].items())
 
 
-def test_load_run_refuses_what_is_not_a_whole_run(tmp_path: Path) -> None:
+def test_load_run_refuses_incomplete_runs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run directory"):
         load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -77,7 +77,7 @@ def run(config, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_model_has_the_configuration_of_its_run_at_hand(run: Path) -> None:
+def test_loaded_model_has_the_configuration_of_its_run(run: Path) -> None:
     assert load_run(run).config == yaml.safe_load((run / "config.yaml").read_text())
 
 
@@ -96,14 +96,14 @@ def rewrite(run: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("pixels", ["threshold", None])  # None: the default, grey
-def test_a_configuration_cannot_pass_a_run_off_for_another_protocol(config, tmp_path: Path, pixels) -> None:
+def test_configuration_and_checkpoint_must_have_the_same_protocol(config, tmp_path: Path, pixels) -> None:
     train(config("data.pixels=dynamic", "model.backbone.hidden=[8]", *BRIEF), tmp_path / "run")
     rewrite(tmp_path / "run", data__pixels=pixels)
     with pytest.raises(RunError, match=r"has data\.pixels=(threshold|grey), but its checkpoint data.pixels=dynamic"):
         open_run(tmp_path / "run", "cpu")
 
 
-def test_a_string_is_no_list_of_trusted_modules(run: Path) -> None:
+def test_trust_must_be_a_list(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"trust=os: should be a list of modules, \[os\]"):
         load_run(run, trust="os")
 
@@ -125,7 +125,7 @@ def test_a_string_is_no_list_of_trusted_modules(run: Path) -> None:
         ("model__backbone", {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [1] * 1_000}, "at most 100"),
     ],
 )
-def test_a_configuration_of_what_cannot_be_built_gets_one_line(run: Path, key: str, value, line: str) -> None:
+def test_unbuildable_configurations_get_one_line(run: Path, key: str, value, line: str) -> None:
     rewrite(run, **{key: value})
     with pytest.raises(UserError, match=re.escape(line)) as error:
         open_run(run, "cpu")
@@ -141,7 +141,7 @@ def test_a_configuration_of_what_cannot_be_built_gets_one_line(run: Path, key: s
         (lambda w: w[:1], "weights do not fit the configured model"),
     ],
 )
-def test_weights_that_are_no_weights_are_refused(run: Path, spoil, line: str) -> None:
+def test_invalid_weights_are_refused(run: Path, spoil, line: str) -> None:
     file = run / "checkpoints" / "best.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["state_dict"]["encoder.1.weight"] = spoil(checkpoint["state_dict"]["encoder.1.weight"])
@@ -153,7 +153,7 @@ def test_weights_that_are_no_weights_are_refused(run: Path, spoil, line: str) ->
         load_run(run)
 
 
-def test_a_checkpoint_that_was_cut_short_is_refused(run: Path) -> None:
+def test_truncated_checkpoints_are_refused(run: Path) -> None:
     best = run / "checkpoints" / "best.ckpt"
     whole = best.read_bytes()
     for length in (10, len(whole) // 2, len(whole) - 10):
@@ -165,16 +165,14 @@ def test_a_checkpoint_that_was_cut_short_is_refused(run: Path) -> None:
         load_run(run)
 
 
-def test_weights_of_another_model_are_refused_in_one_line(run: Path) -> None:
+def test_weights_of_another_model_are_refused(run: Path) -> None:
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("latent_dim: 3", "latent_dim: 4"))
     with pytest.raises(RunError, match=r"best\.ckpt: its weights do not fit the configured model$"):
         load_run(run)
 
 
-def test_code_from_elsewhere_is_loaded_only_where_it_is_trusted(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_code_is_loaded_only_if_trusted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere.py").write_text("from vae_lightning.models.backbones import MLP as Mine\n")
     monkeypatch.syspath_prepend(tmp_path)
     file = run / "config.yaml"
@@ -186,7 +184,7 @@ def test_code_from_elsewhere_is_loaded_only_where_it_is_trusted(
     assert load_run(run, trust=["elsewhere"]).latent_dim == 3
 
 
-def test_a_loaded_model_takes_what_a_person_would_pass(run: Path, mnist: torch.Tensor) -> None:
+def test_loaded_model_accepts_common_image_formats(run: Path, mnist: torch.Tensor) -> None:
     vae = load_run(run)
     expected = vae.reconstruct(mnist[:2])
     grey = (mnist[:2] * 255).round().to(torch.uint8)
@@ -207,12 +205,12 @@ def test_a_loaded_model_takes_what_a_person_would_pass(run: Path, mnist: torch.T
 
 
 @pytest.mark.parametrize("shape", [(28, 27), (2, 3, 28, 28), (784,), (1, 1, 1, 28, 28), (28,), ()])
-def test_images_of_the_wrong_shape_are_said_to_be_so(shape: tuple[int, ...], run: Path) -> None:
+def test_errors_name_a_wrong_image_shape(shape: tuple[int, ...], run: Path) -> None:
     with pytest.raises(ShapeError, match=r"images of shape .*: should be \(1, 28, 28\)"):
         load_run(run).encode(torch.zeros(shape))
 
 
-def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so(run: Path) -> None:
+def test_errors_name_invalid_pixels_and_latents(run: Path) -> None:
     vae, mnist_like = load_run(run), torch.zeros(28, 28)
     for wrong in (torch.full((28, 28), 255.0), torch.full((28, 28), -1.0), torch.full((28, 28), float("nan"))):
         with pytest.raises(ShapeError, match=r"should be floats in \[0, 1\]"):
@@ -231,7 +229,7 @@ def test_values_that_are_no_pixels_and_latents_that_do_not_fit_are_said_to_be_so
         vae.decode([float("nan"), 0, 0])
 
 
-def test_what_would_take_long_is_refused_before(run: Path) -> None:
+def test_files_that_would_take_long_are_refused(run: Path) -> None:
     file = run / "checkpoints" / "best.ckpt"
     with ZipFile(file, "w", ZIP_DEFLATED) as bomb:
         bomb.writestr("best/data.pkl", bytes(300_000_000))
@@ -244,7 +242,7 @@ def test_what_would_take_long_is_refused_before(run: Path) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_runs_go_by_their_age(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
+def test_latest_is_the_newest_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
     (tmp_path / "outputs" / "vae").mkdir(parents=True)
     for age, name in enumerate(("newest", "older", "oldest")):
         place = Path(shutil.copytree(run, tmp_path / "outputs" / "vae" / name))

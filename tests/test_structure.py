@@ -1,4 +1,4 @@
-"""The package's structure: folders import in their order, no file imports in a circle, imports are light."""
+"""The structure of the package: order of imports, no circular imports, light imports."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "an
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of this package that a file imports, those for type checkers included: `models.vae`, `config`."""
+    """Return the modules of this package that a file imports, such as `models.vae`, also for type checkers only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vae_lightning"):
@@ -35,7 +35,7 @@ FILES = {
 GRAPH = {name.removesuffix(".__init__"): imports(path) for name, path in FILES.items()}
 
 
-def test_a_folder_imports_only_from_those_above_it() -> None:
+def test_folders_import_only_from_folders_above() -> None:
     assert {name.partition(".")[0] for name in GRAPH} == set(ORDER)
     wrong = [
         f"{name} imports {other}"
@@ -46,7 +46,7 @@ def test_a_folder_imports_only_from_those_above_it() -> None:
     assert wrong == []
 
 
-def test_no_file_imports_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     finished: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -60,7 +60,7 @@ def test_no_file_imports_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_importing_the_package_loads_nothing_and_changes_nothing() -> None:
+def test_importing_the_package_is_light_and_has_no_side_effects() -> None:
     code = """
 import atexit, gc, sys
 before = gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks()
@@ -68,13 +68,13 @@ import vae_lightning
 assert not {"torch", "lightning", "hydra"} & set(sys.modules)
 assert before == (gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks())
 from vae_lightning import VAE, Autoencoder, MNISTDataModule, load_run
-assert not {"hydra", "sklearn", "optuna"} & set(sys.modules), "needed for commands alone"
+assert not {"hydra", "sklearn", "optuna"} & set(sys.modules), "needed only for commands"
 assert gc.isenabled()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_files_of_a_run_directory_are_named_in_one_place() -> None:
+def test_only_run_directory_names_the_files_of_a_run() -> None:
     files = ("config.yaml", "metrics.json", "history.csv", "environment.json", "evaluation.json", "train.log", ".ckpt")
     names = re.compile("|".join([*(name.replace(".", r"\.", 1) for name in files), "^checkpoints$"]))
     found = set()

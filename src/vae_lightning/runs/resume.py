@@ -112,7 +112,7 @@ def check_links(run: RunDirectory) -> None:
 
 
 def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
-    """Return the configuration of `run`, with the changes of the command line. Raises ConfigError if one is not allowed."""
+    """Return the configuration of `run` with the command's changes. Raises ConfigError for keys not in CHANGEABLE."""
     if not isinstance(former.get("trainer"), dict) or not isinstance(former.get("figures"), dict):
         raise RunError(f"{run.config_file}: is not the configuration of a run: trainer or figures is missing")
     changed = {"test": True} | copy.deepcopy(former)
