@@ -64,10 +64,11 @@ def load_images(name: Name, root: Path) -> tuple[Labelled, Labelled]:
     options = {"split": subset} if subset else {}
     raw = root / family / "raw"
     checksums = dict(vars(dataset_class).get("resources", []))  # EMNIST has none: its unpacked files are kept
-    for file in (raw / name for name in checksums if (raw / name).exists()):
-        if not datasets.utils.check_integrity(file, checksums[file.name]):
+    for file, checksum in checksums.items():
+        path = raw / file
+        if path.exists() and not datasets.utils.check_integrity(path, checksum):
             raise DataError(
-                f"{file}: truncated or altered ({file.stat().st_size} bytes, expected MD5 {checksums[file.name]}); "
+                f"{path}: truncated or altered ({path.stat().st_size} bytes, expected MD5 {checksum}); "
                 "restore it with `git checkout -- data`, or delete it to have it downloaded again"
             )
     with tempfile.TemporaryDirectory() as scratch:
