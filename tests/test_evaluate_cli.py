@@ -99,7 +99,7 @@ def test_runs_that_have_no_such_numbers(config, tmp_path: Path) -> None:
     train(config("model=autoencoder", "data.val_size=0", *BRIEF), tmp_path / "run")
     with pytest.raises(Exception, match="its model, Autoencoder, has no likelihood"):
         evaluate_run(**{"run": str(tmp_path / "run"), **QUICK})
-    with pytest.raises(Exception, match=r"split=val: this run held no images out"):
+    with pytest.raises(Exception, match=r"split=val: the run has no validation split"):
         evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
 
 

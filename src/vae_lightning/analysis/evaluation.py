@@ -1,7 +1,7 @@
-"""Evaluate a trained VAE: likelihood, rate and distortion, use of the latents, probes. All in nats per image.
+"""Evaluate a trained VAE: likelihood, rate and distortion, use of the latents, probes. In nats per image.
 
-Every estimator is a function of the model, images and labels, and asks the model alone for q(z|x), p(x|z) and p(z);
-`evaluate` puts them into one flat dictionary.
+The estimators take q(z|x), p(x|z) and p(z) from the model and nothing else; `evaluate` returns their results in one
+flat dictionary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,20 +33,20 @@ from vae_lightning.runs.loading import open_run
 
 @dataclass
 class ImportanceSampling:
-    """Per-image figures `[images]`, in nats, from k samples of the posterior each, and the bound's curve in k."""
+    """Estimates for each image `[images]`, in nats, from k samples of its posterior; and the mean bound for each k."""
 
     log_likelihood: Tensor  # log (1/k) Σ w, the importance-weighted bound on log p(x)
     reconstruction: Tensor  # −mean log p(x|z)
-    kl: Tensor  # of each latent dimension in closed form, [images, latent_dim], or else sampled, [images, 1]
+    kl: Tensor  # [images, latent_dim] in closed form, or [images, 1] by Monte Carlo
     analytic: bool  # whether the KL is in closed form
     deviation: Tensor  # standard deviation of the ELBO with one sample
-    effective_samples: Tensor  # (Σ w)² / Σ w²: between 1 and k
-    curve: dict[int, float]  # for each k: the mean over images of the bound with the first k samples
+    effective_samples: Tensor  # (Σ w)² / Σ w², between 1 and k
+    curve: dict[int, float]  # number of samples, mean over images of the bound with the first of the k samples
 
 
 @torch.inference_mode()
 def posteriors(vae: VAE, images: Tensor, labels: Tensor, batch_size: int = 1_000) -> list[PosteriorDistribution]:
-    """q(z|x) of all `images` `[n, …]`, bytes, in batches."""
+    """Return q(z|x) of `images` `[n, …]`, bytes, in batches."""
     parts = zip(images.split(batch_size), labels.to(vae.device).split(batch_size), strict=True)
     return [vae.encode(x, y) for x, y in parts]
 
@@ -60,75 +60,77 @@ def importance_sampling(
     seed: int = 0,
     batch_size: int = 100,
     chunk: int = 20,
-    progress: bool = False,
 ) -> ImportanceSampling:
-    """Importance sampling of log p(x) with the posterior as the proposal (Burda et al. 2016, eq. 8).
+    """Estimate log p(x) by importance sampling with the posterior as the proposal (Burda et al. 2016, eq. 8).
 
-    Each image is encoded once, and its noise depends on (seed, image) alone. So neither `batch_size`, the images that
-    are decoded together, nor `chunk`, the samples of each, changes anything but memory and speed.
+    `batch_size` images with `chunk` samples each are decoded together. Each image is encoded once, and its noise
+    depends on (seed, image) alone, so both change memory and speed but no number.
     """
     prior = vae.prior(vae.encode)
     points = curve_points(samples)
-    parts: list[tuple[Tensor, ...]] = []
-    analytic = True
-    starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=None if progress else True):
+    parts: list[dict[str, Tensor]] = []
+    analytic = False
+    generator = torch.Generator(vae.device)
+    starts = range(0, len(images), batch_size)  # the bar is shown in a terminal only
+    for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=None):
         index = range(start, min(start + batch_size, len(images)))
         x, y = vae.images(images[start : index.stop]), labels[start : index.stop].to(vae.device)
         q = vae.encode(x, y)
-        noise = torch.stack(list(image_noise(index, (samples, q.noise_dim), seed, vae.device)), dim=1)
+        noise = []
+        for image in index:
+            generator.manual_seed(stream_seed(seed, 0, image))
+            noise.append(torch.randn(samples, q.noise_dim, generator=generator, device=vae.device))
         log_weights, log_likelihoods = [], []
-        for epsilon in noise.split(chunk):
+        for epsilon in torch.stack(noise, dim=1).split(chunk):
             z, log_q = q.transform_and_log_prob(epsilon)  # [chunk, batch, latent_dim], [chunk, batch]
             log_likelihood = vae.decode(z, y).log_prob(x)
             log_likelihoods.append(log_likelihood)
             log_weights.append(log_likelihood + prior.log_prob(z) - log_q)
         log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]
-        if analytic := vae.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
-            assert isinstance(q, DiagonalGaussian)
+        if vae.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
+            analytic = True
             kl, one_sample = kl_divergence(q.mean, q.log_variance), log_likelihood
         else:
             kl, one_sample = (log_likelihood - log_weight).mean(dim=0).unsqueeze(-1), log_weight
         bounds = torch.logcumsumexp(log_weight.double(), dim=0)
         parts.append(
-            (
-                importance_weighted_bound(log_weight),
-                -log_likelihood.mean(dim=0),
-                kl,
-                one_sample.std(dim=0, correction=min(1, samples - 1)),
-                (1 / log_weight.double().softmax(dim=0).square().sum(dim=0)).clamp(max=samples),
-                torch.stack([bounds[k - 1] - math.log(k) for k in points], dim=-1),
-            )
+            {
+                "log_likelihood": importance_weighted_bound(log_weight),
+                "reconstruction": -log_likelihood.mean(dim=0),
+                "kl": kl,
+                "deviation": one_sample.std(dim=0, correction=min(1, samples - 1)),
+                "effective_samples": (1 / log_weight.double().softmax(dim=0).square().sum(dim=0)).clamp(max=samples),
+                "curve": torch.stack([bounds[k - 1] - math.log(k) for k in points], dim=-1),
+            }
         )
-    bound, reconstruction, kl, deviation, effective, curves = (torch.cat(part) for part in zip(*parts, strict=True))
-    curve = dict(zip(points, curves.mean(dim=0).tolist(), strict=True))
-    return ImportanceSampling(bound, reconstruction, kl, analytic, deviation, effective, curve)
+    estimates = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    curve = dict(zip(points, estimates.pop("curve").mean(dim=0).tolist(), strict=True))
+    return ImportanceSampling(**estimates, analytic=analytic, curve=curve)
 
 
 @torch.inference_mode()
 def aggregate_posterior(
     vae: VAE, parts: Sequence[PosteriorDistribution], seed: int = 0
 ) -> tuple[float, float] | tuple[None, None]:
-    """Mutual information I_q(x; z) and KL(q(z) ‖ p(z)), in nats, with q(z) = (1/N) Σ q(z|x) over the N images given.
+    """Return the mutual information I_q(x; z) and KL(q(z) ‖ p(z)), in nats, with q(z) = (1/N) Σ q(z|x) over N images.
 
-    Hoffman & Johnson 2016: their sum is the mean KL(q(z|x) ‖ p(z)). One sample z of each image; I_q stays below log N.
-    None for a posterior that has no `mixture`.
+    Their sum is the mean KL(q(z|x) ‖ p(z)) (Hoffman & Johnson 2016). Estimated with one sample z per image; I_q is at
+    most log N. None for a posterior without `mixture`.
     """
-    sizes = [len(q.mean) for q in parts]
-    generator = torch.Generator(parts[0].mean.device).manual_seed(stream_seed(seed, 1))
-    noise = torch.randn(sum(sizes), parts[0].noise_dim, generator=generator, device=parts[0].mean.device)
-    pairs = [q.transform_and_log_prob(part) for q, part in zip(parts, noise.split(sizes), strict=True)]
-    z, log_conditional = torch.cat([z for z, _ in pairs]), torch.cat([log_q for _, log_q in pairs])
     try:
         mixtures = [q.mixture() for q in parts]
     except NotImplementedError:
         return None, None
-    weights = torch.tensor(sizes, device=z.device).log() - math.log(sum(sizes))  # of the parts in q(z)
+    sizes = [len(q.mean) for q in parts]
+    device = parts[0].mean.device
+    generator = torch.Generator(device).manual_seed(stream_seed(seed, 1))
+    noise = torch.randn(sum(sizes), parts[0].noise_dim, generator=generator, device=device).split(sizes)
+    pairs = [q.transform_and_log_prob(part) for q, part in zip(parts, noise, strict=True)]
+    z, log_conditional = torch.cat([z for z, _ in pairs]), torch.cat([log_q for _, log_q in pairs])
+    log_shares = torch.tensor(sizes, device=device).log().unsqueeze(1) - math.log(sum(sizes))  # of the parts in q(z)
     log_aggregate = torch.cat(
         [
-            torch.stack(
-                [weight + mixture.log_prob(part) for weight, mixture in zip(weights, mixtures, strict=True)]
-            ).logsumexp(dim=0)
+            (log_shares + torch.stack([mixture.log_prob(part) for mixture in mixtures])).logsumexp(dim=0)
             for part in z.split(1_000)
         ]
     )
@@ -137,7 +139,7 @@ def aggregate_posterior(
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """How well digits are read off posterior means: by 5 nearest neighbours, and by a linear classifier."""
+    """Return the accuracy of digit classification from posterior means: 5 nearest neighbours, logistic regression."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -158,25 +160,25 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     chunk: int = 20,
-    progress: bool = False,
 ) -> tuple[dict[str, Any], ImportanceSampling, Tensor]:
-    """Everything about `images` but probes: a flat dictionary, what it was computed from, and the codes.
+    """Return all results but the probes in a flat dictionary, the estimates for each image, and the posterior means.
 
-    nll and its standard error over images, the smallest and median effective sample size, elbo, reconstruction, kl and
-    kl of each dimension, active units, mutual information and marginal KL.
+    The keys are explained in docs/numbers.md.
     """
     vae.eval()
     parts = posteriors(vae, images, labels)
     codes = torch.cat([q.mean for q in parts])
-    sampled = importance_sampling(vae, images, labels, samples, seed, batch_size, chunk, progress)
+    sampled = importance_sampling(vae, images, labels, samples, seed, batch_size, chunk)
     information, marginal = aggregate_posterior(vae, parts, seed)
+    nll = -sampled.log_likelihood.double()
+    reconstruction = sampled.reconstruction.double().mean().item()
     dimension_kl = sampled.kl.mean(dim=0)
     kl = dimension_kl.sum().item()
-    figures = {
-        "nll": -mean(sampled.log_likelihood),
-        "nll_stderr": sampled.log_likelihood.double().std().item() / math.sqrt(len(images)),
-        "elbo": -mean(sampled.reconstruction) - kl,
-        "reconstruction": mean(sampled.reconstruction),
+    results = {
+        "nll": nll.mean().item(),
+        "nll_stderr": nll.std().item() / math.sqrt(len(images)),
+        "elbo": -reconstruction - kl,
+        "reconstruction": reconstruction,
         "kl": kl,
         "kl_per_dimension": sorted(dimension_kl.tolist(), reverse=True) if sampled.analytic else None,
         "active_units": int(active_units(codes)),
@@ -185,28 +187,27 @@ def evaluate(
         "effective_samples_median": sampled.effective_samples.median().item(),
         "effective_samples_min": sampled.effective_samples.min().item(),
     }
-    return figures, sampled, codes
+    return results, sampled, codes
 
 
 def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo: float, deviation: Tensor) -> None:
-    """Compare an evaluation's ELBO with that of the run's own test, which went through `terms`.
+    """Compare the ELBO of an evaluation with that of the run's own test, which was computed by `terms`.
 
-    Both are means over the test set with noise of their own; `deviation` `[images]` is that of one sample. Raises
-    RunError where they differ by more than six standard errors and the precision of the arithmetic.
+    Both are means over the test set with different noise; `deviation` `[images]` is the standard deviation with one
+    sample. Raises RunError if they differ by more than six standard errors plus the precision of the arithmetic.
     """
     tested = read_json(run.metrics_file) if run.state == "finished" else {}
     trainer = config.get("trainer", {})
-    limit = trainer.get("limit_test_batches")
-    whole_set = (limit is None or (limit == 1.0 and isinstance(limit, float))) and not trainer.get("fast_dev_run")
-    if not whole_set or checkpoint != run.best_checkpoint or "test/elbo" not in tested:
-        return  # the run has tested other images, another checkpoint, or none
+    full_test = str(trainer.get("limit_test_batches")) in ("None", "1.0") and not trainer.get("fast_dev_run")
+    if not full_test or checkpoint != run.best_checkpoint or "test/elbo" not in tested:
+        return  # the run's own test used other images or another checkpoint
     error = deviation.double().square().sum().sqrt().item() / len(deviation)
     full_precision = str(trainer.get("precision") or "32").startswith(("32", "64")) and error > 0
     if abs(elbo - tested["test/elbo"]) > 6 * math.sqrt(2) * error + (1e-3 if full_precision else 2e-2) * abs(elbo):
         raise RunError(
-            f"{run}: its elbo is {elbo:.2f} here and was {tested['test/elbo']:.2f} in its own test; sampling explains "
-            f"{6 * error:.2f}. Nothing was written. If the model is your own, its elbo and log_weights should go "
-            "through the same encode, decode and prior"
+            f"{run}: elbo={elbo:.2f}, but {run.metrics_file.name} has {tested['test/elbo']:.2f}: more than sampling "
+            f"noise ({6 * error:.2f}); nothing was written. In your own model, elbo and log_weights must use the same "
+            "encode, decode and prior"
         )
 
 
@@ -222,28 +223,28 @@ def evaluate_run(
     data_root: str | None = None,
     trust: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a run directory: print a table, write what `write_evaluation` says, and return the numbers.
+    """Evaluate a run: print a table, write the files that `write_evaluation` describes, and return the results.
 
-    Raises UserError for a run or data that do not fit.
+    Raises UserError if the run or its data cannot be opened or evaluated.
     """
     opened = open_run(run, accelerator, trust, data_root)
     vae, data = opened.model, opened.data
     if split == "val" and not data.val_size:
-        raise ConfigError("split=val: this run held no images out (data.val_size=0); allowed: test")
+        raise ConfigError("split=val: the run has no validation split (data.val_size=0); allowed: test")
     if not isinstance(vae, VAE):
-        raise ConfigError(f"run={run}: its model, {type(vae).__name__}, has no likelihood to measure")
+        raise ConfigError(f"run={run}: its model, {type(vae).__name__}, has no likelihood; should be a VAE")
     if not os.access(opened.directory, os.W_OK):
-        raise ConfigError(f"run={run}: cannot be written to, and the evaluation belongs there")
+        raise ConfigError(f"run={run}: no permission to write there; evaluate a copy of the run")
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
     started = time.monotonic()
-    results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk, progress=True)
+    results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk)
     if split == "test":
         check_elbo(opened.directory, opened.checkpoint, vae.config, results["elbo"], sampled.deviation)
     if probes:
         train = vae.all_codes(data.train_images, data.train_labels)
         results |= probe_accuracy(train, data.train_labels, codes, labels)
-    caution = remark(vae.likelihood, data.pixels)
+    warning = remark(vae.likelihood, data.pixels)
     content = {f"{split}/{key}": value for key, value in results.items()} | {
         f"{split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
         "samples": samples,
@@ -252,43 +253,41 @@ def evaluate_run(
         "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
         "checkpoint": opened.checkpoint.stem,
-        "remark": caution,
+        "remark": warning,
     }
-    heading = f"{split} set, {described(data.pixels, data.image_shape[0])} pixels, {samples} samples"
-    print(table(results, heading, caution), flush=True)  # first: it took minutes, and a disk can be full
-    unit = "cross-entropy" if caution else "−log p(x)"
-    curve = figures.nll_curve(sampled.curve, f"{unit}, {described(data.pixels, data.image_shape[0])} pixels")
+    pixels = f"{described(data.pixels, data.image_shape[0])} pixels"
+    # Print before writing, so that a full disk does not lose the results.
+    print(format_results(results, f"{split} set, {pixels}, {samples} samples", warning), flush=True)
+    curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {pixels}")
     print(write_evaluation(opened.directory, opened.checkpoint, split, content, curve))
     return content
 
 
 def write_evaluation(run: RunDirectory, checkpoint: Path, split: str, content: dict[str, Any], curve: Figure) -> Path:
-    """Keep an evaluation beside the run's others, by split, checkpoint, samples and seed.
+    """Write evaluations/<split>_<checkpoint>_k<samples>_seed<seed>.json and .png, and return the path of the JSON file.
 
-    evaluation.json and figures/nll_curve.png are that of the best checkpoint on the test set, with most samples.
+    evaluation.json and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have
+    more samples. Earlier results with the same name that `content` lacks, such as probes, are kept.
     """
     name = f"{split}_{checkpoint.stem}_k{content['samples']}_seed{content['seed']}"
     file = run.subdirectory(run.evaluations) / f"{name}.json"
-    same = read_json(file) if file.exists() else {}  # which has the probes, where these left them out
-    write_json(file, same | content)
+    content = (read_json(file) if file.exists() else {}) | content
+    write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
-    first = read_json(run.evaluation_file) if run.evaluation_file.exists() else {}
-    if (
-        split == "test"
-        and checkpoint.stem == run.best_checkpoint.stem
-        and content["samples"] >= first.get("samples", 0)
-    ):
-        write_json(run.evaluation_file, same | content)
-        figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
+    if split == "test" and checkpoint.stem == run.best_checkpoint.stem:
+        current = read_json(run.evaluation_file) if run.evaluation_file.exists() else {}
+        if content["samples"] >= current.get("samples", 0):
+            write_json(run.evaluation_file, content)
+            figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
     return file
 
 
-def table(results: dict[str, Any], heading: str, caution: str) -> str:
-    """The results as lines of text, below the protocol."""
-    lines = [heading + (f"; {caution}" if caution else "")]
+def format_results(results: dict[str, Any], heading: str, warning: str) -> str:
+    """Return the results as text, one per line below the heading."""
+    lines = [heading + (f"; {warning}" if warning else "")]
     for name, value in results.items():
         if isinstance(value, float):
-            label = f"{name} (cross-entropy)" if caution and name in ("nll", "elbo", "reconstruction") else name
+            label = f"{name} (cross-entropy)" if warning and name in ("nll", "elbo", "reconstruction") else name
             lines.append(f"  {label:32} {value:10.4f}")
         elif isinstance(value, int):
             lines.append(f"  {name:32} {value:10d}")
@@ -297,20 +296,7 @@ def table(results: dict[str, Any], heading: str, caution: str) -> str:
     return "\n".join(lines)
 
 
-def mean(values: Tensor) -> float:
-    """The mean over images, summed in float64."""
-    return values.double().mean().item()
-
-
-def image_noise(images: Iterable[int], shape: tuple[int, ...], seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Standard normal noise of `shape` for each image, from a stream of its own."""
-    generator = torch.Generator(device)
-    for image in images:
-        generator.manual_seed(stream_seed(seed, 0, image))
-        yield torch.randn(shape, generator=generator, device=device)
-
-
 def curve_points(samples: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, … up to and with `samples`."""
+    """Return 1, 2, 5, 10, 20, 50, … up to `samples`, which is the last."""
     points = [m * 10**e for e in range(9) for m in (1, 2, 5)]
     return [*(k for k in points if k < samples), samples]
