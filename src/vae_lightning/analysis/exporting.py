@@ -1,4 +1,4 @@
-"""Encoder and decoder for use without this package: as ONNX graphs and as safetensors, each held against PyTorch.
+"""Export encoder and decoder for use without this package: ONNX graphs and safetensors, both checked against PyTorch.
 
 Needs the extra: pip install -e '.[export]'.
 """
@@ -20,15 +20,18 @@ from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import open_run
 
-TOLERANCE = 1e-4  # between the graphs and PyTorch, absolute and relative: float32, kernels of another make
+TOLERANCE = 1e-4  # absolute and relative, between float32 kernels of ONNX Runtime and PyTorch
 
 
 class ExportError(UserError):
-    """An export that is not possible, or does not compute what the model does."""
+    """An export that is not possible, or whose outputs differ from the model's."""
 
 
 class Encoder(nn.Module):
-    """Images `[batch, *image_shape]` in [0, 1] → codes `[batch, latent_dim]`; of a VAE, mean and log variance."""
+    """Map images `[batch, *image_shape]` in [0, 1] to codes `[batch, latent_dim]`.
+
+    With a diagonal Gaussian posterior, to its mean and log variance.
+    """
 
     def __init__(self, model: ImageModel) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `[batch, latent_dim]` → images `[batch, *image_shape]` in [0, 1]: of a VAE, the mean of p(x|z)."""
+    """Map latents `[batch, latent_dim]` to images `[batch, *image_shape]` in [0, 1]; of a VAE, the mean of p(x|z)."""
 
     def __init__(self, model: ImageModel) -> None:
         super().__init__()
@@ -52,14 +55,14 @@ class Decoder(nn.Module):
 
 
 def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None = None) -> Path:
-    """Write encoder and decoder of a run into its `export/`, as .onnx and .safetensors, and return that directory.
+    """Write encoder and decoder into the run's `export/`, as .onnx and .safetensors, and return that directory.
 
     The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`. The
-    safetensors hold the networks' weights under their PyTorch names, and in their metadata the configuration.
-    Raises ExportError where the extra is not installed, or what was written does not compute what the model does.
+    safetensors have the weights of the networks under their PyTorch names, and the configuration as metadata.
+    Raises ExportError if the extra is not installed, or if the files differ from the model.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch's exporter needs it)
         import safetensors.torch
     except ImportError as error:
@@ -69,61 +72,56 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
     directory = opened.directory.subdirectory(opened.directory.export)
     images = model.images(data.test_images[:7])
     latents = torch.randn(7, model.latent_dim, generator=torch.Generator().manual_seed(0))
-    description = {
-        "model": json.dumps(model.config["model"]),
-        "pixels": data.pixels,
-        "data": data.dataset,
-    }
-    gaussian = isinstance(model, VAE) and isinstance(model.encode(images), DiagonalGaussian)
-    outputs: dict[str, list[str]] = {
-        "encoder": ["mean", "log_variance"] if gaussian else ["codes"],
-        "decoder": ["images"],
-    }
-    wrapped: dict[str, tuple[nn.Module, str, Tensor]] = {
-        "encoder": (Encoder(model).eval(), "images", images),
-        "decoder": (Decoder(model).eval(), "latents", latents),
-    }
-    with staging_directory(directory) as scratch:
-        for name, (module, given, x) in wrapped.items():
+    metadata = {"model": json.dumps(model.config["model"]), "pixels": data.pixels, "data": data.dataset}
+    with staging_directory(directory) as scratch, torch.no_grad():
+        for name in ("encoder", "decoder"):
             weights = {key: value.contiguous() for key, value in getattr(model, name).state_dict().items()}
             file = scratch / f"{name}.safetensors"
-            file.write_bytes(safetensors.torch.save(weights, metadata=description))
+            file.write_bytes(safetensors.torch.save(weights, metadata))
             saved = safetensors.torch.load_file(file)
             if not all(torch.equal(saved[key], value) for key, value in weights.items()):
-                raise ExportError(f"{file.name}: does not hold the weights that were written")
-
-            graph = scratch / f"{name}.onnx"
-            with torch.no_grad():
-                try:
-                    dynamic = ({0: torch.export.Dim("batch")},)
-                    program = torch.onnx.export(
-                        module, (x,), input_names=[given], dynamic_shapes=dynamic, external_data=False, verbose=False
-                    )
-                    assert program is not None
-                    name_outputs(program.model.graph, outputs[name])
-                    program.save(graph, external_data=False)
-                except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-                    reason = " ".join(str(error).split())[:300]
-                    raise ExportError(f"{graph.name}: this network cannot be written as ONNX ({reason})") from error
-                session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-                for part in (x, x[:1]):
-                    expected = module(part)
-                    expected = expected if isinstance(expected, tuple) else (expected,)
-                    _compare(graph, session.run(None, {given: part.numpy()}), expected)
+                raise ExportError(f"{file.name}: the weights in the file differ from those of the model")
+        encoder = Encoder(model).eval()
+        codes = ["mean", "log_variance"] if len(encoder(images)) == 2 else ["codes"]
+        write_graph(scratch / "encoder.onnx", encoder, "images", images, codes)
+        write_graph(scratch / "decoder.onnx", Decoder(model).eval(), "latents", latents, ["images"])
     return directory
 
 
+def write_graph(file: Path, module: nn.Module, input_name: str, x: Tensor, output_names: Sequence[str]) -> None:
+    """Write `module` as an ONNX graph for any batch size. Raises ExportError if it fails or its outputs differ."""
+    import onnxruntime
+
+    try:
+        program = torch.onnx.export(
+            module,
+            (x,),
+            input_names=[input_name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        name_outputs(program.model.graph, output_names)
+        program.save(file, external_data=False)
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{file.name}: this network cannot be written as ONNX ({reason})") from error
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (x, x[:1]):
+        outputs = module(batch)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for array, expected in zip(session.run(None, {input_name: batch.numpy()}), outputs, strict=True):
+            found = torch.from_numpy(array)
+            if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+                worst = (found - expected).abs().max()
+                raise ExportError(f"{file.name}: differs from PyTorch by up to {worst:.1e}")
+
+
 def name_outputs(graph: Any, names: Sequence[str]) -> None:
-    """Name the outputs of an ONNX graph; a node of the network's own, such as a mean, may have taken the name."""
+    """Name the outputs of an ONNX graph. All nodes are renamed first, since one may have such a name already."""
     for node in graph:
         for value in node.outputs:
             value.name = f"node_{value.name}"
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
-
-
-def _compare(graph: Path, found: list[Any], expected: tuple[Tensor, ...]) -> None:
-    for array, tensor in zip(found, expected, strict=True):
-        if not torch.allclose(torch.from_numpy(array), tensor, rtol=TOLERANCE, atol=TOLERANCE):
-            worst = (torch.from_numpy(array) - tensor).abs().max()
-            raise ExportError(f"{graph.name}: differs from PyTorch by up to {worst:.1e}")
