@@ -70,16 +70,19 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("what=samples n=0", "what=samples: n=0: should be greater than or equal to 1."),
         (
             "what=samples plane=[1,2]",
-            "what=samples: takes n, columns, temperature, seed, not plane, which is for manifold, scatter",
+            "what=samples: plane is an option of manifold, scatter only; allowed: n, columns, temperature, seed",
         ),
         ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
-        ("what=reconstructions images=[10000]", "images=10000: the test set has 10000, numbered from 0"),
-        ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: pairs are needed, and these are 3"),
-        ("what=manifold", "latent_dim=3, and not 2; say plane=principal, or plane=[1,2]"),
-        ("what=manifold plane=[1,4]", "plane=[1,4]: two different dimensions from 1 to latent_dim=3 are needed"),
+        ("what=reconstructions images=[10000]", "images=10000: should be less than 10000, the number of test images"),
+        ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: should be pairs, an even number of indices"),
+        ("what=manifold", "latent_dim=3; set plane=principal or plane=[1,2]"),
+        ("what=manifold plane=[1,4]", "plane=[1,4]: should be two different dimensions from 1 to 3, the latent_dim"),
         ("what=decode z=[0.5,0]", "latents of shape (2,): should end in latent_dim=3"),
-        ("what=samples z=[0,0,0]", "what=samples: takes n, columns, temperature, seed, not z, which is for decode"),
-        ("what=decode", "what=decode: wants latents to decode, such as z=[0.5,0]"),
+        (
+            "what=samples z=[0,0,0]",
+            "what=samples: z is an option of decode only; allowed: n, columns, temperature, seed",
+        ),
+        ("what=decode", "what=decode: z is missing; set the latents to decode: z=[0.5,0]"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, directory) -> None:
@@ -149,7 +152,7 @@ def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
     run: Run = open_run(directory("model=autoencoder", "model.latent_dim=2", "data.val_size=0"), "cpu")
     for name, function in generation.PICTURES.items():
         if name in ("samples", "nearest"):
-            with pytest.raises(ConfigError, match="holds an autoencoder, which has no prior"):
+            with pytest.raises(ConfigError, match="an autoencoder has no prior to sample from"):
                 function(run)
         else:
             assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None

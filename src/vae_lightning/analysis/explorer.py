@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vae_lightning.analysis.generation import middle
+from vae_lightning.analysis.generation import latent_center_and_deviation
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
 from vae_lightning.figures import DIGIT_COLOURS
@@ -170,7 +170,7 @@ def url_host(host: str) -> str:
 
 def describe(run: Run, codes: Tensor) -> dict[str, Any]:
     """What the page needs to know at first: the model, two sets of axes, and the test images' codes and digits."""
-    center, spread = middle(run, codes)
+    center, spread = latent_center_and_deviation(run, codes)
     order = by_activity(codes)
     directions, deviations = principal_directions(codes)
     bases = {

@@ -1,10 +1,10 @@
-"""Pictures of what a trained run has learnt: a function each, from an opened run to a picture.
+"""Pictures of a trained run: one function per picture, which takes an opened run.
 
     run = open_run("outputs/…")
     manifold(run, plane="principal")
 
-`generate_run` saves them into the run directory; figures.py draws them. All take images from the test set, under the
-run's own pixel protocol.
+`generate_run` saves them in the run directory; figures.py draws them. Images are from the test set, under the run's
+pixel protocol.
 """
 
 from __future__ import annotations
@@ -37,25 +37,28 @@ Points = Annotated[Sequence[float | Sequence[float]], Field(min_length=1)]
 def samples(
     run: Run, n: PositiveInt = 64, columns: PositiveInt = 8, temperature: Positive = 1.0, seed: Seed = 0
 ) -> Tensor:
-    """A grid of n images decoded from the prior, whose standard deviations `temperature` scales."""
+    """Draw a grid of n samples from the prior. `temperature` scales the prior's standard deviations."""
     torch.manual_seed(seed)
     return figures.image_grid(prior_samples(run, n, temperature), columns)
 
 
 def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
-    """Test images, the first n or those of the given indices, above their reconstructions."""
-    x, labels = chosen(run, images or range(min(n, len(run.data.test_images))))
+    """Draw test images, the first n or those with the given indices, above their reconstructions."""
+    x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     return figures.reconstruction_grid(x, run.model.reconstruct(x, labels))
 
 
 def manifold(run: Run, columns: PositiveInt = 20, plane: Plane | None = None) -> Tensor:
-    """A plane in latent space, decoded at equally probable quantiles; with two latent dimensions, all there is."""
+    """Draw a decoded latent plane, at equally probable quantiles. With two latent dimensions it is the latent space."""
     center, axes, _ = latent_plane(run, plane)
     return figures.manifold_grid(lambda z: run.model.pictures(z.to(axes) @ axes + center), columns)
 
 
 def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
-    """Where the first n test images lie, coloured by digit; with more than two dimensions, on their principal plane."""
+    """Draw the codes of the first n test images in a latent plane, coloured by digit.
+
+    With more than two latent dimensions the default is the plane of the two principal directions.
+    """
     if plane is None and run.model.latent_dim > 2:
         plane = "principal"
     center, axes, names = latent_plane(run, plane)
@@ -65,36 +68,34 @@ def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Fi
 
 
 def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images: Image | None = None) -> Figure:
-    """One latent dimension a row, the n most active first, from −3 to 3 standard deviations, the others held still.
+    """Draw one latent dimension per row, from −3 to 3 standard deviations; the n most active dimensions.
 
-    They are held at the middle of latent space, or at the code of the test image whose index is given.
+    The other dimensions keep the value of the center of latent space, or of the code of the given test image.
     """
-    codes = codes_of_test_set(run)
-    center, spread = middle(run, codes)
-    still = run.model.codes(*chosen(run, images))[0] if images else center
-    rows = by_activity(codes)[:n]
-    values = torch.linspace(-3, 3, columns, device=codes.device)
-    z = still.repeat(len(rows), columns, 1)
-    for row, dimension in enumerate(rows):
-        z[row, :, dimension] = center[dimension] + values * spread[dimension]
-    names = [f"$z_{{{dimension + 1}}}$" for dimension in rows]
-    return figures.labelled_rows(
-        run.model.pictures(z), names, [f"{round(value, 1) + 0.0:g}" for value in values.tolist()]
-    )
+    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
+    center, deviation = latent_center_and_deviation(run, codes)
+    start = run.model.codes(*select_test_images(run, images))[0] if images else center
+    dimensions = by_activity(codes)[:n]
+    steps = torch.linspace(-3, 3, columns, device=codes.device)
+    z = start.repeat(len(dimensions), columns, 1)
+    for row, dimension in enumerate(dimensions):
+        z[row, :, dimension] = center[dimension] + steps * deviation[dimension]
+    rows = [f"$z_{{{dimension + 1}}}$" for dimension in dimensions]
+    return figures.labelled_rows(run.model.pictures(z), rows, [f"{round(step, 1) + 0.0:g}" for step in steps.tolist()])
 
 
 def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
-    """From test image to test image, along the straight line and along the arc: two rows for each of n pairs.
+    """Draw interpolations between n pairs of test images: a row along the straight line, and one along the arc.
 
-    `images` are the indices of the pairs, one after the other; by default the first of each digit. At both ends of a
-    row stands the image itself. A conditional model decodes a row with the label of its first image.
+    `images` has the indices of the first pair, of the second, …; by default the first image of each digit. Each row
+    begins and ends with the test images. A conditional model decodes a row with the label of its first image.
     """
     indices = list(images or first_of_each_digit(run))[: 2 * n]
-    if not images:  # of an odd number of classes the last stays out; of one class, two of its images
-        indices = indices[: len(indices) // 2 * 2] or [0, 1]
-    if len(indices) % 2:
-        raise ConfigError(f"images={indices}: pairs are needed, and these are {len(indices)}")
-    x, labels = chosen(run, indices)
+    if images and len(indices) % 2:
+        raise ConfigError(f"images={indices}: should be pairs, an even number of indices")
+    # An odd number of classes leaves the last out; a single class gives the first two images.
+    indices = indices[: len(indices) // 2 * 2] or [0, 1]
+    x, labels = select_test_images(run, indices)
     ends = x.unflatten(0, (-1, 2)).movedim(1, 0)  # [2, pairs, …]
     start, end = run.model.codes(x, labels).unflatten(0, (-1, 2)).movedim(1, 0)
     paths = [
@@ -107,16 +108,16 @@ def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, imag
 
 
 def decode(run: Run, z: Points, columns: PositiveInt = 10) -> Tensor:
-    """The images at given latents: one, [0.5, 0], or several, [[0.5, 0], [2, 0]]."""
+    """Draw the decoded images of one latent, [0.5, 0], or of several, [[0.5, 0], [2, 0]]."""
     points = run.model.latents(z)
     pictures = run.model.pictures(points.reshape(-1, run.model.latent_dim))
     return figures.image_grid(pictures, min(columns, len(pictures)))
 
 
 def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Seed = 0) -> Figure:
-    """n samples above the training images nearest to them: have digits been learnt by heart?
+    """Draw n samples from the prior above their three nearest training images, to see whether digits are memorized.
 
-    Above each sample stands the Euclidean distance to the nearest.
+    Above each sample is its Euclidean distance to the nearest.
     """
     torch.manual_seed(seed)
     x = prior_samples(run, n, temperature)
@@ -127,8 +128,8 @@ def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Se
 
 
 def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
-    """The frames of a round trip from test image to test image along arcs, `columns` frames from each to the next."""
-    codes = run.model.codes(*chosen(run, images or first_of_each_digit(run)))
+    """Draw the frames of a closed path through test images along arcs, `columns` frames from each to the next."""
+    codes = run.model.codes(*select_test_images(run, images or first_of_each_digit(run)))
     legs = [arc(start, end, columns + 1)[:-1] for start, end in pairwise([*codes, codes[0]])]
     return [figures.image_grid(image.unsqueeze(0), 1) for image in run.model.pictures(torch.cat(legs))]
 
@@ -150,101 +151,91 @@ def generate_run(
     trust: Sequence[str] = (),
     **options: Any,
 ) -> Path:
-    """Draw one picture of a run into its figures/, and return the file's path. Raises UserError for what does not fit.
+    """Save one picture in the figures/ of a run, and return the path of the file.
 
-    `options` are those of the function of that name above. One that this picture has no use for is refused, as is one
-    out of range: the functions' type hints say so. The options are part of the file's name,
-    manifold_plane=principal.png, so that no picture takes the place of another.
+    `options` are the arguments of the function named `what`; None means the default. They are part of the name of the
+    file, manifold_plane=principal.png, so that different pictures have different names.
+    Raises UserError for a run that cannot be opened, an option that the picture does not have, or a wrong value.
     """
     function = PICTURES[what]
     arguments = {name: value for name, value in options.items() if value is not None}
     if what == "decode" and "z" not in arguments:
-        raise ConfigError("what=decode: wants latents to decode, such as z=[0.5,0] or z=[[0.5,0],[2,0]]")
-    takes = [name for name in signature(function).parameters if name != "run"]
-    for name in arguments:
-        if name not in takes:
-            others = [what for what, picture in PICTURES.items() if name in signature(picture).parameters]
-            raise ConfigError(f"what={what}: takes {', '.join(takes)}, not {name}, which is for {', '.join(others)}")
+        raise ConfigError("what=decode: z is missing; set the latents to decode: z=[0.5,0] or z=[[0.5,0],[2,0]]")
+    options_of = {name: [*signature(picture).parameters][1:] for name, picture in PICTURES.items()}
+    for option in arguments:
+        if option not in options_of[what]:
+            others = ", ".join(name for name, allowed in options_of.items() if option in allowed)
+            allowed = ", ".join(options_of[what])
+            raise ConfigError(f"what={what}: {option} is an option of {others} only; allowed: {allowed}")
     try:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:
         raise ConfigError(f"what={what}: {error}") from None
     if what == "walk" and format != "png":
-        raise ConfigError(f"what=walk: is an animated GIF, and not format={format}")
+        raise ConfigError(f"format={format}: what=walk is always an animated GIF; leave format out")
     opened = open_run(run, accelerator, trust, data_root)
     picture = function(opened, **arguments)
     suffix = "gif" if isinstance(picture, list) else format
-    given = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
-    name = "_".join([what, *given])
+    words = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
+    name = "_".join([what, *words])
     path = opened.directory.subdirectory(opened.directory.figures) / f"{name[:200]}.{suffix}"
     figures.save(picture, path)
     return path
 
 
 def prior_samples(run: Run, n: int, temperature: float) -> Tensor:
-    """n images from the prior of a VAE. Raises ConfigError for a model that has none."""
+    """Return n images decoded from samples of the prior. Raises ConfigError for an autoencoder."""
     if not isinstance(run.model, VAE):
-        raise ConfigError(f"run={run.directory}: holds an autoencoder, which has no prior to draw samples from")
+        raise ConfigError(f"run={run.directory}: an autoencoder has no prior to sample from")
     return run.model.sample(n, temperature)
 
 
-def chosen(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Test images by index, as the model takes them, and their labels. Raises ConfigError for an index too large."""
+def select_test_images(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return test images as the model takes them, and their labels. Raises ConfigError for an index out of range."""
     images = run.data.test_images
     if max(indices) >= len(images):
-        raise ConfigError(f"images={max(indices)}: the test set has {len(images)}, numbered from 0")
+        raise ConfigError(f"images={max(indices)}: should be less than {len(images)}, the number of test images")
     return run.model.images(images[list(indices)]), run.data.test_labels[list(indices)].to(run.model.device)
 
 
-def codes_of_test_set(run: Run) -> Tensor:
-    """The codes of all test images, `[n, latent_dim]`."""
-    return run.model.all_codes(run.data.test_images, run.data.test_labels)
-
-
 def first_of_each_digit(run: Run) -> list[int]:
-    """The index of the first test image of every label."""
+    """Return the index of the first test image of each label."""
     labels = run.data.test_labels
     return [int((labels == label).nonzero()[0]) for label in labels.unique()]
 
 
-def middle(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and standard deviation of latent space, `[latent_dim]`: the prior's, or where there is none the codes'."""
+def latent_center_and_deviation(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of `codes`."""
     if isinstance(run.model, VAE):
         return run.model.prior_moments()
     return codes.mean(dim=0), codes.std(dim=0)
 
 
 def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[str, str]]:
-    """A plane of latent space: its centre `[latent_dim]`, two axes `[2, latent_dim]` a standard deviation long, names.
+    """Return a plane of latent space: center `[latent_dim]`, axes `[2, latent_dim]` of one standard deviation, names.
 
-    Two dimensions, counted from 1, or the two principal directions of the test set's codes. Raises ConfigError.
+    `plane` is two latent dimensions, counted from 1, or the two principal directions of the codes of the test set.
+    Raises ConfigError if the latent space has no such plane.
     """
     d = run.model.latent_dim
-    if plane is None and d != 2:
-        others = "; say plane=principal, or plane=[1,2]" if d > 2 else ", and a plane needs two"
-        raise ConfigError(f"run={run.directory}: has latent_dim={d}, and not 2{others}")
-    codes = codes_of_test_set(run)
-    if plane == "principal":
+    if d < 2 or (plane is None and d > 2):
+        needed = "a plane needs 2 latent dimensions" if d < 2 else "set plane=principal or plane=[1,2]"
+        raise ConfigError(f"run={run.directory}: latent_dim={d}; {needed}")
+    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
+    if isinstance(plane, str):
         directions, deviations = principal_directions(codes)
-        if d < 2:
-            raise ConfigError(f"plane=principal: the run has latent_dim={d}, and a plane needs 2")
-        return (
-            codes.mean(dim=0),
-            directions[:2] * deviations[:2, None],
-            ("first principal direction", "second principal direction"),
-        )
+        axes = directions[:2] * deviations[:2, None]
+        return codes.mean(dim=0), axes, ("first principal direction", "second principal direction")
     across, up = plane or (1, 2)
-    assert isinstance(across, int)
-    assert isinstance(up, int)
     if max(across, up) > d or across == up:
-        raise ConfigError(f"plane=[{across},{up}]: two different dimensions from 1 to latent_dim={d} are needed")
-    center, spread = middle(run, codes)
-    axes = torch.diag(spread)[[across - 1, up - 1]]
+        raise ConfigError(f"plane=[{across},{up}]: should be two different dimensions from 1 to {d}, the latent_dim")
+    center, deviation = latent_center_and_deviation(run, codes)
+    axes = torch.diag(deviation)[[across - 1, up - 1]]
     return center, axes, (f"$z_{{{across}}}$", f"$z_{{{up}}}$")
 
 
 def nearest_images(x: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k of `images` `[n, …]`, bytes, nearest to each of x `[m, …]` in [0, 1], and their Euclidean distances.
+    """Return the k nearest neighbours of x `[m, …]`, in [0, 1], among `images` `[n, …]`, bytes, by Euclidean distance.
 
     Distances `[k, m]`, images `[k, m, …]`.
     """

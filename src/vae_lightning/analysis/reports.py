@@ -20,7 +20,7 @@ from pydantic import Field
 from tabulate import tabulate
 
 from vae_lightning import figures
-from vae_lightning.analysis.generation import chosen, first_of_each_digit
+from vae_lightning.analysis.generation import first_of_each_digit, select_test_images
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.data.pixels import Pixels
 from vae_lightning.files import read_json, staging_directory
@@ -298,7 +298,7 @@ def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -
     if len(rows) < 2:
         return None
     run = open_run(rows[0].results[0].run, "cpu", trust)
-    x, labels = chosen(run, first_of_each_digit(run)[:digits])
+    x, labels = select_test_images(run, first_of_each_digit(run)[:digits])
     pictures = [load_run(row.results[0].run, trust).reconstruct(x, labels) for row in rows]
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
