@@ -19,7 +19,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vae_lightning.analysis.explorer import as_bytes, as_digit, describe
+from vae_lightning.analysis.explorer import as_bytes, describe, normalize_drawing
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.train import train
 
@@ -137,8 +137,8 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
         ("/decode", "{", b"z: should be"),
         ("/decode", "[" * 100_000, b"z: should be"),
         ("/encode", '{"image": [1, 2]}', b"image: should be a list of 784 numbers"),
-        ("/image/10000", None, b"10000: the test set has 10000"),
-        ("/image/x", None, b"x: the test set has"),
+        ("/image/10000", None, b"10000: should be an index from 0 to 9999"),
+        ("/image/x", None, b"x: should be an index"),
     ):
         status, text = request(f"{served}{path}", body)
         assert (status, text.count(b"\n")) == (400, 0), path
@@ -152,10 +152,10 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
 
     port = served.rpartition(":")[2]
     for words, line in (
-        ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot be served there"),
+        ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot listen there"),
         (["run=no"], "not a run directory"),
         ([f"run={tmp_path / 'run'}", "port=99999"], "port=99999: should be less than or equal to 65535"),
-        ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot be served there"),
+        ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot listen there"),
     ):
         refused = script("explore.py", *words)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
@@ -165,20 +165,20 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
 def test_a_drawing_is_placed_as_mnist_s_digits_are() -> None:
     drawing = torch.zeros(1, 28, 28)
     drawing[:, 1:11, 2:6] = 1
-    placed = as_digit(drawing)
+    placed = normalize_drawing(drawing)
     ink = (placed[0] > 0.1).nonzero()
     assert (ink.amax(dim=0) - ink.amin(dim=0) + 1).tolist() == [20, 8]
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     assert (placed[0] * rows).sum() / placed.sum() == pytest.approx(14, abs=0.5)
     assert (placed[0] * columns).sum() / placed.sum() == pytest.approx(14, abs=0.5)
-    assert torch.equal(as_digit(torch.zeros(1, 28, 28)), torch.zeros(1, 28, 28))
+    assert torch.equal(normalize_drawing(torch.zeros(1, 28, 28)), torch.zeros(1, 28, 28))
     corner = torch.zeros(1, 28, 28)
     corner[:, 0, 0] = 1
-    assert as_digit(corner).sum() > 0
+    assert normalize_drawing(corner).sum() > 0
 
 
 def test_a_test_digit_is_hardly_moved(mnist: torch.Tensor) -> None:
-    moved = torch.stack([as_digit(x) for x in mnist[:50]])
+    moved = torch.stack([normalize_drawing(x) for x in mnist[:50]])
     assert (moved - mnist[:50]).abs().mean() < 0.04  # a shift by one pixel changes it by 0.065
 
 
