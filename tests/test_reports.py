@@ -82,7 +82,7 @@ def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Pat
     (run / "evaluation.json").write_text(
         json.dumps({"test/nll": 95.0, "samples": 500, "data": "MNIST", "pixels": "dynamic"})
     )
-    with pytest.raises(RunError, match=r"metrics.json and evaluation.json are of different pixels"):
+    with pytest.raises(RunError, match=r"metrics.json and evaluation.json differ in pixels"):
         read_result(RunDirectory(run))
 
 
@@ -192,7 +192,7 @@ def test_the_same_digits_from_every_run_in_one_picture(report_py, config, tmp_pa
     ("words", "line"),
     [
         (["nowhere"], "nowhere: no such directory"),
-        (["."], ".: no finished run is there"),
+        (["."], ".: no finished run found"),
         ([], "runs: missing; say runs=…"),
         (["runs", "metrics=[test/los]"], "metrics=test/los: no run has it; did you mean test/loss?"),
         (["runs", "style=excel"], "style=excel: should be 'terminal', 'markdown', 'csv' or 'latex'"),
@@ -230,5 +230,5 @@ def test_text_from_a_run_s_files_is_no_markdown(report_py, tmp_path: Path) -> No
     report = report_py(tmp_path / "runs", "style=markdown")
     assert report.code == 0, report.err
     text = (tmp_path / "outputs" / "report" / "report.md").read_text()
-    assert "says data=" in text
+    assert "metrics.json: data=" in text
     assert not [mark for mark in ("<script", "](http", "`rm`", "# Won") if mark in text]

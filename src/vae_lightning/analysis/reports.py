@@ -1,18 +1,20 @@
-"""Many runs in one table: where their configurations differ, and what came out, mean ± standard deviation over seeds.
+"""Compare runs in tables: where their configurations differ, and their metrics as mean ± standard deviation over seeds.
 
-Runs of different data, pixel protocols or likelihoods stand in tables of their own: their numbers do not compare.
+Runs of different data, pixel protocols or likelihoods are in separate tables, since their numbers cannot be compared.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -27,9 +29,11 @@ from vae_lightning.files import read_json, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
 
-EVALUATED = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")  # of evaluation.json
-NO_DIFFERENCE = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")
-DRAWN = 10  # runs in one picture, as many as there are colours
+EVALUATION_METRICS = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")
+IGNORED_KEYS = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")
+MAX_RUNS_IN_FIGURE = 10  # figures have ten colours
+# Allowed values of the keys of metrics.json that become headings.
+HEADING_VALUES = {"data": r"[\w .-]{1,60}", "pixels": "|".join(get_args(Pixels))}
 
 
 @dataclass
@@ -41,14 +45,10 @@ class Result:
     metrics: dict[str, float]
     protocol: str
 
-    @property
-    def seed(self) -> Any:
-        return self.config.get("seed")
-
 
 @dataclass
 class Row:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     settings: dict[str, Any]  # the configuration keys that differ between rows
     results: list[Result]
@@ -60,24 +60,29 @@ class Row:
     def values(self, metric: str) -> list[float]:
         return [result.metrics[metric] for result in self.results if metric in result.metrics]
 
+    def statistics(self, metric: str) -> tuple[float | None, float | None]:
+        """Mean and standard deviation over seeds. The mean needs one value, the deviation two; else they are None."""
+        values = self.values(metric)
+        return mean(values) if values else None, stdev(values) if len(values) > 1 else None
+
 
 @dataclass
 class Table:
-    """Runs whose numbers may be compared."""
+    """Runs of the same protocol, whose numbers can be compared."""
 
     protocol: str
     keys: list[str]
     metrics: list[str]
     rows: list[Row]
-    repeated: list[Path] = field(default_factory=list)  # older runs of the very same configuration and seed
+    repeated: list[Path]  # older runs with the same configuration and seed
 
-
-# What headings say of a run; a file from elsewhere may hold anything.
-PLAIN = {"data": r"[\w .-]{1,60}", "pixels": "|".join(get_args(Pixels))}
+    @property
+    def numeric_keys(self) -> list[str]:
+        return [key for key in self.keys if all(is_number(row.settings[key]) for row in self.rows)]
 
 
 def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
-    """The finished runs in and below `paths`; and the directories that hold no whole run, with the reason.
+    """Return the finished runs in and below `paths`, and the other run directories, each with the reason.
 
     Raises RunError for a path that does not exist.
     """
@@ -90,7 +95,7 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
             run = RunDirectory(folder)
             if not run.config_file.is_file():
                 continue
-            below.clear()  # a run holds no other runs
+            below.clear()  # a run directory contains no other runs
             try:
                 results[run.path.resolve()] = read_result(run)
             except UserError as error:
@@ -99,112 +104,90 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
 
 
 def read_result(run: RunDirectory) -> Result:
-    """Configuration and metrics of a run. Raises RunError where one of them is missing."""
-    config = run.read_config()
+    """Read the configuration and metrics of a run. Raises RunError or FileError if they are missing or damaged."""
+    config, file = run.read_config(), run.metrics_file.name
     if not run.metrics_file.exists():
-        raise RunError(f"{run}: not finished, it has no {run.metrics_file.name}")
+        raise RunError(f"{run}: not finished, it has no {file}")
     measured = read_json(run.metrics_file)
     if run.state != "finished":
-        raise RunError(
-            f"{run}: not finished, its {run.metrics_file.name} is of the first {measured.get('epochs')} epochs"
-        )
-    for key, allowed in PLAIN.items():
+        raise RunError(f"{run}: not finished, its {file} is of the first {measured.get('epochs')} epochs")
+    for key, allowed in HEADING_VALUES.items():
         if not re.fullmatch(allowed, str(measured.get(key))):
-            raise RunError(f"{run}: {run.metrics_file.name} says {key}={str(measured.get(key))[:40]!r}")
-    metrics = {key: value for key, value in measured.items() if re.fullmatch(r"test/\w+", key) and is_finite(value)}
+            raise RunError(f"{run}: {file}: {key}={str(measured.get(key))[:40]!r} is not allowed")
+    metrics = {key: value for key, value in measured.items() if re.fullmatch(r"test/\w+", key) and is_number(value)}
     if run.evaluation_file.exists():
         evaluated = read_json(run.evaluation_file)
-        for key in ("data", "pixels"):
+        for key in HEADING_VALUES:
             if evaluated.get(key) != measured.get(key):
-                raise RunError(f"{run}: {run.metrics_file.name} and {run.evaluation_file.name} are of different {key}")
-        for key, value in evaluated.items():
-            name = key.partition("/")[2]
-            if name in EVALUATED and is_finite(value):
-                metrics[f"{key} (k={evaluated.get('samples')})" if name == "nll" else key] = float(value)
+                raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
+        for name in EVALUATION_METRICS:
+            if is_number(value := evaluated.get(f"test/{name}")):
+                column = f"nll (k={sanitize(evaluated.get('samples'))})" if name == "nll" else name
+                metrics[f"test/{column}"] = float(value)
     model = config["model"]
     likelihood = model.get("likelihood")
-    kind = likelihood if isinstance(likelihood, dict) else model
-    protocol = f"{measured.get('data')}, {measured.get('pixels')} pixels, {short(kind.get('_target_'))}"
+    target = (likelihood if isinstance(likelihood, dict) else model).get("_target_")
+    protocol = f"{measured['data']}, {measured['pixels']} pixels, {class_name(target)}"
     return Result(run, flatten(config), metrics, protocol)
 
 
 def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table]:
-    """A table for each protocol, of all metrics or those named. Raises ConfigError for a metric that no run has."""
+    """Return a table per protocol, with all metrics or the given ones. Raises ConfigError if no run has a metric."""
     known = list(dict.fromkeys(metric for result in results for metric in result.metrics))
     for metric in metrics:
         if metric not in known:
-            raise ConfigError(
-                f"metrics={metric}: no run has it{did_you_mean(metric, known)} There are: {', '.join(known)}"
-            )
+            near = did_you_mean(metric, known)
+            raise ConfigError(f"metrics={metric}: no run has it{near} Allowed: {', '.join(known)}")
     return [
-        table(protocol, [result for result in results if result.protocol == protocol], metrics)
+        make_table(protocol, [result for result in results if result.protocol == protocol], metrics)
         for protocol in sorted({result.protocol for result in results})
     ]
 
 
-def table(protocol: str, results: Sequence[Result], metrics: Sequence[str]) -> Table:
-    """Runs of one protocol in rows, those that differ in the seed alone in one; sorted by what differs."""
+def make_table(protocol: str, results: Sequence[Result], metrics: Sequence[str]) -> Table:
+    """Return the table of the runs of one protocol, one row per configuration, sorted by the settings that differ."""
     keys = differing_keys([result.config for result in results])
     rows: dict[str, Row] = {}
     repeated = []
     for result in sorted(results, key=lambda result: result.run.metrics_file.stat().st_mtime, reverse=True):
-        settings = {key.removesuffix("._target_"): shown(key, result.config.get(key)) for key in keys}
+        settings = {sanitize(key.removesuffix("._target_")): cell_value(key, result.config.get(key)) for key in keys}
         row = rows.setdefault(str(settings), Row(settings, []))
-        if any(other.seed == result.seed for other in row.results):
+        if any(other.config["seed"] == result.config["seed"] for other in row.results):
             repeated.append(result.run.path)
         else:
             row.results.append(result)
-    have = list(dict.fromkeys(metric for result in results for metric in result.metrics))
-    chosen = [metric for metric in metrics or have if metric in have]
+    known = list(dict.fromkeys(metric for result in results for metric in result.metrics))
     if not metrics and all(r.metrics.get("test/elbo") == -r.metrics.get("test/loss", 0.0) for r in results):
-        chosen = [metric for metric in chosen if metric != "test/elbo"]  # the loss with its sign turned
-    names = [key.removesuffix("._target_") for key in keys]
-    ordered = sorted(rows.values(), key=lambda row: [sortable(row.settings[name]) for name in names])
-    return Table(protocol, names, chosen, ordered, repeated)
+        known.remove("test/elbo")  # the negative loss
+    shown = [metric for metric in metrics or known if metric in known]
+    # Numbers by value, before text.
+    ordered = sorted(rows.values(), key=lambda row: [(not is_number(v), v) for v in row.settings.values()])
+    return Table(protocol, list(ordered[0].settings), shown, ordered, repeated)
 
 
 def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The flat keys in which configurations differ, those apart that cannot change a number.
+    """Return the flat keys in which configurations differ, without those that change no number.
 
-    Where a `_target_` differs, so do the arguments that its classes take: an argument counts only if it differs between
-    configurations with the same class.
+    An argument of a class counts only if it differs between configurations with that class. Another class has other
+    arguments, and its `_target_` differs already.
     """
-    keys = list(dict.fromkeys(key for config in configs for key in config))
     found = []
-    for key in keys:
-        if key.startswith(NO_DIFFERENCE):
+    for key in dict.fromkeys(key for config in configs for key in config):
+        if key.startswith(IGNORED_KEYS):
             continue
-        parents = [f"{key[:i]}._target_" for i, character in enumerate(key) if character == "."]
-        kinds: dict[tuple[Any, ...], set[str]] = {}
+        parts = key.split(".")
+        targets = [".".join([*parts[:depth], "_target_"]) for depth in range(1, len(parts))]
+        values: dict[tuple[str, ...], set[str]] = {}  # by the classes that the key belongs to
         for config in configs:
             if key in config:
-                kind = tuple(config.get(parent) for parent in parents if parent != key)
-                kinds.setdefault(kind, set()).add(repr(config[key]))
-        if any(len(values) > 1 for values in kinds.values()):
+                classes = tuple(str(config.get(target)) for target in targets if target != key)
+                values.setdefault(classes, set()).add(repr(config[key]))
+        if any(len(group) > 1 for group in values.values()):
             found.append(key)
     return found
 
 
-def as_rows(table: Table) -> list[list[str]]:
-    """The cells of a table as text, its heading first: settings, number of seeds, and mean ± standard deviation."""
-
-    def cell(metric: str, values: list[float]) -> str:
-        if not values:
-            return ""
-        digits = 2 if abs(mean(values)) >= 1 else 4
-        if metric.endswith("active_units"):
-            digits = 1 if len(values) > 1 else 0  # a count
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):.{digits}f}{spread}"
-
-    heading = [*map(plain_text, table.keys), "runs", *table.metrics]
-    return [heading] + [
-        [*map(str, row.settings.values()), str(len(row.results)), *(cell(m, row.values(m)) for m in table.metrics)]
-        for row in table.rows
-    ]
-
-
-STYLES = {  # tabulate's name, and how a heading is written
+STYLES = {  # tabulate's name, and the heading
     "terminal": ("simple", "{}"),
     "markdown": ("pipe", "## {}\n"),
     "latex": ("latex_booktabs", "% {}; needs \\usepackage{{booktabs}}"),
@@ -212,58 +195,70 @@ STYLES = {  # tabulate's name, and how a heading is written
 
 
 def as_text(tables: Sequence[Table], style: str) -> str:
-    """Tables under their headings, in one of STYLES."""
-    kind, head = STYLES[style]
+    """Return tables under their headings, in one of STYLES: settings, number of runs, mean ± standard deviation."""
+    kind, heading = STYLES[style]
     parts = []
     for table in tables:
-        heading, *rows = as_rows(table)
-        numbers = [all(is_number(row.settings[key]) for row in table.rows) for key in table.keys]
-        align = ["right" if number else "left" for number in numbers] + ["right"] * (1 + len(table.metrics))
-        text = tabulate(rows, heading, tablefmt=kind, disable_numparse=True, colalign=align)
-        parts.append(f"{head.format(table.protocol)}\n{text}")
+        rows = [
+            [*row.settings.values(), len(row.results), *(format_metric(row, metric) for metric in table.metrics)]
+            for row in table.rows
+        ]
+        align = ["right" if key in table.numeric_keys else "left" for key in table.keys]
+        align += ["right"] * (1 + len(table.metrics))
+        heads = [*table.keys, "runs", *table.metrics]
+        text = tabulate(rows, heads, tablefmt=kind, disable_numparse=True, colalign=align)
+        parts.append(f"{heading.format(table.protocol)}\n{text}")
     return "\n\n".join(parts) + "\n"
 
 
+def format_metric(row: Row, metric: str) -> str:
+    average, deviation = row.statistics(metric)
+    if average is None:
+        return ""
+    digits = 2 if abs(average) >= 1 else 4
+    if metric.endswith("active_units"):  # a count
+        digits = 0 if deviation is None else 1
+    return f"{average:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
 def write_csv(tables: Sequence[Table], file: Path) -> None:
-    """Every row of every table, with mean, standard deviation and number of runs of each metric apart."""
+    """Write all rows of all tables, with the mean and the standard deviation of each metric in separate columns."""
     keys = list(dict.fromkeys(key for table in tables for key in table.keys))
     metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
+    columns = ["protocol", *keys, "runs", *(name for metric in metrics for name in (metric, f"{metric} std"))]
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["protocol", *keys, "runs", *(name for m in metrics for name in (m, f"{m} std"))])
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
         for table in tables:
             for row in table.rows:
-                cells: list[Any] = []
-                for metric in metrics:
-                    values = row.values(metric) if metric in table.metrics else []
-                    cells += [mean(values) if values else "", stdev(values) if len(values) > 1 else ""]
-                writer.writerow([table.protocol, *(row.settings.get(k, "") for k in keys), len(row.results), *cells])
+                cells = row.settings | {"protocol": table.protocol, "runs": len(row.results)}
+                for metric in table.metrics:
+                    cells[metric], cells[f"{metric} std"] = row.statistics(metric)
+                writer.writerow(cells)
 
 
 def plots(table: Table) -> dict[str, Figure]:
-    """Pictures of a table by name: each metric against each swept number, learning curves, rate and distortion."""
+    """Return figures by name: metrics against each numeric setting, learning curves, distortion against rate."""
     drawn: dict[str, Figure] = {}
-    numeric = [key for key in table.keys if all(is_number(row.settings[key]) for row in table.rows)]
-    for key in numeric:
-        others = [other for other in table.keys if other != key]
+    for key in table.numeric_keys:
         for metric in table.metrics[:4]:
             lines: dict[str, list[tuple[float, float, float]]] = {}
             for row in table.rows:
-                values = row.values(metric)
-                if values:
-                    name = ", ".join(str(row.settings[other]) for other in others)
-                    point = (row.settings[key], mean(values), stdev(values) if len(values) > 1 else 0.0)
-                    lines.setdefault(name, []).append(point)
-            if lines and len(lines) <= DRAWN:
-                drawn[f"{re.sub('[^a-z0-9=.]+', '_', metric)}_against_{key}"] = figures.against(lines, key, metric)
+                average, deviation = row.statistics(metric)
+                if average is not None:
+                    name = ", ".join(str(value) for other, value in row.settings.items() if other != key)
+                    lines.setdefault(name, []).append((row.settings[key], average, deviation or 0.0))
+            if lines and len(lines) <= MAX_RUNS_IN_FIGURE:
+                name = re.sub("[^A-Za-z0-9=._-]+", "_", f"{metric}_against_{key}")[:150]
+                drawn[name] = figures.against(lines, key, metric)
     best = best_rows(table)
     curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
     if curves:
         drawn["learning_curves"] = figures.learning_curves(curves)
     points = {
-        row.label: (mean(row.values("test/kl")), mean(row.values("test/reconstruction")))
+        row.label: (mean(kl), mean(reconstruction))
         for row in best
-        if row.values("test/kl") and row.values("test/reconstruction")
+        if (kl := row.values("test/kl")) and (reconstruction := row.values("test/reconstruction"))
     }
     if len(points) > 1:
         drawn["rate_distortion"] = figures.rate_distortion(points)
@@ -271,34 +266,34 @@ def plots(table: Table) -> dict[str, Figure]:
 
 
 def best_rows(table: Table) -> list[Row]:
-    """As many rows as a picture holds, of lowest test/loss if there are more, in the order of the table."""
-    losses = {id(row): mean(row.values("test/loss") or [float("inf")]) for row in table.rows}
-    kept = sorted(losses.values())[:DRAWN][-1:]
-    return [row for row in table.rows if losses[id(row)] <= kept[0]][:DRAWN]
+    """Return the rows that one figure shows: those of lowest test/loss, in the order of the table."""
+    losses = [mean(row.values("test/loss") or [math.inf]) for row in table.rows]
+    best = sorted(range(len(losses)), key=losses.__getitem__)[:MAX_RUNS_IN_FIGURE]
+    return [table.rows[index] for index in sorted(best)]
 
 
 def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | None:
-    """(metric, points) of a run's history.csv: val/loss an epoch, or train/loss where nothing was held out."""
-    try:
-        with run.history_file.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    """Return (metric, points) from history.csv: val/loss per epoch, or train/loss without a validation split.
+
+    None if the file cannot be read: the report then has a figure less.
+    """
+    with suppress(OSError, KeyError, ValueError, TypeError, csv.Error), run.history_file.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
             if points and all(abs(value) < 1e9 for _, value in points):
                 return metric, points
-    except (OSError, KeyError, ValueError, TypeError, csv.Error):
-        pass  # a picture less; the table stands
     return None
 
 
 @torch.inference_mode()
-def reconstructions(table: Table, trust: Iterable[str] = (), digits: int = 10) -> Figure | None:
-    """The same test digits as each run of a table reconstructs them, originals on top; None where nothing differs."""
+def reconstructions(table: Table, trust: Iterable[str] = ()) -> Figure | None:
+    """Draw the same test digits as reconstructed by each run, below the originals. None for a table of one row."""
     rows = best_rows(table)
     if len(rows) < 2:
         return None
     run = open_run(rows[0].results[0].run, "cpu", trust)
-    x, labels = select_test_images(run, first_of_each_digit(run)[:digits])
+    x, labels = select_test_images(run, first_of_each_digit(run)[:10])
     pictures = [load_run(row.results[0].run, trust).reconstruct(x, labels) for row in rows]
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
@@ -310,76 +305,68 @@ def report(
     to: str = "outputs/report",
     trust: Sequence[str] = (),
 ) -> str:
-    """Write report.md, .csv, .tex and pictures of all runs in and below `runs` into `to`; return the text to print.
+    """Write report.md, report.csv, report.tex and figures of all runs in and below `runs`; return the text to print.
 
-    Raises UserError where there is no finished run, or a metric that none has.
+    `to` is the directory of the report. Raises UserError if there is no finished run, or no run has a metric.
     """
-    destination = Path(to)
     results, broken = find_results(map(Path, runs))
+    notes = [f"left out: {sanitize(directory)}: {sanitize(reason)}" for directory, reason in broken.items()]
     if not results:
-        reason = next((f"; {directory}: {reason}" for directory, reason in broken.items()), "")
-        raise RunError(f"{', '.join(runs)}: no finished run is there{reason}")
-    found = tables(results, metrics)
-    notes = [f"left out: {plain_text(directory)}: {plain_text(reason)}" for directory, reason in broken.items()]
-    repeated = [directory for table in found for directory in table.repeated]
-    notes += [f"left out: {directory}: a later run has the same configuration and seed" for directory in repeated]
-    markdown = as_text(found, "markdown")
-    stale = pictures_of(destination / "report.md")
+        raise RunError("; ".join([f"{', '.join(runs)}: no finished run found", *notes[:1]]))
+    compared = tables(results, metrics)
+    repeated = [directory for table in compared for directory in table.repeated]
+    notes += [f"left out: {sanitize(run)}: a later run has the same configuration and seed" for run in repeated]
+    markdown = as_text(compared, "markdown")
+    destination = Path(to)
+    markdown_file, csv_file = destination / "report.md", destination / "report.csv"
+    previous = linked_figures(markdown_file)
     with staging_directory(destination) as scratch:
-        (scratch / "report.tex").write_text(as_text(found, "latex"), encoding="utf-8")
-        write_csv(found, scratch / "report.csv")
-        for number, table in enumerate(found, start=1):
+        (scratch / "report.tex").write_text(as_text(compared, "latex"), encoding="utf-8")
+        write_csv(compared, scratch / csv_file.name)
+        for number, table in enumerate(compared, start=1):
             drawn = plots(table)
             try:
-                picture = reconstructions(table, trust)
-                drawn |= {"reconstructions": picture} if picture else {}
+                if picture := reconstructions(table, trust):
+                    drawn["reconstructions"] = picture
             except UserError as error:
-                notes.append(f"no picture of reconstructions: {plain_text(error)}")
+                notes.append(f"no picture of reconstructions: {sanitize(error)}")
             for name, figure in drawn.items():
                 file = f"{number}_{name}.png"
                 figures.save(figure, scratch / file)
                 markdown += f"\n![{table.protocol}: {name}]({file})\n"
-        (scratch / "report.md").write_text(
-            "\n".join([markdown, *(f"- {note}" for note in notes)]) + "\n", encoding="utf-8"
-        )
-        stale = [old for old in stale if not (scratch / old.name).exists()]
-        text = (scratch / "report.csv").read_text(encoding="utf-8") if style == "csv" else as_text(found, style)
-    for old in stale:
-        old.unlink(missing_ok=True)
+        lines = [markdown, *(f"- {note}" for note in notes)]
+        (scratch / markdown_file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name in previous - linked_figures(markdown_file):
+        (destination / name).unlink(missing_ok=True)
+    text = csv_file.read_text(encoding="utf-8") if style == "csv" else as_text(compared, style)
     return "\n".join([text.rstrip(), *notes, str(destination)])
 
 
-def pictures_of(markdown: Path) -> list[Path]:
-    """The pictures that an earlier report in the same place shows."""
+def linked_figures(markdown: Path) -> set[str]:
+    """Return the names of the figures that a report links to; none if it does not exist."""
     text = markdown.read_text(encoding="utf-8") if markdown.exists() else ""
-    return [markdown.parent / name for name in re.findall(r"\]\(([^/()]+\.png)\)", text)]
+    return set(re.findall(r"\]\(([^/()]+\.png)\)", text))
 
 
-def shown(key: str, value: Any) -> Any:
-    """A setting in a table: a number, or text on one line that no reader of Markdown or LaTeX takes for a command."""
-    value = short(value) if key.endswith("_target_") else "" if value is None else value
-    return value if is_number(value) else plain_text(value)
+def cell_value(key: str, value: Any) -> Any:
+    """Return a setting as a table shows it: a number, or harmless text on one line."""
+    value = class_name(value) if key.endswith("_target_") else "" if value is None else value
+    return value if is_number(value) else sanitize(value)
 
 
-def plain_text(text: object) -> str:
-    """Text from a run's files without what Markdown, HTML, LaTeX or a terminal would act on, and not too long."""
+def sanitize(text: object) -> str:
+    """Return text from a run's files on one line, at most 200 characters, without markup or terminal commands.
+
+    Neither Markdown, HTML, LaTeX nor a terminal gives a meaning to what is left.
+    """
     text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:200]
     return text.replace("](", "] (").replace("://", ": //")
 
 
-def is_finite(value: object) -> bool:
-    return is_number(value) and abs(value) < float("inf")  # type: ignore[arg-type]
+def class_name(target: object) -> str:
+    return sanitize(str(target).rpartition(".")[2])
 
 
-def short(target: object) -> str:
-    """A class by its own name."""
-    return str(target).rpartition(".")[2]
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def sortable(value: Any) -> tuple[bool, Any]:
-    """Numbers in their order, before all else as text."""
-    return (False, value) if is_number(value) else (True, str(value))
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
