@@ -1,4 +1,4 @@
-"""`python report.py …`, as a user types it, and the tables that it makes."""
+"""The command `python report.py …`, and its tables."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def report_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
 
 
 def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", **model: Any) -> Path:
-    """What a finished run leaves, as far as a report reads it."""
+    """Write the files of a finished run that a report reads."""
     directory.mkdir(parents=True)
     spec = {
         "_target_": "vae_lightning.models.vae.VAE",
@@ -54,13 +54,13 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     (table,) = tables(find_results([tmp_path])[0])
     assert table.protocol == "MNIST, grey pixels, Bernoulli"
     assert table.keys == ["model.latent_dim"]
-    assert table.metrics == ["test/loss", "test/kl", "test/reconstruction"]  # test/elbo is the loss, its sign turned
+    assert table.metrics == ["test/loss", "test/kl", "test/reconstruction"]  # test/elbo is the negative loss
     assert [row.settings for row in table.rows] == [{"model.latent_dim": 2}, {"model.latent_dim": 20}]
     for row, values in zip(table.rows, losses.values(), strict=True):
         assert sorted(row.values("test/loss")) == sorted(values)
 
 
-def test_protocols_are_kept_apart(tmp_path: Path) -> None:
+def test_each_protocol_has_its_own_table(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", 100.0)
     fake_run(tmp_path / "b", 90.0, pixels="dynamic")
     fake_run(tmp_path / "c", 30.0, likelihood={"_target_": "vae_lightning.models.likelihoods.Gaussian"})
@@ -71,7 +71,7 @@ def test_protocols_are_kept_apart(tmp_path: Path) -> None:
     assert all(len(table.rows) == 1 and table.keys == [] for table in found)
 
 
-def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Path) -> None:
+def test_nll_with_other_sample_counts_has_its_own_column(tmp_path: Path) -> None:
     for name, samples in (("a", 500), ("b", 5000)):
         run = fake_run(tmp_path / name, 100.0, latent_dim=samples)
         evaluation = {"test/nll": 95.0, "test/nll_stderr": 0.2, "samples": samples, "data": "MNIST", "pixels": "grey"}
@@ -86,7 +86,7 @@ def test_estimates_with_other_sample_counts_stand_in_other_columns(tmp_path: Pat
         read_result(RunDirectory(run))
 
 
-def test_arguments_of_other_classes_are_no_difference_of_their_own() -> None:
+def test_arguments_are_compared_between_runs_with_the_same_class() -> None:
     def config(backbone: dict[str, Any], d: int = 2) -> dict[str, Any]:
         return {"model.latent_dim": d, "seed": d} | {f"model.backbone.{key}": v for key, v in backbone.items()}
 
@@ -97,11 +97,11 @@ def test_arguments_of_other_classes_are_no_difference_of_their_own() -> None:
     ]  # fmt: skip
 
 
-def test_one_bad_file_does_not_spoil_a_report(report_py, tmp_path: Path) -> None:
+def test_damaged_files_do_not_stop_a_report(report_py, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for n in range(3):
         fake_run(runs / f"good_{n}", 100.0 + n, n)
-    spoilt = {
+    damaged_files = {
         "nan": ("metrics.json", '{"test/loss": NaN, "data": "MNIST", "pixels": "grey"}'),
         "deep": ("metrics.json", "[" * 100_000),
         "likelihood": ("config.yaml", "{seed: 7, data: {}, model: {likelihood: [1], latent_dim: 2, x: $\\frac$}}"),
@@ -111,7 +111,7 @@ def test_one_bad_file_does_not_spoil_a_report(report_py, tmp_path: Path) -> None
         "short": ("history.csv", "val/loss,epoch\n1.0\n"),
         "long": ("history.csv", f"epoch,val/loss\n1,{'1' * 200_000}\n"),
     }
-    for n, (name, (file, content)) in enumerate(spoilt.items()):
+    for n, (name, (file, content)) in enumerate(damaged_files.items()):
         fake_run(runs / name, 200.0 + n, 10 + n, latent_dim=3 + n)
         (runs / name / file).write_text(content)
     result = report_py(runs, f"to={tmp_path / 'out'}")
@@ -121,7 +121,7 @@ def test_one_bad_file_does_not_spoil_a_report(report_py, tmp_path: Path) -> None
         assert f"left out: {runs / name}: " in result.out
 
 
-def test_pictures_of_an_earlier_report_do_not_stay(report_py, tmp_path: Path) -> None:
+def test_figures_of_an_earlier_report_are_removed(report_py, tmp_path: Path) -> None:
     for n in range(2):
         fake_run(tmp_path / "runs" / str(n), 100.0 + n, latent_dim=2 + n)
     (tmp_path / "out").mkdir()
@@ -132,7 +132,7 @@ def test_pictures_of_an_earlier_report_do_not_stay(report_py, tmp_path: Path) ->
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"mine.png", "1_learning_curves.png"}
 
 
-def test_the_later_of_two_equal_runs_counts(tmp_path: Path) -> None:
+def test_the_later_of_two_equal_runs_is_used(tmp_path: Path) -> None:
     for name, loss, age in (("old", 100.0, 50), ("new", 90.0, 0)):
         run = fake_run(tmp_path / name, loss)
         then = time.time() - age
@@ -178,7 +178,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
         assert report_py("sweep", "to=out", f"style={style}", "metrics=[test/kl]").code == 0
 
 
-def test_the_same_digits_from_every_run_in_one_picture(report_py, config, tmp_path: Path) -> None:
+def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_path: Path) -> None:
     for d in (2, 5):
         train(config(f"model.latent_dim={d}", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF),
               tmp_path / "runs" / str(d))  # fmt: skip
@@ -220,10 +220,19 @@ def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30  # 2 s on two cores; a search that opened every file below would take minutes
 
 
-def test_text_from_a_run_s_files_is_no_markdown(report_py, tmp_path: Path) -> None:
+def test_text_from_the_files_of_a_run_is_harmless(report_py, tmp_path: Path) -> None:
     for seed in (0, 1):
-        evil = {"_target_": "a.MLP", "hidden": f"<script>{seed}</script> [x](http://evil) `rm` |"}
-        fake_run(tmp_path / "runs" / f"{seed}", 100.0, seed, backbone=evil)
+        evil = {
+            "_target_": "a.MLP",
+            "hidden": f"<script>{seed}</script> [x](http://evil) `rm` |",
+            f"../$x{{{seed}": seed,
+        }
+        likelihood = {"_target_": "a.Bernoulli\n\\input{x} <script>"}
+        run = fake_run(
+            tmp_path / "runs" / f"{seed}", 100.0, seed, backbone=evil, likelihood=likelihood, **{"../$": seed}
+        )
+        evaluation = {"test/nll": 9.0, "<script>/nll": 9.0, "samples": "<script>", "data": "MNIST", "pixels": "grey"}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
     forged = fake_run(tmp_path / "runs" / "forged", 1.0)
     metrics = json.loads((forged / "metrics.json").read_text())
     (forged / "metrics.json").write_text(json.dumps(metrics | {"data": "MNIST\n\n# Won", "test/[x](y)": 1.0}))
@@ -231,4 +240,15 @@ def test_text_from_a_run_s_files_is_no_markdown(report_py, tmp_path: Path) -> No
     assert report.code == 0, report.err
     text = (tmp_path / "outputs" / "report" / "report.md").read_text()
     assert "metrics.json: data=" in text
-    assert not [mark for mark in ("<script", "](http", "`rm`", "# Won") if mark in text]
+    assert "1_test_loss_against_model..._.png" in text
+    assert not [mark for mark in ("<script", "](http", "`rm`", "# Won", "\\input", "$") if mark in text]
+    assert "\\input" not in (tmp_path / "outputs" / "report" / "report.tex").read_text()
+
+
+def test_a_reason_in_an_error_message_is_harmless(report_py, tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "runs", 1.0)
+    (run / "metrics.json").write_text(json.dumps({"epochs": "\x1b[31m", "unfinished": True}))
+    report = report_py("runs")
+    assert report.code == 2
+    assert report.err.startswith("runs: no finished run found; left out: runs: not finished, ")
+    assert "\x1b" not in report.err
