@@ -1,4 +1,4 @@
-"""`python evaluate.py …`, as a user types it."""
+"""The command `python evaluate.py …`."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert f"{content['val/nll']:.4f}" in result.out
 
 
-def test_no_evaluation_is_lost_to_another(run_directory: Path) -> None:
+def test_evaluations_do_not_overwrite_each_other(run_directory: Path) -> None:
     def evaluated(**options) -> dict:
         evaluate_run(**{"run": str(run_directory), **QUICK, **options})
         content = json.loads((run_directory / "evaluation.json").read_text())
@@ -56,7 +56,7 @@ def test_no_evaluation_is_lost_to_another(run_directory: Path) -> None:
     assert evaluated(split="val") == first
     assert evaluated(samples=2) == first
     assert evaluated(run=f"{run_directory}/checkpoints/last.ckpt", samples=9) == first
-    assert evaluated() == first, "without the probes, which are known"
+    assert evaluated() == first, "probes of the earlier evaluation are kept"
     assert (run_directory / "figures" / "nll_curve.png").read_bytes() == curve
     assert evaluated(samples=5)["samples"] == 5
     assert sorted(path.stem for path in (run_directory / "evaluations").glob("*.json")) == [
@@ -64,14 +64,14 @@ def test_no_evaluation_is_lost_to_another(run_directory: Path) -> None:
     ]
 
 
-def test_memory_that_is_not_there_gets_one_line(evaluate_py, run_directory: Path) -> None:
+def test_out_of_memory_is_reported_in_one_line(evaluate_py, run_directory: Path) -> None:
     result = evaluate_py(f"run={run_directory}", "samples=100000000000", "split=val")
     assert result.code == 2
     assert result.err.startswith("out of memory: ")
     assert len(result.err.splitlines()) == 1
 
 
-def test_a_likelihood_proper_needs_no_remark(config, tmp_path: Path) -> None:
+def test_a_proper_likelihood_has_no_remark(config, tmp_path: Path) -> None:
     overrides = ["data.pixels=dynamic", "model.backbone.hidden=[16]", "data.val_size=200", *BRIEF]
     train(config(*overrides), tmp_path / "run")
     content = evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
@@ -95,7 +95,7 @@ def test_wrong_input_gets_one_clear_line(evaluate_py, words: list[str], line: st
     assert line in result.err
 
 
-def test_runs_that_have_no_such_numbers(config, tmp_path: Path) -> None:
+def test_an_autoencoder_or_a_missing_validation_split_is_refused(config, tmp_path: Path) -> None:
     train(config("model=autoencoder", "data.val_size=0", *BRIEF), tmp_path / "run")
     with pytest.raises(Exception, match="its model, Autoencoder, has no likelihood"):
         evaluate_run(**{"run": str(tmp_path / "run"), **QUICK})

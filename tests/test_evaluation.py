@@ -21,7 +21,7 @@ LABELS = torch.arange(40) % 10
 
 @pytest.fixture
 def images() -> Tensor:
-    """40 images as bytes."""
+    """Return 40 images as bytes."""
     return torch.randint(256, (40, *SHAPE), dtype=torch.uint8)
 
 
@@ -67,16 +67,16 @@ def test_evaluate_finds_the_exact_likelihood(images: Tensor) -> None:
             assert 1 <= results["effective_samples_min"] < 19_000
 
 
-def test_batches_and_chunks_change_nothing(images: Tensor) -> None:
+def test_batches_and_chunks_change_no_number(images: Tensor) -> None:
     vae = linear_vae(shift=0.5)
-    whole = importance_sampling(vae, images, LABELS, samples=100, batch_size=40, chunk=100)
+    reference = importance_sampling(vae, images, LABELS, samples=100, batch_size=40, chunk=100)
     for batch_size, chunk in ((1, 100), (40, 1), (7, 9)):
         parts = importance_sampling(vae, images, LABELS, samples=100, batch_size=batch_size, chunk=chunk)
         for name in ("log_likelihood", "kl", "reconstruction", "effective_samples", "deviation"):
-            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
-        assert list(parts.curve.values()) == pytest.approx(list(whole.curve.values()), abs=1e-4)
+            torch.testing.assert_close(getattr(parts, name), getattr(reference, name), rtol=1e-4, atol=1e-4)
+        assert list(parts.curve.values()) == pytest.approx(list(reference.curve.values()), abs=1e-4)
     again = importance_sampling(vae, images, LABELS, samples=100, seed=1)
-    assert not torch.allclose(again.log_likelihood, whole.log_likelihood, atol=1e-4)
+    assert not torch.allclose(again.log_likelihood, reference.log_likelihood, atol=1e-4)
 
 
 def test_the_curve_ends_at_the_estimate_and_uses_the_first_samples(images: Tensor) -> None:
@@ -114,15 +114,15 @@ def test_information_and_marginal_kl_add_up_to_the_kl() -> None:
     images = torch.randint(256, (3_000, *SHAPE), dtype=torch.uint8)
     (q,) = posteriors(vae, images, torch.zeros(3_000), batch_size=3_000)
     information, marginal = aggregate_posterior(vae, posteriors(vae, images, torch.zeros(3_000)))
-    assert (information, marginal) == pytest.approx(aggregate_posterior(vae, [q]), abs=1e-4), "however it is split"
+    assert (information, marginal) == pytest.approx(aggregate_posterior(vae, [q]), abs=1e-4), "for any batch size"
     assert information > 0
     assert marginal > 0
     assert information + marginal == pytest.approx(kl_divergence(q.mean, q.log_variance).sum(-1).mean().item(), abs=0.1)
 
 
-def test_probes_read_off_what_can_be_read_off() -> None:
+def test_probe_accuracy_of_separable_codes_and_of_noise() -> None:
     labels = torch.arange(200) % 4
     means = torch.nn.functional.one_hot(labels).float() + 0.01 * torch.randn(200, 4)
     assert probe_accuracy(means, labels, means, labels) == {"knn_accuracy": 1.0, "linear_accuracy": 1.0}
-    nothing = probe_accuracy(torch.randn(200, 4), labels, torch.randn(200, 4), labels)
-    assert max(nothing.values()) < 0.5
+    noise = probe_accuracy(torch.randn(200, 4), labels, torch.randn(200, 4), labels)
+    assert max(noise.values()) < 0.5

@@ -1,4 +1,4 @@
-"""Evaluation of models of one's own, compared with `log_weights` and with the test of the run."""
+"""Evaluation of user-defined models, compared with `log_weights` and with the run's own test."""
 
 import json
 import math
@@ -25,9 +25,9 @@ QUICK = {"samples": 20, "probes": False, "accelerator": "cpu", "trust": ["test_e
 
 
 class Autoregressive(PosteriorDistribution):
-    """One step of an inverse autoregressive flow: dimension i is scaled and shifted by those before it.
+    """One step of an inverse autoregressive flow: dimension i is scaled by a function of the dimensions before it.
 
-    Its density at a z of someone else's would need the inverse, which it does not have.
+    It has no inverse, so it has no `log_prob` of a given z.
     """
 
     def __init__(self, base: PosteriorDistribution, weight: Tensor) -> None:
@@ -58,7 +58,7 @@ class IAF(Gaussian):
 
 
 class OwnEncode(VAE):
-    """Another posterior by a method instead of a part."""
+    """Overrides `encode` instead of using another posterior class."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -69,7 +69,7 @@ class OwnEncode(VAE):
 
 
 class Conditional(VAE):
-    """The label moves all latents, far: without it, reconstructions are wrong."""
+    """The label shifts all latents, so that reconstructions without it are wrong."""
 
     def encode(self, x, labels=None) -> PosteriorDistribution:
         return super().encode(x if labels is None else self.images(x) * (0.1 + labels.view(-1, 1, 1, 1) / 10), labels)
@@ -80,7 +80,7 @@ class Conditional(VAE):
 
 
 class Inconsistent(VAE):
-    """Trains and tests on a decoder other than the one that everybody else gets to see."""
+    """Its `elbo` does not agree with `log_weights`."""
 
     def elbo(self, x, *arguments, **options) -> dict[str, Tensor]:
         terms = super().elbo(x, *arguments, **options)
@@ -88,7 +88,7 @@ class Inconsistent(VAE):
 
 
 class Bars(ImageDataModule):
-    """300 training and 200 test images of a bar each."""
+    """300 training and 200 test images, each of one bar."""
 
     def load(self):
         images = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
@@ -129,12 +129,12 @@ def test_evaluation_agrees_with_log_weights_and_with_the_run_s_test(kind: str, t
     assert found["test/elbo"] == pytest.approx(metrics["test/elbo"], abs=1.5)
     assert found["test/reconstruction"] + found["test/kl"] == pytest.approx(-found["test/elbo"], rel=1e-5)
     flow = kind in ("part", "method")
-    assert (found["test/mutual_information"] is None) == flow, "a flow has no density at the z of another image"
+    assert (found["test/mutual_information"] is None) == flow, "a flow has no log_prob at the z of another image"
     for name in ("reconstructions", "traversals", "interpolations", "samples", "walk"):
         assert getattr(generation, name)(run) is not None
 
 
-def test_numbers_that_contradict_the_run_s_own_test_are_refused(tmp_path: Path) -> None:
+def test_an_elbo_that_contradicts_the_run_s_own_test_is_refused(tmp_path: Path) -> None:
     trained(["model._target_=test_evaluation_of_own_models.Inconsistent"], tmp_path / "run")
     refused = r"elbo=-[0-9.]+, but metrics\.json has -[0-9.]+: more than sampling noise .*; nothing was written"
     with pytest.raises(RunError, match=refused):
@@ -166,7 +166,7 @@ class Far(StandardNormal):
         return torch.distributions.TransformedDistribution(normal, torch.distributions.AffineTransform(15.0, 3.0))
 
 
-def test_pictures_cover_what_the_prior_covers(tmp_path: Path) -> None:
+def test_pictures_cover_the_range_of_the_prior(tmp_path: Path) -> None:
     prior = "model.prior._target_=test_evaluation_of_own_models.Far"
     trained([prior, "model.latent_dim=2", "trainer.max_steps=1"], tmp_path / "run")
     run, seen = open_run(tmp_path / "run", "cpu", trust=QUICK["trust"]), []

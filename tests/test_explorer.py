@@ -1,4 +1,4 @@
-"""The explorer in a real browser, headless; and what its server answers."""
+"""The explorer in a headless browser, and the answers of its server."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
-    """explore.py in a process of its own, and its address."""
+    """Start explore.py in a subprocess; return the process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,7 +41,7 @@ def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
 
 @pytest.fixture
 def served(config, tmp_path: Path) -> Iterator[str]:
-    """The address of an explorer of a small trained run."""
+    """Serve a small trained run; yield the address."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1"]
     words = ["model.latent_dim=3", "model.backbone.hidden=[64]", "figures.every=0", *limits]
     train(config(*words, "trainer.limit_test_batches=1"), tmp_path / "run")
@@ -67,7 +67,7 @@ def picture(browser: webdriver.Chrome, name: str) -> str:
     return str(browser.execute_script(f"return document.getElementById('{name}').toDataURL()"))
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium and chromedriver to drive the page with")
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
     browser.get(served)
     wait = WebDriverWait(browser, 20)
@@ -80,7 +80,7 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     for _ in range(3):
         ActionChains(browser, duration=50).move_by_offset(60, 30).perform()
         wait.until(lambda b, last=shown: picture(b, "decoded") != last)  # the digit changes each time
-        time.sleep(0.3)  # until the last position that the drag went through has been decoded, too
+        time.sleep(0.3)  # until the last position of the drag has been decoded
         shown = picture(browser, "decoded")
     ActionChains(browser).release().perform()
 
@@ -93,9 +93,9 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     assert picture(browser, "reconstruction") != before
 
     slider = browser.find_element(By.CSS_SELECTOR, "#sliders input")
-    still = picture(browser, "decoded")
+    before = picture(browser, "decoded")
     ActionChains(browser).move_to_element(slider).click_and_hold().move_by_offset(40, 0).release().perform()
-    wait.until(lambda b: picture(b, "decoded") != still)
+    wait.until(lambda b: picture(b, "decoded") != before)
 
     paper = browser.find_element(By.ID, "draw")
     strokes = ActionChains(browser, duration=50).move_to_element_with_offset(paper, 0, -70).click_and_hold()
@@ -124,7 +124,7 @@ def request(url: str, body: str | None = None, **headers: str) -> tuple[int, byt
         return error.code, error.read()
 
 
-def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: str, script, tmp_path: Path) -> None:
+def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str, script, tmp_path: Path) -> None:
     assert request(f"{served}/")[0] == 200
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
     assert (status, len(image)) == (200, 784)
@@ -144,8 +144,8 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
         assert (status, text.count(b"\n")) == (400, 0), path
         assert text.startswith(line)
     assert request(f"{served}/decode", "abc", **{"Content-Encoding": "gzip"})[0] == 400
-    for stranger in ("evil.example:80", "evil.example", "127.0.0.1.evil.example", "[::1", "[evil"):
-        assert request(f"{served}/state", host=stranger)[0] == 403
+    for other_host in ("evil.example:80", "evil.example", "127.0.0.1.evil.example", "[::1", "[evil"):
+        assert request(f"{served}/state", host=other_host)[0] == 403
     assert request(f"{served}/decode", '{"z": [0, 0, 0]}', origin="http://evil.example")[0] == 403
     assert request(f"{served}/decode", '{"z": [0, 0, 0]}', origin=served)[0] == 200
     assert request(f"{served}/../../etc/passwd")[0] == 404
@@ -162,7 +162,7 @@ def test_what_is_wrong_is_answered_in_a_line_and_strangers_not_at_all(served: st
         assert line in refused.err
 
 
-def test_a_drawing_is_placed_as_mnist_s_digits_are() -> None:
+def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:
     drawing = torch.zeros(1, 28, 28)
     drawing[:, 1:11, 2:6] = 1
     placed = normalize_drawing(drawing)
@@ -177,7 +177,7 @@ def test_a_drawing_is_placed_as_mnist_s_digits_are() -> None:
     assert normalize_drawing(corner).sum() > 0
 
 
-def test_a_test_digit_is_hardly_moved(mnist: torch.Tensor) -> None:
+def test_normalizing_hardly_changes_a_test_digit(mnist: torch.Tensor) -> None:
     moved = torch.stack([normalize_drawing(x) for x in mnist[:50]])
     assert (moved - mnist[:50]).abs().mean() < 0.04  # a shift by one pixel changes it by 0.065
 
@@ -194,6 +194,6 @@ def test_the_axes_span_latent_space(config, tmp_path: Path) -> None:
         assert len(basis["names"]) == 4
 
 
-def test_bytes_go_row_by_row() -> None:
+def test_bytes_are_in_row_order() -> None:
     assert as_bytes(torch.tensor([[[0.0, 1.0], [0.5, 2.0]]])) == bytes([0, 255, 128, 255])
     assert as_bytes(torch.tensor([[[1]], [[2]], [[3]]], dtype=torch.uint8)) == bytes([1, 2, 3])

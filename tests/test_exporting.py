@@ -24,7 +24,7 @@ from vae_lightning.training.train import train
         "model=autoencoder model.output=tanh model.backbone.hidden=[16]",
     ],
 )
-def test_what_is_exported_computes_what_the_model_does(words: str, config, tmp_path: Path, mnist) -> None:
+def test_exported_graphs_match_the_model(words: str, config, tmp_path: Path, mnist) -> None:
     train(config("figures.every=0", *words.split(), *BRIEF), tmp_path / "run")
     directory = export_run(tmp_path / "run")
     assert directory == tmp_path / "run" / "export"
@@ -41,7 +41,7 @@ def test_what_is_exported_computes_what_the_model_does(words: str, config, tmp_p
 
 
 class Averaging(MLP):
-    """Its encoder takes a mean, whose node ONNX would name as the output."""
+    """A network whose encoder takes a mean: ONNX gives that node the name of the output."""
 
     def __init__(self, latent_dim: int, encoder_outputs: int, image_shape: tuple[int, ...], **rest: object) -> None:
         super().__init__(latent_dim, encoder_outputs, image_shape, hidden=[8])
@@ -53,7 +53,7 @@ class Mean(nn.Module):
         return x.mean(1).mean(1)
 
 
-def test_a_network_may_name_a_node_as_the_output_is_named(config, tmp_path: Path, mnist) -> None:
+def test_a_node_may_have_the_name_of_an_output(config, tmp_path: Path, mnist) -> None:
     train(config("model.backbone._target_=test_exporting.Averaging", *BRIEF), tmp_path / "run")
     directory = export_run(tmp_path / "run", trust=["test_exporting"])
     session = onnxruntime.InferenceSession(directory / "encoder.onnx")
@@ -62,7 +62,7 @@ def test_a_network_may_name_a_node_as_the_output_is_named(config, tmp_path: Path
     torch.testing.assert_close(torch.from_numpy(mean), codes, rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_that_computes_something_else_is_an_error(config, tmp_path: Path, monkeypatch) -> None:
+def test_a_graph_that_differs_from_the_model_is_an_error(config, tmp_path: Path, monkeypatch) -> None:
     train(config("model.backbone.hidden=[16]", "figures.every=0", *BRIEF), tmp_path / "run")
     right = exporting.Decoder.forward
     calls = []

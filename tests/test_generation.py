@@ -1,4 +1,4 @@
-"""`python generate.py …`, as a user types it, and what the pictures show."""
+"""The command `python generate.py …`, and the content of the pictures."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def generate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
 
 @pytest.fixture
 def directory(config, tmp_path: Path):
-    """`directory("model.latent_dim=2", …)`: a run directory of a small model."""
+    """Return `directory("model.latent_dim=2", …)`, which trains a small model and returns its run directory."""
 
     def trained(*words: str) -> Path:
         train(config("model.backbone.hidden=[16]", "figures.every=0", *words, *BRIEF), tmp_path / "run")
@@ -102,7 +102,7 @@ def test_interpolations_of_any_number_of_classes(directory, monkeypatch: pytest.
         assert generation.interpolations(run, columns=2).get_axes()
 
 
-def test_larger_latent_spaces_have_planes(directory) -> None:
+def test_planes_of_larger_latent_spaces(directory) -> None:
     run = open_run(directory("model.latent_dim=5"), "cpu")
     assert generation.manifold(run, columns=3, plane="principal").shape == (3, 84, 84)
     first, last = generation.manifold(run, columns=2, plane=[2, 5]), generation.manifold(run, columns=2, plane=[5, 2])
@@ -139,7 +139,7 @@ def test_nearest_training_images_are_the_nearest() -> None:
     torch.testing.assert_close(distances[1, 0], exact, rtol=1e-4, atol=1e-4)
 
 
-def test_samples_are_the_seed_s_and_cooler_ones_closer_to_the_middle(directory) -> None:
+def test_samples_depend_on_seed_and_temperature(directory) -> None:
     run = open_run(directory("model.latent_dim=2"), "cpu")
     assert torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=3))
     assert not torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=4))
@@ -158,7 +158,7 @@ def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
             assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None
 
 
-def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> None:
+def test_a_moved_run_finds_its_data(directory, tmp_path: Path) -> None:
     run = directory("model.latent_dim=2", "data.pixels=threshold")
     shutil.move(run, tmp_path / "elsewhere")
     moved = open_run(tmp_path / "elsewhere", "cpu")
@@ -170,7 +170,7 @@ def test_a_run_goes_with_its_data_when_it_moves(directory, tmp_path: Path) -> No
     assert torch.equal(open_run(moved.directory, "cpu", data_root=str(DATA)).data.test_images, moved.data.test_images)
 
 
-def test_code_of_one_s_own_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_code_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text("from vae_lightning.models.backbones import MLP as Own\n")
     monkeypatch.syspath_prepend(tmp_path)
     run = directory("model.latent_dim=2")
