@@ -1,13 +1,13 @@
-"""Train the systems of papers that print log likelihoods, estimate ours as they did, and write the table in
-docs/published.md and README.md.
+"""Train systems of papers that print log likelihoods, estimate them in the same way, and write docs/published.md.
 
-    python benchmarks/published.py                              # all of them, one after the other: hours on two cores
-    python benchmarks/published.py davidson_2 davidson_5
-    OMP_NUM_THREADS=1 python benchmarks/published.py davidson_40 &      # two at a time, a core each, are the fastest
-    python benchmarks/published.py trainer.accelerator=gpu      # overrides go to every run
+    python benchmarks/published.py                              # all rows, one after the other: hours on two cores
+    python benchmarks/published.py davidson_2 davidson_5        # only these rows
+    OMP_NUM_THREADS=1 python benchmarks/published.py davidson_40 &      # fastest: two at a time, one core each
+    python benchmarks/published.py trainer.accelerator=gpu      # overrides apply to every run
 
-A run directory under outputs/reproduce/ that is finished is neither trained nor evaluated again; so rows can be made in
-any order, or in parallel, and the last call writes the whole table. Exits with 1 if a row falls short by more than 2 %.
+Finished run directories under outputs/reproduce/ are neither trained nor evaluated again. Rows can therefore be made in
+any order or in parallel, and the last call writes the complete table. Exits with 1 if a row is more than 2 % above the
+paper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from reproduce import ROOT, RUNS, machine, trained, write_between
 
 START, END = "<!-- published: written by make published -->", "<!-- end of published -->"  # around the tables
-WITHIN = 1.02  # a row holds if −log p(x) is at most this much of the paper's
+WITHIN = 1.02  # the largest accepted ratio of −log p(x) to the paper's
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Row:
     """A system of a paper."""
 
     name: str  # of the run directory
-    words: str  # after train.py
-    paper: float | None  # −log p(x) printed there; None where there is none to compare with
-    samples: int  # of the importance sampling
+    words: str  # overrides for train.py
+    paper: float | None  # −log p(x) printed in the paper; None if it prints none
+    samples: int  # importance samples per image
 
 
-# As long as two cores allow: the paper trains these for up to 2,000 epochs, and has k = 5,000.
+# Shortened to fit two cores: the paper trains for up to 2,000 epochs and uses k = 5,000.
 SHORTER = "trainer.max_epochs=70 model.objective.warmup_epochs=20 model/schedule=cosine"
 ROWS = [
     *(
@@ -48,7 +48,7 @@ ROWS = [
 
 
 def evaluated(row: Row) -> dict[str, Any]:
-    """evaluation.json of a trained run, measured now if it is not there with this many samples."""
+    """The evaluation of a trained run. Runs evaluate.py if there is none with this number of samples."""
     file = RUNS / row.name / "evaluation.json"
     if not file.exists() or json.loads(file.read_text())["samples"] != row.samples:
         words = [f"run={RUNS / row.name}", f"samples={row.samples}"]
@@ -87,9 +87,7 @@ def main() -> int:
             f"| {-found['test/elbo']:.2f} | {found['test/active_units']} of {run['latent_dim']} "
             f"| {100 * found['test/knn_accuracy']:.1f} % | {run['epochs']} | {run['seconds'] / 60:.0f} |"
         )
-    seconds = f"Minutes are of training on a shared machine: {'; '.join(sorted(machines))}."
-    write_between(ROOT / "docs" / "published.md", START, END, [*lines, "", seconds])
-    write_between(ROOT / "README.md", START, END, lines)
+    write_between(ROOT / "docs" / "published.md", START, END, [*lines, "", f"Machine: {'; '.join(sorted(machines))}."])
     print("\n".join(lines))
     return 1 if missed else 0
 

@@ -1,107 +1,45 @@
-"""The README's commands and examples run as they stand there."""
+"""What README.md alone promises; its commands, examples and links are tested with the other pages in test_pages.py."""
 
 import re
-import shlex
-import sys
-from pathlib import Path
 
-import pytest
-from conftest import BRIEF, ROOT
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
-TRAIN = [line.removeprefix("python train.py ") for _, code in BLOCKS for line in code.splitlines()
-         if line.startswith("python train.py ")]  # fmt: skip
+CONF = ROOT / "conf"
+HYDRA = {"basic", "joblib"}  # launchers that come with Hydra and its plugins
 
 
-def example(name: str) -> str:
-    """The block of code that begins with a comment naming its file."""
-    (code,) = [code for _, code in BLOCKS if code.startswith(f"# {name}\n")]
-    return code
+def section(title: str) -> str:
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_there_are_commands_to_test() -> None:
-    assert len(TRAIN) >= 8
+def test_it_is_short() -> None:
+    assert len(README.split()) <= 1_000
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, marks=pytest.mark.proof) if "2,5,20,200" in line else line for line in TRAIN]
-)
-def test_train_commands(line: str, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(line)
-    if "trainer.accelerator=gpu" in words:  # there may be none here: the command is then refused, and names the key
-        words[words.index("trainer.accelerator=gpu")] = "trainer.accelerator=auto"
-    if "data.name=FashionMNIST" in words:  # would be downloaded: read MNIST's files in its place
-        from vae_lightning.data import mnist
-
-        load = mnist.load_images
-        monkeypatch.setattr(mnist, "load_images", lambda name, root: load("MNIST", root))
-    if words[0].startswith("resume="):  # there is a run to go on with, and a little longer
-        assert command(f"hydra.run.dir={words[0].removeprefix('resume=')}", *BRIEF).code == 0
-        result = command(*words, *([] if len(words) == 1 else ["trainer.max_epochs=2"]))
-    else:
-        result = command(*words, *BRIEF)
-    assert result.code == 0, result.err
-    if "--cfg" in words:
-        assert "latent_dim: 20" in result.out
-    else:
-        assert list((tmp_path / "outputs").rglob("metrics.json"))
+def test_it_names_the_two_commands_and_ten_more() -> None:
+    assert re.findall(r"^make (\w+)", section("Two commands"), flags=re.M) == ["train", "test"]
+    assert len(re.findall(r"^python \w+\.py .* # ", section("Ten more commands"), flags=re.M)) == 10
 
 
-def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"`make (\w+)", README)) | {
-        line.split()[1] for _, code in BLOCKS for line in code.splitlines() if line.startswith("make ")
-    }
-    assert {"train", "test", "help", "reproduce"} <= targets
-    for target in targets:
-        assert re.search(rf"^{target}:.*## ", makefile, flags=re.M), target
+def test_the_table_of_contents_has_every_choice() -> None:
+    for group, cell in re.findall(r"^\| [a-z]+ \| `([\w/]+)=` \| (.*) \|$", section("Contents"), flags=re.M):
+        choices = {file.stem for file in (CONF / group).glob("*.yaml")}
+        assert set(re.findall(r"`(\w+)`", cell)) == choices | (HYDRA if group == "hydra/launcher" else set()), group
+    groups = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if any(path.glob("*.yaml"))}
+    assert groups - {"data", "experiment"} == set(re.findall(r"`([\w/]+)=`", section("Contents")))
 
 
-def test_linked_files_and_pictures_exist() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
-        path = link[0] or link[1]
-        assert path.startswith("https://") or (ROOT / path).exists(), path
-
-
-def test_the_layout_names_every_folder() -> None:
+def test_the_package_has_these_folders() -> None:
     package = ROOT / "src" / "vae_lightning"
     folders = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
-    assert folders == set(re.findall(r"^    (\w+)/ ", README, flags=re.M))
+    assert folders == set(re.findall(r"^(\w+)/ ", section("Package"), flags=re.M))
 
 
-@pytest.mark.parametrize(
-    ("module", "yaml", "group", "words"),
-    [
-        ("wide.py", "conf/model/backbone/wide.yaml", "model/backbone", ["model.backbone.width=30"]),
-        ("squares.py", "conf/data/squares.yaml", "data", []),
-    ],
-)
-def test_examples_of_ones_own(
-    module: str, yaml: str, group: str, words: list[str], command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / module).write_text(example(module))
-    (tmp_path / yaml).parent.mkdir(parents=True)
-    (tmp_path / yaml).write_text(example(yaml))
-    monkeypatch.syspath_prepend(tmp_path)
-    name = Path(module).stem
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    where = f"hydra.searchpath=[file://{tmp_path}/conf]"
-    result = command(f"{group}={name}", *words, where, *BRIEF)
-    assert result.code == 0, result.err
-    if words:
-        refused = command(f"{group}={name}", "model.backbone.width=wide", where, *BRIEF)
-        assert (refused.code, refused.err) == (2, "model.backbone.width=wide: should be a valid integer.\n")
-
-
-def test_loading_example(command, tmp_path: Path, mnist) -> None:
-    (code,) = [code for _, code in BLOCKS if "load_run(" in code]
-    directory = command(*BRIEF).out.splitlines()[-1]
-    code = re.sub(r'load_run\(".*?"\)', f"load_run({directory!r})", code)
-    names: dict = {}
-    exec(code, names)
-    sizes = {"batch": 64, "latent_dim": 20}
-    said = re.findall(r"(vae\.\S.*?)  # .*?\[([\w, ]+)\]", code)
-    assert len(said) == 3
-    for expression, shape in said:
-        assert list(eval(expression, names).shape) == [sizes.get(n) or int(n) for n in shape.split(", ")]
+def test_its_results_are_those_of_the_complete_tables() -> None:
+    tables = (ROOT / "docs" / "results.md").read_text() + (ROOT / "docs" / "published.md").read_text()
+    rows = re.findall(r"^\| `(experiment=\w+).*?\| .* \| ([\d.]+) \| ([\d.]+) \|$", section("Results"), flags=re.M)
+    assert len(rows) == 5
+    for experiment, expected, obtained in rows:
+        numbers = [re.findall(r"[\d.]+", line) for line in tables.splitlines() if experiment in line]
+        assert any({expected, obtained} <= set(line) for line in numbers), experiment

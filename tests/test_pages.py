@@ -1,0 +1,298 @@
+"""README.md and the pages of docs/: their commands and examples run, and their links exist.
+
+The blocks of a page run in order in one empty directory, as a reader would copy them. Blocks that show a file are first
+written to that file. `train.py` gets overrides that shorten it to a few seconds.
+"""
+
+import json
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BRIEF, DATA, ROOT, composed
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+from torchvision import datasets
+
+from vae_lightning.data import mnist
+from vae_lightning.runs.directory import runs_in
+from vae_lightning.runs.loading import load_run
+
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+GENERATED = ("docs/configuration.md",)  # written by a script with a test of its own
+COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|explore|export)"
+
+# Commands that are only checked for their keys, files and targets, with the reason: a pattern in the command.
+NOT_RUN = {
+    r"^(source|pip install) ": "changes the environment",
+    r"^make ": "builds an environment; make test runs this test",
+    r"^(torchrun|srun) ": "needs several machines; test_distributed.py starts several processes",
+    r"trainer\.devices=": "starts several processes; test_distributed.py",
+    r"hydra/launcher=": "starts a process per job; test_sweeps.py",
+    r"hparams_search=": "trains many runs; test_search.py",
+    r"2,5,20,200": "trains eight runs or more; test_long_sweeps, in make proof",
+    r"sweeps/widths": "needs one of these sweeps",
+    r"explore\.py ": "serves a page until it is stopped; test_explorer.py",
+    r"export\.py ": "takes ten seconds; test_exporting.py",
+    r"docs/tutorial\.py": "takes minutes; test_tutorial.py",
+    r"benchmarks/": "takes hours",
+    r"what=walk": "takes ten seconds; test_generation.py",
+    r"\$\{": "needs variables of the shell script around it",
+}
+
+# Further overrides that make a command quick, by a pattern in it.
+QUICKER = {
+    r"data=cifar": ["data.val_size=20"],  # the stand-in has 60 images
+    r"evaluate": ["batch_size=500", "chunk=3"],
+    r"model/backbone=wide": ["model.backbone.width=30"],
+}
+
+
+@dataclass
+class Block:
+    """A fenced block of a page: its language, and its text."""
+
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block shows, named in a comment at its top."""
+        found = re.match(r"(?:# @package _global_\n)?# ([\w./]+\.(?:py|yaml))\n", self.text)
+        return found[1] if found else None
+
+    @property
+    def session(self) -> tuple[str, str] | None:
+        """A command after `$` and its output, which may be cut by an ellipsis."""
+        found = re.match(r"\$ (.*)\n(.*?)…?\n", self.text)
+        return (found[1], found[2]) if found else None
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of a block without a language or in bash, without their comments."""
+        if self.language not in ("", "bash") or self.session:
+            return []
+        lines = self.text.replace("\\\n", " ").splitlines()
+        words = (shlex.split(line, comments=True) for line in lines)
+        return [shlex.join(w) for w in words if w and re.fullmatch(COMMAND, w[0])]
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```", text(page), flags=re.M | re.S)]
+
+
+def commands(page: str) -> list[str]:
+    """The commands in a page's blocks."""
+    return [command for block in blocks(page) for command in block.commands]
+
+
+def inline_commands(page: str) -> list[str]:
+    """The commands in a page's tables and sentences."""
+    return re.findall(r"`((?:python|make) [^`]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S))
+
+
+def is_run(command: str) -> bool:
+    return not any(re.search(pattern, command) for pattern in NOT_RUN)
+
+
+def script_and_words(command: str) -> tuple[str, list[str]]:
+    """`python train.py a=1` and `vae-train a=1` are both `("train.py", ["a=1"])`."""
+    first, *words = shlex.split(command)
+    return (words[0], words[1:]) if first == "python" else (f"{first.rpartition('-')[2]}.py", words)
+
+
+def brief(command: str) -> tuple[str, list[str]]:
+    """A command with overrides that make it a run of seconds."""
+    script, words = script_and_words(command)
+    if script == "train.py" and "--cfg" not in words:
+        longer = any(word.startswith("resume=") for word in words) and "trainer.max_epochs=60" in words
+        words = [word for word in words if not word.startswith("trainer.max_epochs=")]
+        words += [*BRIEF, *(["trainer.max_epochs=2"] if longer else [])]
+    words = [re.sub(r"^samples=\d+$", "samples=3", word) for word in words]
+    words = ["trainer.accelerator=auto" if word == "trainer.accelerator=gpu" else word for word in words]
+    return script, words + [word for pattern, more in QUICKER.items() if re.search(pattern, command) for word in more]
+
+
+class FakeCIFAR:
+    """60 colour images in the form of torchvision's CIFAR10."""
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(train).integers(256, size=(60, 32, 32, 3), dtype=np.uint8)
+        self.targets = [i % 10 for i in range(60)]
+
+
+def write_images(root: Path) -> None:
+    for split, many in (("train", 40), ("test", 12)):
+        for i in range(many):
+            folder = root / "images" / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i).integers(256, size=(40 + i, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory with what the pages expect around them: a folder of images, and data sets to download."""
+    (train, labels), (test, test_labels) = mnist.load_images("MNIST", DATA)
+    fewer = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
+    monkeypatch.setattr(mnist, "load_images", lambda name, root: fewer)  # of any name: nothing is downloaded
+    monkeypatch.setattr(datasets, "CIFAR10", FakeCIFAR)
+    write_images(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def read(page: str, reader: Path, script) -> None:
+    """Do what a page says."""
+    for block in blocks(page):
+        if block.file:
+            (reader / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (reader / block.file).write_text(block.text)
+    added = [f"hydra.searchpath=[file://{reader}/conf]"] if (reader / "conf").exists() else []
+    for block in blocks(page):
+        for command in filter(is_run, block.commands):
+            name, words = brief(command)
+            if "latest" in command and not runs_in(reader / "outputs"):  # the page starts with a trained run
+                assert script("train.py", *BRIEF).code == 0
+            result = script(name, *words, *(added if name == "train.py" and "--config-dir" not in words else []))
+            assert result.code == 0, f"{page}: {command}\n{result.err}"
+            assert "--cfg" not in words or "latent_dim: 20" in result.out
+        if block.session:
+            command, output = block.session
+            name, words = script_and_words(command)
+            assert script(name, *words).err.startswith(output.rstrip()), command
+        if block.language == "python" and not block.file:
+            run_python(block.text)
+
+
+def run_python(code: str) -> None:
+    """Run an example; `vae.f(x)  # [64, latent_dim]` must have that shape."""
+    names: dict = {}
+    exec(code, names)
+    for expression, shape in re.findall(r"^\s*(?:\w+ = )?(vae\.\S.*?)  # .*?\[([\w, ]+)\]", code, flags=re.M):
+        wanted = [names["vae"].latent_dim if n == "latent_dim" else int(n) for n in shape.split(", ")]
+        found = eval(expression, names)
+        assert list(found.shape) == wanted, expression
+
+
+def check_dataset(runs: list[Path]) -> None:
+    found = [json.loads((run / "metrics.json").read_text())["data"] for run in runs]
+    assert found == ["Squares", "Folder", "CIFAR"]
+
+
+def check_logger(runs: list[Path]) -> None:
+    lines = [json.loads(line) for line in (runs[-1] / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["model.latent_dim"] == 20
+    assert "test/elbo" in lines[-1]
+    assert (runs[-1] / "test_samples.png").exists()
+
+
+def check_callback(runs: list[Path]) -> None:
+    assert "train/weight_norm" in (runs[-1] / "history.csv").read_text().splitlines()[0]
+
+
+# What the runs of a page must show, beside that they load.
+CHECKS = {"dataset.md": check_dataset, "logger.md": check_logger, "callback.md": check_callback}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, commands(page)))])
+def test_commands_and_examples_run(page: str, reader: Path, script) -> None:
+    read(page, reader, script)
+    runs = runs_in(reader / "outputs")
+    assert runs
+    CHECKS.get(Path(page).name, lambda runs: None)(runs)
+    modules = [Path(block.file).stem for block in blocks(page) if (block.file or "").endswith(".py")]
+    for run in runs if modules else ():
+        model = load_run(run, trust=modules)
+        x = torch.rand(3, *model.image_shape)
+        assert model.reconstruct(x).shape == x.shape
+        assert not hasattr(model, "log_weights") or model.log_weights(x, k=2).isfinite().all()
+    if page.endswith("guides/backbone.md"):
+        words = ["model/backbone=wide", "model.backbone.width=wide", f"hydra.searchpath=[file://{reader}/conf]"]
+        refused = script("train.py", *words)
+        assert (refused.code, refused.err) == (2, "model.backbone.width=wide: should be a valid integer.\n")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_are_not_run_are_valid(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    targets = re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
+    checked = [command for command in commands(page) if not is_run(command)] + inline_commands(page)
+    for command in dict.fromkeys(checked):
+        first, *words = shlex.split(command)
+        if first == "make":
+            assert words[0] in targets, command
+            words = shlex.split(" ".join(words).partition("ARGS=")[2]) if words[0] == "train" else []
+            check_keys("train", words)
+        elif first == "pip":
+            assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras), command
+        elif first != "source":
+            script = next(word for word in words if word.endswith(".py"))
+            assert (ROOT / script).is_file(), command
+            if not re.search("[…&]", command):
+                check_keys(Path(script).stem, words[words.index(script) + 1 :])
+
+
+def check_keys(name: str, words: list[str]) -> None:
+    """Raise for keys that conf/NAME.yaml does not have."""
+    words = [re.sub(r"^([\w./]+=[^,\[{(]*),.*", r"\1", word) for word in words if "=" in word]  # a sweep's first value
+    if words and name == "train":
+        composed(*words)
+    elif words and (ROOT / "conf" / f"{name}.yaml").exists():
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            compose(name, words)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("command", sorted({c for page in PAGES for c in commands(page) if "2,5,20,200" in c}))
+def test_long_sweeps(command: str, reader: Path, script) -> None:
+    name, words = brief(command)
+    assert script(name, *words).code == 0
+    assert len(runs_in(reader / "outputs")) in (8, 12)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_pages_and_pictures_exist(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", text(page)):
+        target = ((ROOT / page).parent / (link[0] or link[1])).resolve()
+        outside = (link[0] or link[1]).startswith("https://")
+        assert outside or target.exists() or str(target.relative_to(ROOT)) in GENERATED, link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
+def test_pages_open_with_their_purpose(page: str) -> None:
+    title, empty, first = text(page).splitlines()[:3]
+    assert title.startswith("# ")
+    assert not empty
+    assert re.match(r"[A-Z].*\w", first), "a sentence, before any table or code"
+
+
+def test_guides_are_short_and_complete() -> None:
+    guides = [page for page in PAGES if page.startswith("docs/guides/") and page != "docs/guides/index.md"]
+    for page in guides:
+        files = [block for block in blocks(page) if block.file]
+        assert {Path(block.file).suffix for block in files} == {".py", ".yaml"}, page
+        assert all(len(block.text.splitlines()) < 40 for block in files), page
+        assert "load_run(" in text(page), page
+        assert f"({Path(page).name})" in text("docs/guides/index.md"), page
+    assert {Path(page).stem for page in guides} >= {
+        *("backbone", "dataset", "likelihood", "prior", "posterior", "objective", "optimizer", "logger", "callback"),
+        "conditional",
+    }
