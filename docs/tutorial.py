@@ -7,13 +7,16 @@
 # %% [markdown]
 # # What a variational autoencoder learns
 #
-# An autoencoder squeezes an image through a few numbers, z, and draws it again from them. A *variational* autoencoder
-# (Kingma & Welling 2014) makes of that a model of how images come about: draw z from a prior p(z), then an image from
-# p(x|z). This tutorial trains some on MNIST and looks at them.
+# This tutorial trains variational autoencoders on MNIST and shows what they learn: how the latent dimension matters,
+# the two terms of the ELBO, the latent space, and samples.
 #
-# It is a Python script in cells. `python docs/tutorial.py` runs it and leaves its pictures in `outputs/tutorial/`; VS
-# Code and PyCharm open it as a notebook, and so does Jupyter with jupytext (`pip install jupytext notebook`, then
-# `jupytext --to notebook docs/tutorial.py`). The text is about ten epochs; EPOCHS=1 is quick, and learns less.
+# An autoencoder encodes an image as a few numbers, the latent vector z, and decodes the image from z. A *variational*
+# autoencoder (Kingma & Welling 2014) turns this into a generative model: draw z from a prior p(z), then draw an image
+# from p(x|z).
+#
+# `python docs/tutorial.py` runs this file as a script and writes its pictures to `outputs/tutorial/`. VS Code and
+# PyCharm open it as a notebook. Jupyter needs jupytext: `pip install jupytext notebook`, then `jupytext --to notebook
+# docs/tutorial.py`. The text describes results after ten epochs. Set EPOCHS=1 for a quick run.
 
 # %%
 import os
@@ -34,13 +37,13 @@ from vae_lightning.runs.loading import open_run
 here = Path.cwd()
 os.chdir(next(folder for folder in (here, *here.parents) if (folder / "train.py").exists()))  # the repository's root
 EPOCHS = int(os.environ.get("EPOCHS", "10"))
-OVERRIDES = os.environ.get("OVERRIDES", "")  # further words for train.py
+OVERRIDES = os.environ.get("OVERRIDES", "")  # further overrides for train.py
 HERE = Path("outputs/tutorial") / re.sub(r"[^\w.]+", "-", f"{EPOCHS}_epochs {OVERRIDES}".strip())[:100]
 number = count(1)
 
 
 def show(picture: torch.Tensor | Figure) -> None:
-    """In a notebook, show a picture; in a script, save it."""
+    """Save a picture; display it in a notebook, print its path in a script."""
     file = HERE / f"{next(number):02d}.png"
     figures.save(picture, file)
     if "ipykernel" in sys.modules:
@@ -54,16 +57,16 @@ def show(picture: torch.Tensor | Figure) -> None:
 # %% [markdown]
 # ## Training
 #
-# A run is one command, and leaves one directory; a sweep (`-m`) leaves one for each job. Five runs: VAEs with 2, 5, 20
-# and 200 latent dimensions, and a plain autoencoder with 2 to compare with.
+# One command trains one model and writes one run directory. A sweep (`-m`) writes one directory per job. Here are five
+# runs: VAEs with 2, 5, 20 and 200 latent dimensions, and a plain autoencoder with 2 for comparison.
 
 
 # %%
 def train(*words: str) -> None:
-    """`python train.py …`"""
+    """Run train.py with these overrides."""
     command = [sys.executable, "train.py", *words, f"trainer.max_epochs={EPOCHS}", *OVERRIDES.split()]
     if subprocess.run(command).returncode:
-        raise SystemExit(f"{' '.join(command)} failed: what it printed says why")
+        raise SystemExit(f"{' '.join(command)} failed; see its output above")
 
 
 if not (HERE / "vae_200" / "metrics.json").exists():
@@ -75,17 +78,18 @@ vaes = {d: open_run(HERE / f"vae_{d}", "cpu") for d in (2, 5, 20, 200)}
 autoencoder = open_run(HERE / "autoencoder_2", "cpu")
 
 # %% [markdown]
-# ## How much fits into d numbers
+# ## The latent dimension
 #
-# The first of each digit in the test set, and what the models make of it. Two numbers hold the digit and its slant, 20
-# nearly everything. 200 are no better than 20: a VAE leaves the dimensions alone that do not pay.
+# The first test image of each digit, and its reconstructions. Two dimensions encode the digit and its slant, 20 encode
+# nearly everything. 200 are no better than 20, because a VAE does not use dimensions whose KL costs more than they
+# gain.
 
 # %%
 run = vaes[2]
 digits = generation.first_of_each_digit(run)
 x = run.model.images(run.data.test_images[digits])
 rows = torch.stack([x, *(run.model.reconstruct(x) for run in vaes.values())])
-show(figures.labelled_rows(rows, ["test images", *(f"{d} numbers" for d in vaes)]))
+show(figures.labelled_rows(rows, ["test images", *(f"d = {d}" for d in vaes)]))
 
 # %% [markdown]
 # ## The two terms of the ELBO
@@ -94,8 +98,8 @@ show(figures.labelled_rows(rows, ["test images", *(f"{d} numbers" for d in vaes)
 #
 # log p(x) ≥ E[log p(x|z)] − KL(q(z|x) ‖ p(z))
 #
-# *Reconstruction* (−E log p(x|z)) says how many nats are missing when the image is drawn from z; *KL* says how many
-# nats z carries about the image beyond what the prior knew. More dimensions buy reconstruction with KL.
+# The *reconstruction* term, −E log p(x|z), measures in nats how badly z predicts the image. The *KL* term measures how
+# much information about the image z carries. With more dimensions the reconstruction improves and the KL grows.
 
 # %%
 for d, run in vaes.items():
@@ -107,7 +111,7 @@ for d, run in vaes.items():
     )
 
 # %% [markdown]
-# The KL of each dimension shows which ones are used: at 200, many stay near the prior, with a KL near 0.
+# The KL of each dimension shows which ones are used. With 200 dimensions, many stay at the prior, with a KL near 0.
 
 # %%
 with torch.no_grad():
@@ -117,8 +121,8 @@ print("nats, largest first:", [round(value, 2) for value in per_dimension[:25].t
 print("dimensions with more than 0.01 nats:", int((per_dimension > 0.01).sum()), "of 200")
 
 # %% [markdown]
-# The bound becomes tighter with importance samples: log (1/k) Σ p(x,z)/q(z|x) rises towards log p(x) with k. (These are
-# grey pixels, on which the Bernoulli "likelihood" is a cross-entropy; docs/numbers.md says when numbers compare.)
+# Importance samples make the bound tighter: log (1/k) Σ p(x,z)/q(z|x) rises towards log p(x) with k. (These are grey
+# pixels, so the Bernoulli term is a cross-entropy. docs/numbers.md says which numbers may be compared.)
 
 # %%
 with torch.no_grad():
@@ -127,9 +131,10 @@ for k in (1, 5, 50, 500):
     print(f"k = {k:3}: {importance_weighted_bound(log_weights[:k]).mean():.2f}")
 
 # %% [markdown]
-# ## The map of digits
+# ## The latent space
 #
-# With two latent dimensions there is a map: each test image where its posterior mean lies, and the plane decoded.
+# Two latent dimensions can be drawn: the posterior means of the test images, the decoded latent plane, and two decoded
+# points.
 
 # %%
 show(generation.scatter(vaes[2]))
@@ -137,10 +142,10 @@ show(generation.manifold(vaes[2]))
 show(generation.decode(vaes[2], z=[[0.5, 0.0], [2.0, 0.0]]))
 
 # %% [markdown]
-# ## New digits
+# ## Samples
 #
-# Draw z from the prior, and decode it. A lower temperature stays nearer to the middle: cleaner digits, fewer kinds. To
-# see that they are not copies, look at the training images nearest to them.
+# Draw z from the prior and decode it. A lower temperature draws z closer to the mean of the prior: the digits are
+# cleaner but less varied. The nearest training images show that samples are not copies.
 
 # %%
 show(generation.samples(vaes[20], n=40, columns=10))
@@ -150,9 +155,9 @@ show(generation.nearest(vaes[20]))
 # %% [markdown]
 # ## Why not a plain autoencoder?
 #
-# It reconstructs as well or better, for nothing asks its codes to be anywhere in particular. That is the trouble: where
-# does one draw z from? Its codes lie far out, with holes between them, and z ~ N(0, I) lands where no image ever was.
-# The KL of a VAE packs the codes around 0 so that every such z means something.
+# A plain autoencoder reconstructs as well or better, because its codes are not constrained. But it has no distribution
+# to draw z from. Its codes lie far from 0 with gaps between them, and z ~ N(0, I) falls where there are no codes. The
+# KL term of a VAE keeps the codes close to N(0, I), so that samples from the prior decode to digits.
 
 # %%
 show(generation.scatter(autoencoder))
@@ -164,14 +169,16 @@ codes = autoencoder.model.all_codes(autoencoder.data.test_images)
 print("autoencoder: codes have mean", codes.mean(dim=0).tolist(), "and standard deviation", codes.std(dim=0).tolist())
 
 # %% [markdown]
-# ## On the way from one digit to another
+# ## Interpolations and traversals
 #
-# Between two codes lie images, too. And one dimension at a time, most active first, shows what each has come to mean.
+# Decoded latents between two codes show a gradual change. Traversals change one latent dimension at a time, the most
+# active ones first, and show what each of them encodes.
 
 # %%
 show(generation.interpolations(vaes[20]))
 show(generation.traversals(vaes[20]))
 
 # %% [markdown]
-# From here: `python explore.py run=outputs/tutorial/10_epochs/vae_2` walks over the map with the mouse, `python
-# evaluate.py run=outputs/tutorial/10_epochs/vae_20` measures what a model is worth, and docs/guides.md changes it.
+# Next steps: `python explore.py run=outputs/tutorial/10_epochs/vae_2` shows the latent space in a browser,
+# `python evaluate.py run=outputs/tutorial/10_epochs/vae_20` estimates the log likelihood, and docs/guides/ shows how to
+# change the model.

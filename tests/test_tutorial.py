@@ -1,4 +1,4 @@
-"""docs/tutorial.py runs from top to bottom."""
+"""docs/tutorial.py runs from start to end."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     words = [*limits, f"data.root={DATA}", "figures.every=0", "figures.embedded=0", "model.backbone.hidden=[32]"]
     command = [sys.executable, ROOT / "docs" / "tutorial.py"]
     environment = os.environ | {"EPOCHS": "1", "OVERRIDES": " ".join(words)}
-    (tmp_path / "docs").mkdir()  # where a notebook would run
+    (tmp_path / "docs").mkdir()  # a notebook runs in the directory of its file
     finished = subprocess.run(command, cwd=tmp_path / "docs", env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     pictures = sorted((tmp_path / "outputs" / "tutorial").glob("1_epochs*/*.png"))
