@@ -15,6 +15,7 @@ from pathlib import Path
 
 OLD = "vae_lightning"
 DROPPED = [
+    *("docs/index.md", "docs/guides/project.md"),
     *("benchmarks", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "conf/experiment", "docs/results.md"),
     *("docs/published.md", "docs/speed.md", "docs/pictures", "tests/test_experiments.py", "tests/test_readme.py"),
     *("tests/test_new_project.py", "scripts"),
@@ -27,7 +28,8 @@ A research project on variational autoencoders, made from vae-lightning.
     make train                      # train the default VAE on MNIST; ARGS="model.latent_dim=2" passes overrides
     make test                       # lint, types and tests
 
-The science is in src/{name}/models/, the configuration in conf/, guides to every part in docs/guides.md.
+The science is in src/{name}/models/, the configuration in conf/. To add a part, see docs/guides/index.md; to use the
+commands, docs/quickstart.md and docs/running.md; to compare numbers, docs/numbers.md.
 """
 
 
@@ -75,6 +77,8 @@ def drop(root: Path) -> None:
     """Remove what belongs to the template alone, from the files that name it too."""
     for path in (root / name for name in DROPPED):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    guides = root / "docs" / "guides" / "index.md"
+    guides.write_text(re.sub(r"^.*\(project\.md\).*\n", "", guides.read_text(), flags=re.M))
     makefile = (root / "Makefile").read_text()
     for target in TARGETS:
         makefile = re.sub(rf"^{target}:.*\n(\t.*\n)*\n?", "", makefile, flags=re.M)
