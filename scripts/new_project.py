@@ -18,9 +18,17 @@ DROPPED = [
     *("docs/index.md", "docs/guides/project.md"),
     *("benchmarks", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "conf/experiment", "docs/results.md"),
     *("docs/published.md", "docs/speed.md", "docs/pictures", "tests/test_experiments.py", "tests/test_readme.py"),
-    *("tests/test_new_project.py", "scripts"),
+    *("tests/test_new_project.py", "scripts", "zensical.toml", "docs/configuration.md", "docs/site.css"),
+    *("tests/test_docs.py", ".github/workflows/docs.yml", ".github/ISSUE_TEMPLATE"),
+    ".github/pull_request_template.md",
 ]
-TARGETS = ("reproduce", "published", "benchmark", "new")  # of the Makefile, which go with the files that they run
+TARGETS = (
+    "reproduce",
+    "published",
+    "benchmark",
+    "docs",
+    "new",
+)  # of the Makefile, which go with the files that they run
 README = """# {title}
 
 A research project on variational autoencoders, made from vae-lightning.
@@ -87,7 +95,9 @@ def drop(root: Path) -> None:
     train = root / "conf" / "train.yaml"
     train.write_text(re.sub(r"^  - experiment: null.*\n", "", train.read_text(), flags=re.M))
     pyproject = root / "pyproject.toml"
-    pyproject.write_text(re.sub(r'^benchmark = .*\n|^"benchmarks/\*" = .*\n', "", pyproject.read_text(), flags=re.M))
+    pyproject.write_text(
+        re.sub(r'^(benchmark|docs) = .*\n|^"benchmarks/\*" = .*\n', "", pyproject.read_text(), flags=re.M)
+    )
 
 
 def main() -> None:
