@@ -23,6 +23,7 @@ from vae_lightning.analysis.exporting import export_run
 from vae_lightning.analysis.generation import PICTURES, generate_run
 from vae_lightning.analysis.reports import report
 from vae_lightning.launch.search import search
+from vae_lightning.models.vae import VAE
 from vae_lightning.training.callbacks import Figures
 from vae_lightning.training.train import Config
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
@@ -33,7 +34,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 # The functions and classes whose type hints check the keys below a prefix. A `_target_` names its own.
 CHECKED_BY: dict[str, dict[str, Callable[..., Any]]] = {
-    "train": {"": Config, "figures": Figures, "trainer": make_trainer, "hparams_search": search},
+    "train": {"": Config, "model": VAE, "figures": Figures, "trainer": make_trainer, "hparams_search": search},
     "evaluate": {"": evaluate_run},
     "generate": {"": generate_run},
     "report": {"": report},
