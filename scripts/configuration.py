@@ -364,7 +364,7 @@ def group_section(group: str, comments: Mapping[str, str]) -> Iterator[str]:
     sections = {file.stem: read(file) for file in choices(group)}
     yield f"### {group}\n"
     yield GROUPS[group] + "\n"
-    yield listing("choice | what it is", [[f"`{group}={name}`", cell(s.title)] for name, s in sections.items()])
+    yield listing("choice | explanation", [[f"`{group}={name}`", cell(s.title)] for name, s in sections.items()])
     if group == "experiment":
         return
     for name, section in sections.items():
@@ -390,7 +390,7 @@ def pictures_table() -> str:
         parameters = [p for p in signature(picture).parameters.values() if p.name != "run"]
         options = [p.name if p.default is p.empty else f"{p.name}={as_yaml(p.default)}" for p in parameters]
         rows.append([f"`what={name}`", ", ".join(f"`{o}`" for o in options), cell(first_line(picture))])
-    return listing("picture | options | what it shows", rows)
+    return listing("picture | options | explanation", rows)
 
 
 def first_line(function: Callable[..., Any]) -> str:
