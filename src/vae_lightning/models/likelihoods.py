@@ -123,7 +123,7 @@ class ContinuousBernoulliLogits(td.Distribution):
     def log_normalizer(self) -> Tensor:
         """Return log C, in the shape of the logits. It is an even function of them."""
         near = self.logits.abs() < self.NEAR_ZERO
-        square = self.logits.square()
+        square = torch.where(near, self.logits, 0.0).square()  # without an overflow in the branch not taken
         series = math.log(2) + square / 12 - 7 * square.square() / 1440
         size = torch.where(near, 1.0, self.logits.abs())  # keeps the gradient of the branch not taken finite
         return torch.where(near, series, size.log() - torch.tanh(size / 2).log())
@@ -131,7 +131,8 @@ class ContinuousBernoulliLogits(td.Distribution):
     @property
     def mean(self) -> Tensor:
         near = self.logits.abs() < self.NEAR_ZERO
-        series = 0.5 + self.logits / 12 - self.logits**3 / 720
+        small = torch.where(near, self.logits, 0.0)
+        series = 0.5 + small / 12 - small**3 / 720
         size = torch.where(near, 1.0, self.logits.abs())
         below = 1 / size + torch.exp(-size) / torch.expm1(-size)  # the mean at −|l|, which does not overflow
         return torch.where(near, series, torch.where(self.logits < 0, below, 1 - below))
