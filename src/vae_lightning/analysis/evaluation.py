@@ -256,10 +256,12 @@ def evaluate_run(
         "remark": warning,
     }
     pixels = f"{described(data.pixels, data.image_shape[0])} pixels"
-    # Print before writing, so that a full disk does not lose the results.
-    print(format_results(results, f"{split} set, {pixels}, {samples} samples", warning), flush=True)
     curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {pixels}")
-    print(write_evaluation(opened.directory, opened.checkpoint, split, content, curve))
+    try:
+        file = write_evaluation(opened.directory, opened.checkpoint, split, content, curve)
+    finally:  # a full disk must not lose the results
+        print(format_results(results, f"{split} set, {pixels}, {samples} samples", warning), flush=True)
+    print(file)
     return content
 
 
@@ -274,9 +276,9 @@ def write_evaluation(run: RunDirectory, checkpoint: Path, split: str, content: d
     content = (read_json(file) if file.exists() else {}) | content
     write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
-    if split == "test" and checkpoint.stem == run.best_checkpoint.stem:
-        current = read_json(run.evaluation_file) if run.evaluation_file.exists() else {}
-        if content["samples"] >= current.get("samples", 0):
+    if split == "test" and checkpoint.resolve() == run.best_checkpoint.resolve():
+        current = (read_json(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
+        if not isinstance(current, int) or content["samples"] >= current:
             write_json(run.evaluation_file, content)
             figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
     return file

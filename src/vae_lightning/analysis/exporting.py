@@ -6,6 +6,7 @@ Needs the extra: pip install -e '.[export]'.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_lightning.config import UserError
-from vae_lightning.files import staging_directory
+from vae_lightning.files import errors_name, staging_directory
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
@@ -103,15 +104,19 @@ def write_graph(file: Path, module: nn.Module, input_name: str, x: Tensor, outpu
         )
         assert program is not None
         name_outputs(program.model.graph, output_names)
-        program.save(file, external_data=False)
-    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        with errors_name(file):
+            program.save(file, external_data=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        found_outputs = [session.run(None, {input_name: batch.numpy()}) for batch in (x, x[:1])]
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporter and onnxruntime raise many kinds for what they do not support
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:300]
         raise ExportError(f"{file.name}: this network cannot be written as ONNX ({reason})") from error
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for batch in (x, x[:1]):
+    for batch, found_of_batch in zip((x, x[:1]), found_outputs, strict=True):
         outputs = module(batch)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for array, expected in zip(session.run(None, {input_name: batch.numpy()}), outputs, strict=True):
+        for array, expected in zip(found_of_batch, outputs, strict=True):
             found = torch.from_numpy(array)
             if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
                 worst = (found - expected).abs().max()

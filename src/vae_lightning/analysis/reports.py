@@ -24,8 +24,8 @@ from tabulate import tabulate
 from vae_lightning import figures
 from vae_lightning.analysis.generation import first_of_each_digit, select_test_images
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
-from vae_lightning.data.pixels import Pixels
-from vae_lightning.files import read_json, staging_directory
+from vae_lightning.data.pixels import Pixels, described
+from vae_lightning.files import FileError, read_json, read_text, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
 
@@ -127,7 +127,9 @@ def read_result(run: RunDirectory) -> Result:
     model = config["model"]
     likelihood = model.get("likelihood")
     target = (likelihood if isinstance(likelihood, dict) else model).get("_target_")
-    protocol = f"{measured['data']}, {measured['pixels']} pixels, {class_name(target)}"
+    shape = measured.get("image_shape")
+    channels = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 1
+    protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels, {class_name(target)}"
     return Result(run, flatten(config), metrics, protocol)
 
 
@@ -277,8 +279,8 @@ def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | N
 
     None if the file cannot be read: the report then has a figure less.
     """
-    with suppress(OSError, KeyError, ValueError, TypeError, csv.Error), run.history_file.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    with suppress(FileError, KeyError, ValueError, TypeError, csv.Error):
+        rows = list(csv.DictReader(read_text(run.history_file).splitlines()))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
             if points and all(abs(value) < 1e9 for _, value in points):
