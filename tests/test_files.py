@@ -28,7 +28,7 @@ def test_plain_values_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[1, 2]", "", "x: 2020-99-99", "x: 2020-01-01", "x: !!int abc", "x: !!python/object:os.system {}", "1: 2",
+        "[1, 2]", "", "x: 2020-99-99", "x: 2020-01-01", "x: !!int abc", "x: !!python/object:os.system {}", "1.5: 2",
         f"x: {10**30}", "x: &m {a: *m}", "x: &a [1]\ny: *a", "x: " + "[" * 100_000 + "]" * 100_000,
         "x: " + "[" * 60 + "]" * 60, "x: '" + "a" * 2_000_000 + "'", "x: 0x_",
     ],

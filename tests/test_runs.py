@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from vae_lightning.config import ConfigError, UserError
 from vae_lightning.models.base import ShapeError
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint, load_run, open_run
+from vae_lightning.runs.resume import check_files
 from vae_lightning.training.train import train
 
 
@@ -202,6 +204,56 @@ def test_loaded_model_accepts_common_image_formats(run: Path, mnist: torch.Tenso
     assert vae.decode([0.5, 0, 1]).mean.shape == (1, 28, 28)
     assert vae.decode([[0.5, 0, 1]] * 2).mean.shape == (2, 1, 28, 28)
     assert vae.log_joint(grey, torch.zeros(2, 3).tolist()).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "environment.json", "train.log", "checkpoints"])
+def test_a_new_run_keeps_existing_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match=rf"contains {name}; a run needs a directory of its own"):
+        RunDirectory(tmp_path).create({})
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_reopen_keeps_the_evaluations_of_earlier_weights(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.create({"trainer": {"callbacks": [{"scheduling": {0: 2}}]}, "model": {}, "data": {}, "seed": 0})
+    assert run.read_config()["trainer"]["callbacks"] == [{"scheduling": {0: 2}}], "integer keys survive"
+    for number, metrics in enumerate([{"epochs": 1}, {"epochs": 1}, {"epochs": "../../evil"}, {}]):
+        run.evaluations.mkdir()
+        (run.evaluations / "a.json").write_text(str(number))
+        run.evaluation_file.write_text(str(number))
+        run.metrics_file.write_text(json.dumps(metrics))
+        run.reopen({})
+        assert run.state == "unfinished"
+    endings = {"1_epochs": 0, "1_epochs_2": 1, "unfinished": 2, "unfinished_2": 3}
+    assert {path.name for path in tmp_path.glob("evaluation*")} == {
+        name for ending in endings for name in (f"evaluation_{ending}.json", f"evaluations_{ending}")
+    }
+    for ending, number in endings.items():
+        assert (tmp_path / f"evaluation_{ending}.json").read_text() == str(number)
+        assert (tmp_path / f"evaluations_{ending}" / "a.json").read_text() == str(number)
+
+
+def test_resume_writes_through_no_link_to_files_of_others(run: Path, tmp_path: Path) -> None:
+    handed, mine = RunDirectory(tmp_path / "handed"), RunDirectory(run)
+    handed.create(mine.read_config())
+    handed.checkpoints.symlink_to(mine.checkpoints)  # checkpoints of another run
+    with pytest.raises(RunError, match="checkpoints: is a link; a resumed run would write through it"):
+        check_files(handed)
+    handed.checkpoints.unlink()
+    (tmp_path / "empty").mkdir()
+    handed.checkpoints.symlink_to(tmp_path / "empty")
+    with pytest.raises(RunError, match="is a link"):
+        check_files(handed)
+    elsewhere = tmp_path / "elsewhere"
+    mine.checkpoints.rename(elsewhere)
+    mine.checkpoints.symlink_to(elsewhere)  # this run's own, moved to another disk
+    check_files(mine)
+    os.mkfifo(mine.path / "train.fifo")
+    with pytest.raises(RunError, match=r"train\.fifo: is neither a file nor a directory"):
+        check_files(mine)
 
 
 @pytest.mark.parametrize("shape", [(28, 27), (2, 3, 28, 28), (784,), (1, 1, 1, 28, 28), (28,), ()])

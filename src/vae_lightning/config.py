@@ -161,6 +161,6 @@ def _check_value(hint: Any, value: Any, key: str) -> None:
         # There is an error for each member of a union and each element of a list: repeat no message.
         wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
         wanted = wanted if wanted.startswith(("Value", "List", "String")) else f"should be {wanted}"
-        given = "null" if value is None else value
+        given = "null" if value is None else str(value) if len(str(value)) <= 200 else f"{str(value)[:200]}…"
         near = did_you_mean(value, re.findall("'(.+?)'", wanted))  # the choices of a Literal stand in quotes
         raise ConfigError(f"{key}={given}: {wanted}{near}") from None

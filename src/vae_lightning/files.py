@@ -65,11 +65,12 @@ def errors_name(path: Path) -> Iterator[None]:
 @contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
     """Yield an empty directory, whose files are moved into `directory` if the block raises no error."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=partial_path(directory / "-").name) as scratch:
-        yield Path(scratch)
-        for file in Path(scratch).iterdir():
-            os.replace(file, directory / file.name)
+    with errors_name(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=partial_path(directory / "-").name) as scratch:
+            yield Path(scratch)
+            for file in Path(scratch).iterdir():
+                os.replace(file, directory / file.name)
 
 
 def partial_path(path: Path) -> Path:
@@ -104,10 +105,16 @@ def is_running(process: int) -> bool:
     return True
 
 
+class PlainDumper(yaml.SafeDumper):
+    """Writes a list that stands in two places twice instead of as an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def as_yaml(content: dict[str, Any]) -> str:
     """Return `content` as YAML without aliases, which `read_yaml` refuses."""
-    copied = json.loads(json.dumps(content))  # a list that stands in two places becomes two lists
-    return yaml.safe_dump(copied, sort_keys=False)
+    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -126,13 +133,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _read(path, _load_yaml)
 
 
-def _read(path: Path, load: Any) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """Read a text file of limited size. Raises FileError for anything else, such as a pipe or a device."""
     try:
         if not path.is_file():
             raise ValueError("no such file")
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes, and at most {LARGEST} are allowed")
-        content = load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+
+def _read(path: Path, load: Any) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        content = load(text)
         if not isinstance(content, dict):
             raise ValueError("its content is not a dictionary")
         _check_plain(content)
@@ -158,8 +174,8 @@ def _check_plain(tree: Any, depth: int = 0) -> None:
         raise ValueError("it is nested too deeply")
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if not isinstance(key, str):
-                raise ValueError(f"the key {key} is not a string")
+            if not isinstance(key, str | int):
+                raise ValueError(f"the key {key} is neither a string nor an integer")
             _check_plain(value, depth + 1)
     elif isinstance(tree, list):
         for value in tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class RunDirectory:
 
         The checkpoint of a directory is the best one, or the last one if there is no best one yet.
         """
+        if str(path) == "":
+            raise RunError("run=: should be a run directory, a checkpoint or latest")
         path = newest_run(Path("outputs")) if str(path) == "latest" else Path(path)
         if path.suffix == ".ckpt" and not path.is_dir():
             run = cls(path.absolute().parent.parent)  # checkpoints/ and the file itself may be links
@@ -85,12 +88,16 @@ class RunDirectory:
         return "finished" if metrics and not metrics.get(UNFINISHED) else "unfinished"
 
     def create(self, config: dict[str, Any]) -> None:
-        """Create the directory with its config.yaml. Raises RunError if it has a run or other directories already."""
+        """Create the directory with its config.yaml.
+
+        Raises RunError if the directory has a run, files with the names of a run's files, or other directories.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        files = vars(self).values()
+        others = [p.name for p in self.path.iterdir() if p in files or (p.is_dir() and not p.name.startswith("."))]
         around = Path.cwd().is_relative_to(self.path.resolve()) and any(self.path.iterdir())
         if self.state == "new" and (others or around):
-            what = f"contains {min(others)}/" if others else "is the current directory or a parent of it"
+            what = f"contains {min(others)}" if others else "is the current directory or a parent of it"
             raise RunError(f"{self}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
         try:
             self.write_config(config, new=True)  # if two jobs choose the same directory, one of them fails
@@ -100,14 +107,18 @@ class RunDirectory:
     def reopen(self, config: dict[str, Any]) -> None:
         """Mark the run as unfinished, with `config`.
 
-        Its metrics are kept until there are new ones. Its evaluations get the number of epochs so far in their names.
+        Its metrics are kept until there are new ones. Its evaluations, which are of earlier weights, are renamed: they
+        get the number of epochs of the finished run, or a number, in their names.
         """
-        if self.state == "finished":
-            metrics = read_json(self.metrics_file)
+        metrics = read_json(self.metrics_file) if self.state == "finished" else {}
+        epochs = metrics.get("epochs")
+        ending = f"{epochs}_epochs" if isinstance(epochs, int) else "unfinished"
+        for path in (self.evaluation_file, self.evaluations):
+            if path.exists():
+                names = (f"{path.stem}_{ending}{f'_{n}' if n > 1 else ''}" for n in itertools.count(1))
+                os.replace(path, next(new for name in names if not (new := path.with_stem(name)).exists()))
+        if metrics:
             write_json(self.metrics_file, metrics | {UNFINISHED: True})
-            for path in (self.evaluation_file, self.evaluations):
-                if path.exists():
-                    os.replace(path, path.with_stem(f"{path.stem}_{metrics.get('epochs')}_epochs"))
         self.write_config(config)
 
     def remove_partial(self) -> None:

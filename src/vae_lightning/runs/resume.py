@@ -21,7 +21,7 @@ from vae_lightning.config import ConfigError, flatten
 from vae_lightning.files import FileError
 from vae_lightning.runs.directory import RunDirectory, RunError, newest_run
 from vae_lightning.runs.environment import describe_code
-from vae_lightning.runs.loading import trusted_config
+from vae_lightning.runs.loading import load_checkpoint, trusted_config
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
     if resume not in (None, "auto"):
         run = RunDirectory(as_path(resume, "resume").resolve())
         before = trusted_config(run, trust, PARTS)
-        check_links(run)
+        check_files(run)
         changed = _changed(before, run, config, given)
         longer = changed["trainer"].get("max_epochs") != before["trainer"].get("max_epochs")
         untested = changed["test"] and not before.get("test", True)
@@ -82,7 +82,7 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
         return RunPlan(config, found, finished=True)
     if resume is None:
         raise RunError(f"{found}: contains a run that is not finished; use resume={found} or resume=auto")
-    check_links(found)
+    check_files(found)
     return RunPlan(config, found, resume=True)
 
 
@@ -99,16 +99,31 @@ def as_path(value: Any, key: str) -> Path:
     return newest_run(Path("outputs")) if value == "latest" else Path(str(value))
 
 
-def check_links(run: RunDirectory) -> None:
-    """Raise RunError for a link in a run directory, because a resumed run would write to another place.
+def check_files(run: RunDirectory) -> None:
+    """Raise RunError for a link, through which a resumed run would write to another place, and for a pipe or device.
 
-    `checkpoints/` may be a link to a directory on another disk if that contains only this run's checkpoints.
+    `checkpoints/` may be a link to a directory on another disk if this run has written the last checkpoint there.
     """
     known = (run.last_checkpoint, run.best_checkpoint, run.previous_checkpoint)
-    for path in filter(Path.is_symlink, run.path.iterdir()):
-        files = path.iterdir() if path == run.checkpoints and path.is_dir() else [path]
-        if not all(file in known and not file.is_symlink() for file in files):
-            raise RunError(f"{path}: is a link; a resumed run would write through it")
+    for path in run.path.iterdir():
+        if path.is_symlink():
+            linked = path == run.checkpoints and path.is_dir()
+            files = list(path.iterdir()) if linked else [path]
+            if not all(file in known and not file.is_symlink() for file in files) or not is_own(
+                run.last_checkpoint, run
+            ):
+                raise RunError(f"{path}: is a link; a resumed run would write through it")
+        elif not (path.is_file() or path.is_dir()):
+            raise RunError(f"{path}: is neither a file nor a directory")
+
+
+def is_own(checkpoint: Path, run: RunDirectory) -> bool:
+    """Return whether `run` has written this checkpoint, which contains the run directory's path."""
+    try:
+        written_by = load_checkpoint(checkpoint)["progress"]["directory"]
+        return Path(written_by).resolve() == run.path.resolve()
+    except (RunError, KeyError, TypeError):
+        return False
 
 
 def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
