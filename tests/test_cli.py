@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, DATA, ROOT
 
-from vae_lightning.launch.commands import starting
+from vae_lightning.launch.commands import importing
 
 STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
 PLATEAU = "_target_: torch.optim.lr_scheduler.ReduceLROnPlateau"
@@ -43,7 +43,7 @@ REFUSED = [
     (f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]", ["EarlyStopping.monitor=val/los", "did you mean val/loss?"]),
     (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
     ("model.backbone=conv", ["model.backbone=conv", "Say model/backbone=conv"]),
-    ("--config-name=generate", ["--config-name=generate", "configuration of its own"]),
+    ("--config-name=generate", ["--config-name=generate", "its own configuration"]),
     ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
     ("trainer.callbacks=[true]", ["trainer.callbacks.0=True", "_target_: class"]),
     ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
@@ -99,7 +99,7 @@ def test_an_anomaly_is_a_line(command) -> None:
 
 
 def test_a_key_that_another_word_takes_away(command) -> None:
-    assert command("~model", "model.latent_dim=2").err == "model.latent_dim=2: ~model takes it away\n"
+    assert command("~model", "model.latent_dim=2").err == "model.latent_dim=2: ~model removes this key\n"
 
 
 @pytest.mark.proof
@@ -110,7 +110,7 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
 
 
 def test_an_interruption_of_the_imports_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, starting():
+    with pytest.raises(SystemExit) as stop, importing():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 

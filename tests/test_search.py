@@ -70,7 +70,7 @@ class Trials:
 @pytest.fixture
 def trials(monkeypatch) -> Trials:
     stand_in = Trials()
-    monkeypatch.setattr(searching, "train_apart", stand_in)
+    monkeypatch.setattr(searching, "train_in_subprocess", stand_in)
     return stand_in
 
 
@@ -117,7 +117,7 @@ def test_a_trial_that_was_killed_is_resumed_the_next_time(config, trials: Trials
 
 def test_a_search_in_which_all_fails_says_so(config, trials: Trials, tmp_path: Path) -> None:
     trials.fails = {0, 1}
-    with pytest.raises(RunError, match="none of 2 trials came to an end"):
+    with pytest.raises(RunError, match="none of 2 trials finished"):
         search(config(), tmp_path / "search", **OPTIONS | {"trials": 2})
 
 
@@ -140,7 +140,7 @@ def test_a_space_that_makes_no_sense_is_refused(config, space, message) -> None:
 
 
 def test_a_search_needs_images_to_validate_on(config, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.val_size=0: a search needs images to validate on"):
+    with pytest.raises(ConfigError, match=r"data\.val_size=0: a search needs validation images"):
         search(config("data.val_size=0"), tmp_path / "search", **OPTIONS)
     assert not (tmp_path / "search").exists()
 

@@ -16,9 +16,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 
-from vae_lightning.launch.jobs import resume_word
-from vae_lightning.launch.sweeps import FAILED, SWEEP, note_failure, report_failures, share_of_machine
+from vae_lightning.launch.jobs import resume_override
+from vae_lightning.launch.sweeps import FAILED, SweepDirectory, job_variables, note_failure
+from vae_lightning.training.signals import StopRequest
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 SMALL = [*BRIEF, "trainer.enable_model_summary=false", "model.backbone.hidden=[16]", f"data.root={DATA}"]
@@ -57,7 +59,7 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     killed, refused = first.stderr.splitlines()[-2:]
     assert killed.startswith("job 1 (")
     assert "model.latent_dim=3" in killed
-    assert killed.endswith("killed by SIGKILL; the next time it is resumed")
+    assert killed.endswith("killed by SIGKILL; the same command resumes it")
     assert refused.endswith("model.latent_dim=0: should be greater than or equal to 1.")
     assert not list((tmp_path / "sweep").glob("*/.*")), "nothing half-written"
     before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
@@ -126,27 +128,32 @@ def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch, laun
 def test_gpus_are_assigned_in_turn(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    shares = [share_of_machine(job, "auto", None, gpus_in_turn=True) for job in range(4)]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "2", "0"]
+    jobs = [job_variables(job, "auto", None, assign_gpu=True) for job in range(4)]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in jobs] == ["0", "1", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert share_of_machine(3, 1, 4, gpus_in_turn=True) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "4"}
-    assert share_of_machine(3, 2, None, gpus_in_turn=True) == {}, "a job of two devices chooses them itself"
-    assert share_of_machine(3, 1, None, gpus_in_turn=False) == {}, "Slurm and Ray assign them"
+    assert job_variables(3, 1, 4, assign_gpu=True) == {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "4"}
+    assert job_variables(3, 2, None, assign_gpu=True) == {}, "a job of two devices chooses them itself"
+    assert job_variables(3, 1, None, assign_gpu=False) == {}, "Slurm and Ray assign them"
 
 
 def test_paths_of_all_characters_pass_the_shell_and_hydra_s_grammar() -> None:
     for path in ("/a b/c", "/a'b", "/a=b,c", "/a\\b", "/[x]{y}", "/ä(1)", "/plain"):
-        (word,) = shlex.split(resume_word(Path(path)))
+        (word,) = shlex.split(resume_override(Path(path)))
         (override,) = OverridesParser.create().parse_overrides([word])
         assert override.value() == path
 
 
-def test_failures_come_in_the_order_of_their_jobs(tmp_path: Path, monkeypatch) -> None:
+def test_failed_jobs_are_reported_in_their_order(tmp_path: Path, capsys) -> None:
+    config, callback = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), SweepDirectory()
     for job in (10, 9, 1):
         note_failure(tmp_path, job, ["seed=1"], "why")
-    monkeypatch.setenv(SWEEP, str(tmp_path))
-    assert report_failures() == [f"job {job} (seed=1): why" for job in (1, 9, 10)]
-    assert report_failures() == [], "said once"
+    with pytest.raises(SystemExit, match="2"):
+        callback.on_multirun_end(config)
+    assert capsys.readouterr().err == "".join(f"job {job} (seed=1): why\n" for job in (1, 9, 10))
+    with StopRequest().listening():
+        callback.on_multirun_start(config)  # the sweep is run again
+    callback.on_multirun_end(config)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.proof

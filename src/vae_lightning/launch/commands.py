@@ -1,12 +1,13 @@
-"""The six commands: `python train.py` and `vae-train` are the same function, and so on.
+"""The six commands: `python train.py` and `vae-train` call the same function, and so on.
 
-Nothing heavy is imported here before a command runs. `python -m vae_lightning.launch.commands` is the first of them.
+Heavy imports wait until a command runs. `python -m vae_lightning.launch.commands` is `train`, for subprocesses.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +15,13 @@ from typing import Any
 
 
 @contextmanager
-def starting() -> Iterator[None]:
-    """Around a command's imports: classes in the current directory can be named, and garbage collection waits.
+def importing() -> Iterator[None]:
+    """Set up the imports of a command: classes in the current directory are found, and garbage collection is off.
 
-    None of what imports make is garbage; looking for it takes a fifth of the time to start.
+    Imports create no garbage, and looking for it takes a fifth of the time to start.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
@@ -29,21 +29,20 @@ def starting() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def train() -> None:
     """Train a model and leave a run directory; the last line printed is its path."""
-    with starting():
+    with importing():
         import hydra
 
         from vae_lightning.launch.cli import CONF, one_line_errors
-        from vae_lightning.launch.jobs import run_job, train_given
+        from vae_lightning.launch.jobs import run_job, run_worker
         from vae_lightning.launch.sweeps import RUN
-    with one_line_errors("train"):
+    with one_line_errors():
         if RUN in os.environ:
-            return train_given()
+            return run_worker()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
 
 
@@ -55,9 +54,7 @@ def evaluate() -> None:
 
     conf/evaluate.yaml lists the options, docs/numbers.md explains the numbers.
     """
-    with starting():
-        from vae_lightning.analysis.evaluation import evaluate_run
-    run_command("evaluate", evaluate_run, evaluate.__doc__)
+    run_command(evaluate, "vae_lightning.analysis.evaluation:evaluate_run")
 
 
 def generate() -> None:
@@ -75,9 +72,7 @@ def generate() -> None:
 
     conf/generate.yaml lists the options.
     """
-    with starting():
-        from vae_lightning.analysis.generation import generate_run
-    print(run_command("generate", generate_run, generate.__doc__))
+    print(run_command(generate, "vae_lightning.analysis.generation:generate_run"))
 
 
 def report() -> None:
@@ -89,11 +84,9 @@ def report() -> None:
 
     report.md, report.csv, report.tex and the pictures go into `to`; the last line printed is that directory.
     """
-    with starting():
-        from vae_lightning.analysis.reports import report as write_report
     runs = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in runs]
-    print(run_command("report", write_report, report.__doc__, **({"runs": runs} if runs else {})))
+    print(run_command(report, "vae_lightning.analysis.reports:report", **({"runs": runs} if runs else {})))
 
 
 def explore() -> None:
@@ -103,9 +96,7 @@ def explore() -> None:
     python explore.py run=outputs/…                # then open http://127.0.0.1:8000
     python explore.py run=outputs/… port=8080
     """
-    with starting():
-        from vae_lightning.analysis.explorer import explore_run
-    run_command("explore", explore_run, explore.__doc__)
+    run_command(explore, "vae_lightning.analysis.explorer:explore_run")
 
 
 def export() -> None:
@@ -114,20 +105,20 @@ def export() -> None:
     pip install -e '.[export]'
     python export.py run=outputs/…
     """
-    with starting():
-        from vae_lightning.analysis.exporting import export_run
-    print(run_command("export", export_run, export.__doc__))
+    print(run_command(export, "vae_lightning.analysis.exporting:export_run"))
 
 
-def run_command(name: str, function: Callable[..., Any], documentation: str | None, **given: Any) -> Any:
-    """Call `function` with the options of conf/NAME.yaml as the command line changes them, and with `given`."""
-    with starting():
+def run_command(command: Callable[[], None], function: str, **given: Any) -> Any:
+    """Call `module:function` with the options in conf/<command>.yaml, changed by the command line and by `given`."""
+    with importing():
         from vae_lightning.config import check_arguments
         from vae_lightning.launch.cli import command_line, one_line_errors
-    with one_line_errors(name):
-        options = command_line(name, documentation, given)
-        check_arguments(function, options, "")
-        return function(**options)
+
+        target = pkgutil.resolve_name(function)
+    with one_line_errors():
+        options = command_line(command.__name__, command.__doc__, given)
+        check_arguments(target, options, "")
+        return target(**options)
 
 
 if __name__ == "__main__":

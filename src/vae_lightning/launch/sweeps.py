@@ -1,7 +1,8 @@
-"""Train a run in a process of its own, and report at the end of a sweep which of its jobs failed."""
+"""Train a run in a subprocess, and report the failed jobs at the end of a sweep."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -21,130 +22,112 @@ from vae_lightning.config import UserError
 from vae_lightning.runs.resume import RunPlan
 from vae_lightning.training.signals import Interrupted, StopRequest
 
-RUN = "VAE_LIGHTNING_RUN"  # the run directory that a process is to train: see jobs.train_given
-SWEEP = "VAE_LIGHTNING_SWEEP"  # a sweep's directory, for the report at its end
-FAILED = "failed"  # in a sweep's directory: a file for each job that is not a finished run
-PATIENCE = 60  # seconds between asking a process to stop and killing it
+RUN = "VAE_LIGHTNING_RUN"  # environment variable: the run directory that a subprocess trains, see jobs.run_worker
+FAILED = "failed"  # in a sweep's directory: one file for each failed job
+PATIENCE = 60  # seconds between SIGTERM and SIGKILL
 
 
 class JobError(UserError):
-    """A run that ended without a result; `interrupted` if it can be resumed."""
+    """A run that ended without a result. `interrupted` if it can be resumed."""
 
     def __init__(self, reason: str, interrupted: bool = False) -> None:
         super().__init__(reason)
         self.interrupted = interrupted
 
 
-def train_apart(
+def train_in_subprocess(
     plan: RunPlan,
-    environment: Mapping[str, str],
+    variables: Mapping[str, str],
     timeout: float | None = None,
     watch: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train a run in a process of its own, and wait for it. Returns whether `watch`, called twice a second, ended it.
+    """Train a run in a subprocess, wait for it, and return whether `watch` stopped it.
 
-    Raises JobError with the last line that the process printed where it failed, was killed, or took longer than
-    `timeout` seconds, and Interrupted where a signal asked this process to stop, which is passed on.
+    `variables` are added to its environment. `watch` is called twice a second, and returns True to stop the run.
+    Raises JobError with the subprocess's last line of error output if it failed, was killed, or ran longer than
+    `timeout` seconds. Raises Interrupted if a signal asked this process to stop; the subprocess is stopped too.
     """
     (plan.run.write_config if plan.resume else plan.run.create)(plan.config)
+    # With SLURM_* Lightning would act as one of several tasks; HYDRA_FULL_ERROR replaces the error line by a traceback.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "HYDRA_FULL_ERROR"}
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), RUN: str(plan.run.path.absolute())}
+    end, stopped = time.monotonic() + (timeout or float("inf")), False
     with StopRequest().listening(), tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "vae_lightning.launch.commands"],
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=child_environment() | {RUN: str(plan.run.path.absolute()), **environment},
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            env={**inherited, **own, **variables},
+            preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
         )
         try:
-            ended = _wait(process, timeout, watch)
+            while process.poll() is None and not (stopped := watch()):
+                if time.monotonic() > end:
+                    raise JobError(f"took longer than timeout={timeout:.0f}s and was stopped")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
         finally:
-            _stop(process)
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         errors.seek(0)
-        lines = errors.read().strip().splitlines() or ["without a word"]
+        last_line = (errors.read().strip().splitlines() or ["no error output"])[-1]
     status = process.returncode
-    if ended or status == 0:
-        return ended
+    if stopped or status == 0:
+        return stopped
     if status == 2 and not plan.resume and not plan.run.environment_file.exists():
-        plan.run.config_file.unlink()  # refused before anything was written
+        plan.run.config_file.unlink()  # the configuration was refused, and nothing else was written
     if status < 0:
-        raise JobError(f"killed by {signal.Signals(-status).name}; the next time it is resumed", interrupted=True)
+        raise JobError(f"killed by {signal.Signals(-status).name}; the same command resumes it", interrupted=True)
     known = status in (2, Interrupted.status)
-    raise JobError(lines[-1] if known else f"exit status {status}: {lines[-1]}", status == Interrupted.status)
+    raise JobError(last_line if known else f"exit status {status}: {last_line}", status == Interrupted.status)
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of a process that trains; it finds the same modules.
-
-    Without Slurm's variables, from which Lightning would conclude that it is one of several tasks, without
-    HYDRA_FULL_ERROR, which would have it print a traceback in place of its reason, and without the sweep's directory,
-    where it would find the reasons of other jobs.
-    """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    for name in ("HYDRA_FULL_ERROR", SWEEP):
-        environment.pop(name, None)
-    return environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def _wait(process: subprocess.Popen[bytes], timeout: float | None, watch: Callable[[], bool]) -> bool:
-    end = time.monotonic() + (timeout or float("inf"))
-    while True:
-        try:
-            process.wait(0.5)
-            return False
-        except subprocess.TimeoutExpired:
-            if time.monotonic() > end:
-                raise JobError(f"took longer than timeout={timeout:.0f}s; the next time it is resumed") from None
-            if watch():
-                return True
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _end_with_parent() -> None:
-    """In the child: have Linux send SIGTERM when the process that waits for it is gone."""
+def _stop_with_parent() -> None:
+    """Make Linux send SIGTERM to this subprocess when the process that waits for it ends."""
     pr_set_pdeathsig = 1  # <sys/prctl.h>
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def share_of_machine(job: int, devices: Any, cpus: int | None, gpus_in_turn: bool) -> dict[str, str]:
-    """Environment of job `job` among others on this machine: its number of threads, and one of several GPUs.
+def job_variables(job: int, devices: Any, cpus: int | None, assign_gpu: bool) -> dict[str, str]:
+    """Return the environment variables of one of several jobs on this machine: its number of threads and its GPU.
 
-    `gpus_in_turn` is for launchers that assign no GPUs themselves; a job of several devices chooses them itself.
+    `assign_gpu` assigns the GPUs in turn, for launchers that do not assign them. A job of several devices gets all.
     """
-    environment = {"OMP_NUM_THREADS": str(cpus)} if cpus else {}
-    if gpus_in_turn and devices in (1, "auto"):
+    variables = {"OMP_NUM_THREADS": str(cpus)} if cpus else {}
+    if assign_gpu and devices in (1, "auto"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
         gpus = [gpu for gpu in visible.split(",") if gpu]
         if len(gpus) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
-    return environment
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
+    return variables
 
 
 def note_failure(sweep: Path, job: int, overrides: Sequence[str], reason: str) -> None:
-    """Write down in a sweep's directory that a job failed, and why, for the report at its end."""
+    """Write the reason of a failed job into the sweep's directory, for the report at the end."""
     (sweep / FAILED).mkdir(parents=True, exist_ok=True)
     (sweep / FAILED / f"{job}.txt").write_text(f"job {job} ({' '.join(overrides)}): {reason}\n", encoding="utf-8")
 
 
 class SweepDirectory(Callback):
-    """Hydra's callback at the start of a sweep: notes its directory, and removes the failures of the time before."""
+    """Hydra callback: print one line for each failed job at the end of a sweep, and exit with status 2."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        directory = Path(config.hydra.sweep.dir).absolute()
-        os.environ[SWEEP] = str(directory)
-        for file in (directory / FAILED).glob("*.txt"):
+        for file in failures(config):  # of an earlier start
             file.unlink()
-        StopRequest().listen()  # jobs that train have their own; this is for the process that waits for them
+        StopRequest().listen()  # for the process that waits; jobs install their own handlers
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        files = failures(config)
+        for file in files:
+            print(file.read_text(encoding="utf-8").strip(), file=sys.stderr)
+        if files:
+            raise SystemExit(2)
 
 
-def report_failures() -> list[str]:
-    """At the end of a sweep: a line for each job that failed, what it was to do and why it did not. Else nothing."""
-    files = list((Path(os.environ.pop(SWEEP, os.devnull)) / FAILED).glob("*.txt"))
-    return [file.read_text(encoding="utf-8").strip() for file in sorted(files, key=lambda file: int(file.stem))]
+def failures(config: DictConfig) -> list[Path]:
+    """Return the files that `note_failure` wrote into a sweep's directory, in the order of the jobs."""
+    return sorted((Path(config.hydra.sweep.dir) / FAILED).glob("*.txt"), key=lambda file: int(file.stem))
