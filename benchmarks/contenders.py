@@ -1,18 +1,18 @@
-"""Ways to train the same VAE on the same images, each a process of its own that trains an epoch when it is asked to.
+"""Ways to train the same VAE on the same images. Each is a subprocess that trains one epoch per request.
 
-    textbook    what tutorials do: torchvision's data set, a DataLoader, Adam as it comes, three `.item()` and three
-                TensorBoard scalars a step
+    textbook    as in tutorials: torchvision's data set, a DataLoader, default Adam, three `.item()` and three
+                TensorBoard scalars per step
     textbook_4  the same, with four worker processes
-    plain       the best that one writes by hand: images in memory, index look-ups, fused Adam, no logging
-    train.py    this project's own path, with all of it on: metrics, TensorBoard, history, health, checkpoints, pictures
-    jax         a whole epoch in one jitted scan, where jax is installed
-    pythae      Pythae's trainer, where pythae is installed
-    limit       the matrix products of the MLP and fused Adam, and nothing else
+    plain       a fast loop by hand: images in memory, selected by index, fused Adam, no logging
+    train.py    this project, with metrics, TensorBoard, history, health, checkpoints and pictures
+    jax         one epoch in one jitted scan, if jax is installed
+    pythae      Pythae's trainer, if pythae is installed
+    limit       only the matrix products of the MLP and fused Adam
 
-    python benchmarks/contenders.py plain mlp_200 100 cpu   # answers each line on stdin with the seconds of an epoch
+    python benchmarks/contenders.py plain mlp_200 100 cpu   # trains an epoch for each line on stdin
 
-All have the same networks, batch size, learning rate and loss; all but `textbook` and `pythae` have `steady_cpu`, which
-`plain` owes to this project.
+All have the same networks, batch size, learning rate and loss. All but `textbook` and `pythae` call this project's
+`steady_cpu`, `plain` included.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from vae_lightning.training.train import steady_cpu, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20), "tiny_20": ("mlp", 20)}
-TINY = [8, 8]  # hidden layers of tiny_20: next to no arithmetic, and all that is around it
+TINY = [8, 8]  # hidden layers of tiny_20: little arithmetic, so that the overhead is measured
 Epoch = Callable[[], object]  # trains for one epoch
 
 
 def networks(system: str) -> Backbone:
-    """784-400-400-2d / d-400-400-784, or two convolutions, 32 and 64, with a hidden layer of 256."""
+    """Build 784-400-400-2d / d-400-400-784, or two convolutions (32 and 64 channels) with a hidden layer of 256."""
     backbone, latent_dim = SYSTEMS[system]
     hidden: dict[str, Any] = {"hidden": TINY} if system == "tiny_20" else {}
     return (MLP if backbone == "mlp" else Conv)(latent_dim=latent_dim, encoder_outputs=2 * latent_dim, **hidden)
 
 
 class PlainVAE(nn.Module):
-    """As one writes it in twenty lines."""
+    """A VAE in twenty lines of plain PyTorch."""
 
     def __init__(self, system: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PlainVAE(nn.Module):
 
 
 def mnist() -> Tensor:
-    """The training images, `[60000, 1, 28, 28]`, bytes."""
+    """Return the training images, `[60000, 1, 28, 28]`, uint8."""
     (images, _), _ = load_images("MNIST", (ROOT / "data").resolve())
     return images
 
@@ -141,7 +141,7 @@ def pythae(system: str, batch: int, device: str) -> Epoch:
     class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(built.decoder, nn.Sigmoid())  # its loss takes probabilities
+            self.layers = nn.Sequential(built.decoder, nn.Sigmoid())  # Pythae's loss takes probabilities
 
         def forward(self, z: Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.layers(z))
@@ -213,13 +213,13 @@ def jax(system: str, batch: int, device: str) -> Epoch:
 
 def mlp_layers(system: str) -> list[list[nn.Linear]]:
     if SYSTEMS[system][0] != "mlp":
-        raise SystemExit("written for the MLP only")
+        raise SystemExit("supports the MLP only")
     built = networks(system)
     return [[m for m in part.modules() if isinstance(m, nn.Linear)] for part in (built.encoder, built.decoder)]
 
 
 def limit(system: str, batch: int, device: str) -> Epoch:
-    """Forward, weight and input gradients of every layer as matrix products on tensors that are there already."""
+    """Compute outputs, weight gradients and input gradients of every layer as matrix products on allocated tensors."""
     encoder, decoder = mlp_layers(system)
     layers = [layer.to(device) for layer in encoder + decoder]
     parameters = [p for layer in layers for p in layer.parameters()]
@@ -243,7 +243,7 @@ def limit(system: str, batch: int, device: str) -> Epoch:
 
 
 class Turns(Callback):
-    """Lets `train.py` wait for its turn before each epoch, and say how long the last took, checkpoints included."""
+    """Wait for a request before each epoch, and report the time of the last epoch, with its checkpoints."""
 
     started = 0.0
 
@@ -257,7 +257,7 @@ class Turns(Callback):
 
 
 class FirstStep(Callback):
-    """Prints the time of day after the first step, and stops."""
+    """Print the time of day after the first step, and stop."""
 
     def on_train_batch_end(self, trainer, *rest) -> None:
         print("first step", time.time(), flush=True)
@@ -265,7 +265,7 @@ class FirstStep(Callback):
 
 
 def train_config(system: str, batch: int, device: str, callback: str) -> dict[str, Any]:
-    """What `python train.py …` would train, on all 60,000 images, with one callback more."""
+    """Return the configuration of `python train.py …` on all 60,000 images, with one more callback."""
     backbone, latent_dim = SYSTEMS[system]
     overrides = [f"model/backbone={backbone}", f"model.latent_dim={latent_dim}", f"data.batch_size={batch}"]
     overrides += [f"model.backbone.hidden={TINY}"] if system == "tiny_20" else []
@@ -289,13 +289,13 @@ def train_py(system: str, batch: int, device: str) -> None:
 
 
 def finish(device: str) -> None:
-    """Wait for what a GPU has still to do."""
+    """Wait until a GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def answer(seconds: float) -> None:
-    """One line to the process that asked: an epoch's seconds, and this process's peak memory so far."""
+    """Print the seconds of an epoch and this process's peak memory as one line of JSON."""
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "megabytes": megabytes}), file=sys.__stdout__, flush=True)
 
@@ -313,7 +313,7 @@ CONTENDERS = {
 
 def main() -> None:
     name, system, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    if name not in ("textbook", "textbook_4", "pythae"):  # they are as people run them
+    if name not in ("textbook", "textbook_4", "pythae"):  # run as users run them
         steady_cpu()
     torch.manual_seed(0)
     epoch = CONTENDERS[name](system, batch, device)

@@ -1,11 +1,12 @@
-"""How time and memory grow with each size that one may turn up, the others left alone.
+"""Measure how time and memory grow with each size of model and data, with the other sizes fixed.
 
     python benchmarks/growth.py                     # about ten minutes on two cores
     python benchmarks/growth.py --device cuda
-    python benchmarks/growth.py --epochs 200        # instead: memory after each of 200 short epochs of train.py
+    python benchmarks/growth.py --epochs 200        # instead: memory after each of 200 short epochs
 
-Each point is `train(config)` in a process of its own, with all of it on: a first epoch to warm up, and a second that is
-timed. The importance samples are evaluate.py's. Writes docs/images/growth.png and docs/growth.json.
+Each point is `train(config)` in a subprocess, with metrics, logging and checkpoints: a first epoch to warm up, and a
+second epoch that is timed. Importance sampling is that of evaluate.py. Writes docs/growth.json and its plot,
+docs/images/growth.png.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ SIZES = {
     "training_images": [10_000, 30_000, 100_000, 300_000, 1_000_000],
     "importance_samples": [10, 50, 200, 1_000, 5_000],
 }
-STEPS = 100  # timed in each point
+STEPS = 100  # number of timed steps per point
 
 
 class Repeated(MNISTDataModule):
-    """MNIST, over and over: as many training images as asked for."""
+    """MNIST with its training images repeated up to a given number."""
 
     def __init__(self, images: PositiveInt = 60_000, **options: Any) -> None:
         super().__init__(**options)
@@ -59,7 +60,7 @@ class Repeated(MNISTDataModule):
 
 
 class Timed(Callback):
-    """Seconds of each epoch's steps, and the memory in use at its end."""
+    """Print the seconds of each epoch's steps and the memory in use at its end."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -76,14 +77,14 @@ class Timed(Callback):
 
 
 def memory() -> float:
-    """Megabytes that this process has in memory now, or, on a GPU, that PyTorch has taken there at most."""
+    """Return the resident memory of this process in MB, or, on a GPU, the peak memory that PyTorch reserved."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 2**20
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def point(size: str, value: int, device: str) -> None:
-    """Train or evaluate with one size, and print lines of seconds and megabytes."""
+    """Train or evaluate with one size, and print seconds and megabytes as lines of JSON."""
     if size == "importance_samples":
         steady_cpu()
         vae = VAE(latent_dim=20, backbone={"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}).eval()
@@ -114,7 +115,7 @@ def point(size: str, value: int, device: str) -> None:
 
 
 def images_timed(size: str, value: int) -> int:
-    """How many images the seconds of a point are for."""
+    """Return the number of images that the time of a point covers."""
     return (
         100
         if size == "importance_samples"
@@ -125,14 +126,14 @@ def images_timed(size: str, value: int) -> int:
 
 
 def measured(size: str, value: int, device: str) -> list[dict[str, float]]:
-    """The lines of one point, from a process of its own."""
+    """Measure one point in a subprocess, and return the lines that it printed."""
     words = [sys.executable, __file__, "--device", device, "--point", size, str(value)]
     out = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 def plot(results: dict[str, list[dict[str, float]]]) -> Figure:
-    """Time an image above, memory below, a column for each size."""
+    """Plot time per image (top) and memory (bottom), one column per size."""
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(2, len(results), sharex="col", sharey="row")
     for column, (size, points) in zip(axes.T, results.items(), strict=True):
@@ -143,7 +144,7 @@ def plot(results: dict[str, list[dict[str, float]]]) -> Figure:
             axis.grid(alpha=0.3)
             figures.finish(axis)
         column[1].set_xlabel(size.replace("_", " "))
-    axes[0, 0].set_ylabel("µs an image")
+    axes[0, 0].set_ylabel("µs per image")
     axes[1, 0].set(ylabel="MB", ylim=(0, None))
     return figure
 
@@ -169,7 +170,7 @@ def main() -> None:
             last = measured(size, value, options.device)[-1]
             microseconds = 1e6 * last["seconds"] / images_timed(size, value)
             results[size].append({"value": value, "microseconds": microseconds, "megabytes": last["megabytes"]})
-            print(f"{size}={value}: {microseconds:.1f} µs an image, {last['megabytes']:.0f} MB", flush=True)
+            print(f"{size}={value}: {microseconds:.1f} µs per image, {last['megabytes']:.0f} MB", flush=True)
     machine = f"{device_name(torch.device(options.device))}, torch {torch.__version__}"
     (ROOT / "docs" / "growth.json").write_text(json.dumps({"machine": machine, **results}) + "\n")
     figures.save(plot(results), ROOT / "docs" / "images" / "growth.png")

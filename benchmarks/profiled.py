@@ -1,9 +1,9 @@
-"""Where the time of an epoch of `train.py` goes: torch.profiler's operations, in groups.
+"""Profile one epoch of `train.py` with torch.profiler, and print the time of each group of operations.
 
     python benchmarks/profiled.py                   # mlp_200 at batch 100
     python benchmarks/profiled.py conv_20/100
 
-The profiler itself costs time at every operation, so the shares of short ones are upper bounds.
+The profiler adds time to every operation, so the shares of short operations are upper bounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vae_lightning.training.train import train
 
-GROUPS = {  # by the end of an operation's name; the first that fits
+GROUPS = {  # an operation belongs to the first group that has the end of its name
     "matrix products": ("::mm", "::addmm", "::bmm", "onvolution", "onvolution_backward", "mkldnn_convolution"),
     "Adam, all parameters in one kernel": ("_fused_adam_",),
     "Adam, in Python": ("Adam.step", "::_foreach_add_"),
@@ -34,7 +34,7 @@ GROUPS = {  # by the end of an operation's name; the first that fits
 
 
 class OneEpoch(Callback):
-    """Profiles the second epoch, when everything is warm."""
+    """Profile the second epoch, after the warm-up."""
 
     table = ""
 
@@ -52,14 +52,14 @@ class OneEpoch(Callback):
 
 
 def grouped(profiler: profile, seconds: float, steps: int) -> str:
-    """A line for each group: milliseconds a step, and its share of the epoch."""
+    """Return a table with the milliseconds per step of each group and its share of the epoch."""
     times = dict.fromkeys([*GROUPS, "other operations"], 0.0)
     for event in profiler.key_averages():
         fits = [group for group, ends in GROUPS.items() if event.key.endswith(ends)]
         times[fits[0] if fits else "other operations"] += event.self_cpu_time_total / 1e6
-    times["Python, Lightning, and what happens once an epoch"] = seconds - sum(times.values())
+    times["Python, Lightning, and work once per epoch"] = seconds - sum(times.values())
     rows = [[name, f"{1e3 * t / steps:.2f}", f"{100 * t / seconds:.0f} %"] for name, t in times.items()]
-    return tabulate(rows, ["", "ms a step", "share"], tablefmt="pipe", colalign=["left", "right", "right"])
+    return tabulate(rows, ["", "ms per step", "share"], tablefmt="pipe", colalign=["left", "right", "right"])
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     config["trainer"]["max_epochs"] = 2
     with tempfile.TemporaryDirectory() as directory:
         train(config, Path(directory) / "run")
-    from profiled import OneEpoch as profiled  # the copy that the configuration named
+    from profiled import OneEpoch as profiled  # the configuration imported this file a second time, under its own name
 
     print(f"\n{system}, batch {batch}, {torch.get_num_threads()} threads\n\n{profiled.table}")
 

@@ -1,15 +1,15 @@
-"""How fast an epoch is, beside what one would run instead: all at once, and each in its turn.
+"""Compare the speed of an epoch of train.py with other ways to train the same VAE.
 
     python benchmarks/speed.py                                       # every row, five rounds: about half an hour
     python benchmarks/speed.py --rows mlp_200/100 --rounds 10
     python benchmarks/speed.py --contenders plain train.py
-    python benchmarks/speed.py --rows tiny_20/100                    # what is around the arithmetic
+    python benchmarks/speed.py --rows tiny_20/100                    # little arithmetic: the overhead
     python benchmarks/speed.py --device cuda
 
-Each contender (contenders.py) is a process that sleeps until it is its turn; a round is one epoch of each, so that what
-slows the machine for a while slows them all. Ratios are taken round by round. Also: seconds from the start of
-`train.py` to its first step, and what share of the decoder's matrix products evaluate.py reaches. Writes
-the tables in docs/speed.md, docs/speed.json and docs/images/speed.png.
+Each contender (contenders.py) is a subprocess that waits for its turn. A round is one epoch of each, so that a slow
+phase of the machine affects all of them. Ratios are computed per round. Also measures the seconds from the start of
+`train.py` to its first step, and the speed of evaluate.py relative to the decoder's matrix products alone. Writes the
+tables in docs/speed.md, docs/speed.json and docs/images/speed.png.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from vae_lightning.training.train import steady_cpu
 
 EVERY_ROW = [f"{system}/{batch}" for system in SYSTEMS for batch in (100, 1000)]
 ROWS = [row for row in EVERY_ROW if not row.startswith("tiny")]
-SLOW = ("textbook", "textbook_4", "pythae")  # these sit out all but the first rounds
+SLOW = ("textbook", "textbook_4", "pythae")  # these run in the first two rounds only
 
 
 class Contender:
-    """A process that trains an epoch when it is told to."""
+    """A subprocess that trains one epoch per request."""
 
     def __init__(self, name: str, row: str, device: str) -> None:
         system, batch = row.split("/")
@@ -55,14 +55,14 @@ class Contender:
         self.megabytes = 0.0
 
     def epoch(self) -> bool:
-        """Whether it trained one; a contender that is not installed, or not written for this row, does not."""
+        """Train one epoch. Return False if the contender is not installed or does not support this row."""
         assert self.process.stdin
         assert self.process.stdout
         try:
             self.process.stdin.write("epoch\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-            while line and not line.startswith("{"):  # what others print
+            while line and not line.startswith("{"):  # output of other libraries
                 line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -78,7 +78,7 @@ class Contender:
 
 
 def measure(row: str, names: list[str], rounds: int, device: str) -> dict[str, dict[str, Any]]:
-    """Seconds of each epoch, and peak memory, of every contender that runs here; the first epoch warms up."""
+    """Measure seconds per epoch and peak memory of every contender that runs here, after one epoch to warm up."""
     contenders = {name: Contender(name, row, device) for name in names}
     contenders = {name: contender for name, contender in contenders.items() if contender.epoch()}
     for contender in contenders.values():
@@ -93,7 +93,7 @@ def measure(row: str, names: list[str], rounds: int, device: str) -> dict[str, d
 
 
 def summary(found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A line for each contender: seconds, images a second, ratio to the plain loop round by round, memory."""
+    """Return one row per contender: seconds, images per second, ratio to the plain loop in each round, memory."""
     lines = []
     plain = found.get("plain", {}).get("seconds", [])
     for name, figures_of in found.items():
@@ -115,7 +115,7 @@ HEADING = ["contender", "min s", "median s", "max s", "images/s", "min ×", "med
 
 
 def first_step(accelerator: str, times: int = 3) -> list[float]:
-    """Seconds from the start of `python train.py` to the end of its first step."""
+    """Measure the seconds from the start of `python train.py` to the end of its first step."""
     found = []
     for _ in range(times):
         with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +131,7 @@ def first_step(accelerator: str, times: int = 3) -> list[float]:
 
 @torch.inference_mode()
 def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
-    """Importance samples a second of a 784-400-20 VAE, and what its decoder's matrix products alone would allow."""
+    """Measure importance samples per second of a 784-400-20 VAE, and of its decoder's matrix products alone."""
     vae = (
         VAE(latent_dim=20, backbone={"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]})
         .eval()
@@ -155,7 +155,7 @@ def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
 
 
 def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
-    """Median images a second of every contender, a group a row."""
+    """Plot the median images per second of every contender, one group of bars per row."""
     names = list(dict.fromkeys(name for found in results.values() for name in found))
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -164,7 +164,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         x = [i + (n - len(names) / 2) * 0.8 / len(names) for i, _ in rows]
         axes.bar(x, [60_000 / median(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
     axes.set_xticks(range(len(results)), [row.replace("/", "\nbatch ") for row in results], fontsize="small")
-    figures.finish(axes, ylabel="images a second", yscale="log")
+    figures.finish(axes, ylabel="images per second", yscale="log")
     return figure
 
 
@@ -190,15 +190,15 @@ def main() -> None:
     results = {}
     for row in options.rows:
         results[row] = measure(row, options.contenders, options.rounds, options.device)
-        say(f"\n{row.replace('/', ', batch ')}: seconds an epoch of 60,000 images, and × the plain loop\n")
+        say(f"\n{row.replace('/', ', batch ')}: seconds per epoch of 60,000 images, and × the plain loop\n")
         say(tabulate(summary(results[row]), HEADING, tablefmt="pipe", disable_numparse=True, colalign=ALIGN))
     start = first_step("cpu" if options.device == "cpu" else "gpu")
     say(f"\nFrom the start of `python train.py` to its first step: {', '.join(f'{s:.1f}' for s in start)} s.")
     share = evaluation_share(options.device, options.rounds)
     ratios = [100 * a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
     say(
-        f"\nevaluate.py, 784-400-20: {median(share['evaluate']):,.0f} importance samples a second, "
-        f"{median(ratios):.0f} % ({min(ratios):.0f} to {max(ratios):.0f}) of what the decoder's matrix products allow."
+        f"\nevaluate.py, 784-400-20: {median(share['evaluate']):,.0f} importance samples per second, "
+        f"{median(ratios):.0f} % ({min(ratios):.0f} to {max(ratios):.0f}) of the decoder's matrix products alone."
     )
     if options.rows == ROWS:
         write_between(ROOT / "docs" / "speed.md", START, END, lines)

@@ -59,7 +59,7 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     killed, refused = first.stderr.splitlines()[-2:]
     assert killed.startswith("job 1 (")
     assert "model.latent_dim=3" in killed
-    assert killed.endswith("killed by SIGKILL; the same command resumes it")
+    assert killed.endswith("killed by SIGKILL; it can be resumed")
     assert refused.endswith("model.latent_dim=0: should be greater than or equal to 1.")
     assert not list((tmp_path / "sweep").glob("*/.*")), "nothing half-written"
     before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns

@@ -1,1 +1,1 @@
-"""The command line, sweeps, the hyperparameter search, and the processes that they start."""
+"""The command line, sweeps, the hyperparameter search, and their subprocesses."""

@@ -47,18 +47,18 @@ def train() -> None:
 
 
 def evaluate() -> None:
-    """Evaluate a trained VAE; print a table and write evaluation.json into its run directory.
+    """Evaluate a trained VAE: print a table, and write evaluation.json to its run directory.
 
     python evaluate.py run=outputs/vae/2026-11-21_10-00-00-000000
     python evaluate.py run=outputs/… samples=500 split=val
 
-    conf/evaluate.yaml lists the options, docs/numbers.md explains the numbers.
+    conf/evaluate.yaml lists the options; docs/numbers.md explains the metrics.
     """
     run_command(evaluate, "vae_lightning.analysis.evaluation:evaluate_run")
 
 
 def generate() -> None:
-    """Draw one picture of a trained run into its figures/; the last line printed is the picture's path.
+    """Write one picture of a trained run to its figures/; the last line printed is the path of the picture.
 
     python generate.py run=outputs/… what=samples n=100 temperature=0.8
     python generate.py run=outputs/… what=reconstructions images=[3,18,61]
@@ -68,7 +68,7 @@ def generate() -> None:
     python generate.py run=outputs/… what=interpolations
     python generate.py run=outputs/… what=decode z=[0.5,0]
     python generate.py run=outputs/… what=nearest                    # samples above their nearest training images
-    python generate.py run=outputs/… what=walk                       # an animated GIF
+    python generate.py run=outputs/… what=walk                       # animated GIF
 
     conf/generate.yaml lists the options.
     """
@@ -76,13 +76,13 @@ def generate() -> None:
 
 
 def report() -> None:
-    """Make one table and plots of many runs: where their configurations differ, mean ± standard deviation over seeds.
+    """Compare many runs in one table and plots: the keys that differ, and mean ± standard deviation over seeds.
 
     python report.py outputs/sweeps/2026-11-21_10-00-00-000000
     python report.py outputs metrics=[test/loss,test/kl] style=markdown
     python report.py outputs/vae outputs/sweeps to=outputs/report style=latex
 
-    report.md, report.csv, report.tex and the pictures go into `to`; the last line printed is that directory.
+    Writes report.md, report.csv, report.tex and the plots to `to`; the last line printed is that directory.
     """
     runs = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in runs]
@@ -90,7 +90,7 @@ def report() -> None:
 
 
 def explore() -> None:
-    """Serve a page on which to walk through the latent space of a trained run: drag, hover, draw a digit.
+    """Serve a web page that shows the latent space of a trained run: drag, hover, draw a digit.
 
     pip install -e '.[explore]'
     python explore.py run=outputs/…                # then open http://127.0.0.1:8000
@@ -100,7 +100,7 @@ def explore() -> None:
 
 
 def export() -> None:
-    """Write encoder and decoder of a trained run as ONNX and safetensors into its export/, checked against PyTorch.
+    """Write encoder and decoder of a trained run as ONNX and safetensors to its export/, and check them against PyTorch.
 
     pip install -e '.[export]'
     python export.py run=outputs/…

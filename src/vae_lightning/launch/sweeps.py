@@ -81,7 +81,7 @@ def train_in_subprocess(
     if status == 2 and not plan.resume and not plan.run.environment_file.exists():
         plan.run.config_file.unlink()  # the configuration was refused, and nothing else was written
     if status < 0:
-        raise JobError(f"killed by {signal.Signals(-status).name}; the same command resumes it", interrupted=True)
+        raise JobError(f"killed by {signal.Signals(-status).name}; it can be resumed", interrupted=True)
     known = status in (2, Interrupted.status)
     raise JobError(last_line if known else f"exit status {status}: {last_line}", status == Interrupted.status)
 
