@@ -1,4 +1,4 @@
-"""The search: which trials run, which are given up, what is read of the test set, and that it goes on."""
+"""The search: which trials run and are pruned, that only the best is tested, and that a search can be resumed."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 class Trials:
-    """Stands in for training: a loss that falls with the epochs, and is lowest at 9 latent dimensions."""
+    """Replaces training: the loss falls with the epochs, and is lowest with 9 latent dimensions."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, bool]] = []
@@ -74,7 +74,7 @@ def trials(monkeypatch) -> Trials:
     return stand_in
 
 
-def test_a_search_finds_the_best_and_tests_it_alone(config, trials: Trials, tmp_path: Path) -> None:
+def test_a_search_tests_only_the_best_trial(config, trials: Trials, tmp_path: Path) -> None:
     winner = search(config(), tmp_path / "search", **OPTIONS)
     found = json.loads((tmp_path / "search" / "search.json").read_text())
     assert found["run"] == str(winner)
@@ -83,30 +83,30 @@ def test_a_search_finds_the_best_and_tests_it_alone(config, trials: Trials, tmp_
     assert found["test/loss"] == 99
     assert sum(found["trials"].values()) == 12
     assert found["trials"]["fail"] == 1
-    assert found["trials"]["pruned"] >= 2, "those that were worse than the median"
+    assert found["trials"]["pruned"] >= 2, "trials worse than the median"
     assert [number for number, tested in trials.seen if tested] == [int(winner.name)]
     assert sorted(number for number, tested in trials.seen if not tested) == list(range(12))
 
 
-def test_a_search_that_was_stopped_is_resumed(config, trials: Trials, tmp_path: Path) -> None:
+def test_a_stopped_search_is_resumed(config, trials: Trials, tmp_path: Path) -> None:
     trials.interrupts.add(4)
     with pytest.raises(Interrupted):
         search(config(), tmp_path / "search", **OPTIONS)
     search(config(), tmp_path / "search", **OPTIONS)
-    assert [number for number, _ in trials.seen].count(4) == 2, "the trial that was stopped was resumed, where it was"
+    assert [number for number, _ in trials.seen].count(4) == 2, "the stopped trial was resumed in its directory"
     assert len({number for number, _ in trials.seen}) == 12
     found = json.loads((tmp_path / "search" / "search.json").read_text())["trials"]
-    assert (found["fail"], sum(found.values())) == (1, 12), "a trial that was resumed counts once"
+    assert (found["fail"], sum(found.values())) == (1, 12), "a resumed trial counts once"
     seen = len(trials.seen)
-    search(config(), tmp_path / "search", **OPTIONS)  # finished: nothing to do
+    search(config(), tmp_path / "search", **OPTIONS)  # finished: no new trials
     assert len(trials.seen) == seen
-    search(config(), tmp_path / "search", **OPTIONS | {"trials": 14})  # and longer
+    search(config(), tmp_path / "search", **OPTIONS | {"trials": 14})  # more trials
     assert len({number for number, _ in trials.seen}) == 14
     with pytest.raises(RunError, match=r"holds another search \(config.model.beta=1.0, not 2\)"):
         search(config("model.beta=2"), tmp_path / "search", **OPTIONS)
 
 
-def test_a_trial_that_was_killed_is_resumed_the_next_time(config, trials: Trials, tmp_path: Path) -> None:
+def test_a_killed_trial_is_resumed_by_the_same_command(config, trials: Trials, tmp_path: Path) -> None:
     trials.interrupts.add(4)
     trials.interruption = JobError("killed by SIGKILL", interrupted=True)
     for times in (1, 2):
@@ -115,7 +115,16 @@ def test_a_trial_that_was_killed_is_resumed_the_next_time(config, trials: Trials
     assert len({number for number, _ in trials.seen}) == 12
 
 
-def test_a_search_in_which_all_fails_says_so(config, trials: Trials, tmp_path: Path) -> None:
+def test_two_stopped_trials_are_resumed_side_by_side(config, trials: Trials, tmp_path: Path) -> None:
+    trials.interrupts |= {0, 1}
+    trials.interruption = JobError("killed by SIGKILL", interrupted=True)
+    for times in (1, 2):
+        search(config(), tmp_path / "search", **OPTIONS | {"jobs": 2, "trials": 4})
+        seen = [number for number, tested in trials.seen if not tested]
+        assert [seen.count(number) for number in (0, 1)] == [times, times]
+
+
+def test_a_search_without_a_finished_trial(config, trials: Trials, tmp_path: Path) -> None:
     trials.fails = {0, 1}
     with pytest.raises(RunError, match="none of 2 trials finished"):
         search(config(), tmp_path / "search", **OPTIONS | {"trials": 2})
@@ -134,25 +143,25 @@ def test_a_search_in_which_all_fails_says_so(config, trials: Trials, tmp_path: P
         ({"model.latent_dim": {}}, "should be"),
     ],
 )
-def test_a_space_that_makes_no_sense_is_refused(config, space, message) -> None:
+def test_an_invalid_space_is_refused(config, space, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check_space(space, config())
 
 
-def test_a_search_needs_images_to_validate_on(config, tmp_path: Path) -> None:
+def test_a_search_needs_validation_images(config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.val_size=0: a search needs validation images"):
         search(config("data.val_size=0"), tmp_path / "search", **OPTIONS)
     assert not (tmp_path / "search").exists()
 
 
-def test_wrong_options_of_a_search_are_refused(command, tmp_path: Path) -> None:
+def test_invalid_options_of_a_search_are_refused(command, tmp_path: Path) -> None:
     refused = command("hparams_search=optuna", "hparams_search.trials=0")
     assert (refused.code, refused.err) == (2, "hparams_search.trials=0: should be greater than or equal to 1.\n")
     assert not list(tmp_path.rglob("*.*"))
 
 
 @pytest.mark.proof
-def test_a_real_search(command, tmp_path: Path) -> None:
+def test_a_search_with_real_training(command, tmp_path: Path) -> None:
     words = ["hparams_search=optuna", "hparams_search.trials=3", "hparams_search.jobs=2", *BRIEF]
     result = command(*words)
     assert result.code == 0, result.err

@@ -13,7 +13,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -61,12 +63,15 @@ def search(
     check_space(space, config)
     devices = config["trainer"].get("devices", "auto")
     cpus = None if jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // jobs)
-    slots = list(range(jobs))  # numbers of the jobs that are free
+    slots, asking = list(range(jobs)), Lock()  # slots: numbers of the jobs that are free
     stop = StopRequest()
     stop.stepping = True  # the trials run in other threads, and check for a signal themselves
 
-    def run_trial(trial: optuna.Trial) -> float:
-        """Train the run of a trial, report each epoch to Optuna, and stop it early if Optuna prunes it."""
+    def run_trial(_: int) -> None:
+        """Train the run of one trial, report each epoch to Optuna, and stop it early if Optuna prunes it."""
+        stop.check()
+        with asking:  # with SQLite, two threads that ask at the same time could get the same queued trial
+            trial = study.ask()
         run = run_of(trial, directory)
         trial_config = copy.deepcopy(config) | {"test": False}
         for key, choice in space.items():
@@ -90,15 +95,17 @@ def search(
         except JobError as error:
             log.error("trial %s: %s", run.path.name, error)
             trial.set_user_attr("interrupted", error.interrupted)
-            raise
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
         finally:
             slots.append(slot)
         losses = validation_losses(run)
         if pruned:
             log.info("trial %s: pruned after epoch %s", run.path.name, max(losses))
-            raise optuna.TrialPruned
-        log.info("trial %s: val/loss %.2f", run.path.name, min(losses.values()))
-        return min(losses.values())
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            log.info("trial %s: val/loss %.2f", run.path.name, min(losses.values()))
+            study.tell(trial, min(losses.values()))
 
     directory.mkdir(parents=True, exist_ok=True)
     with RunDirectory(directory).locked(), stop.listening():
@@ -119,7 +126,8 @@ def search(
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
                 study.enqueue_trial(trial.params, user_attrs={"directory": name})
         finished = sum(trial.state.is_finished() for trial in latest_trials(study, directory).values())
-        study.optimize(run_trial, max(0, trials - finished), n_jobs=jobs, catch=JobError)
+        with ThreadPoolExecutor(jobs) as threads:
+            list(threads.map(run_trial, range(max(0, trials - finished))))  # raises the first exception of a trial
         return finish(study, directory)
 
 
