@@ -1,4 +1,4 @@
-"""`python train.py …`, as a user types it: what it prints, what it leaves, and how it refuses."""
+"""`python train.py …` on the command line: its output, its files and its errors."""
 
 import subprocess
 import sys
@@ -25,6 +25,8 @@ REFUSED = [
     ("logger=[csv,wndb]", ["logger=wndb", "did you mean wandb?", "Allowed: csv, mlflow"]),
     ("logger.tensorboard=3", ["logger", "dictionary"]),
     ("trainer.logger=false", ["trainer.logger=false", "logger=csv"]),
+    ("model.latent_dim.x=2", ["did you mean model.latent_dim?"]),
+    ("model.batch_size=32", ["did you mean data.batch_size?", "Allowed under model: _target_"]),
     ("data.pixels=gray", ["data.pixels=gray", "'grey', 'dynamic', 'fixed' or 'threshold'", "did you mean grey?"]),
     ("data.name=FashonMNIST", ["data.name=FashonMNIST", "did you mean FashionMNIST?"]),
     ("trainer.accelerator=cuda9", ["trainer.accelerator=cuda9", "did you mean cuda?", "Allowed: auto, gpu"]),
@@ -69,17 +71,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override for override, _ in REFUSED])
-def test_wrong_input_gets_one_clear_line(override: str, words: list[str], command, tmp_path: Path) -> None:
+def test_invalid_input_is_reported_in_one_line(override: str, words: list[str], command, tmp_path: Path) -> None:
     result = command(override)
     assert result.code == 2
     lines = result.err.splitlines()
     assert len(lines) == 1, result.err
     for word in words:
         assert word in lines[0]
-    assert not list(tmp_path.rglob("*.*")), "nothing is left behind"
+    assert not list(tmp_path.rglob("*.*")), "no files are left"
 
 
-def test_what_lightning_refuses_late_leaves_nothing(command, tmp_path: Path) -> None:
+def test_a_late_error_of_lightning_leaves_no_files(command, tmp_path: Path) -> None:
     late = command(f"trainer.callbacks=[{{{STOP}, monitor: health/nothing}}]", *BRIEF)
     assert (late.code, len(late.err.splitlines())) == (2, 1)
     assert "Early stopping conditioned on metric `health/nothing`" in late.err
@@ -90,7 +92,7 @@ def test_what_lightning_refuses_late_leaves_nothing(command, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.rglob("*.*")] == ["slurm.out"]
 
 
-def test_an_anomaly_is_a_line(command) -> None:
+def test_an_anomaly_is_reported_in_one_line(command) -> None:
     result = command(
         "trainer.detect_anomaly=true", "model.learning_rate=1e30", "trainer.enable_model_summary=false", *BRIEF
     )
@@ -98,24 +100,31 @@ def test_an_anomaly_is_a_line(command) -> None:
     assert result.err.splitlines()[-1].startswith("became NaN at step 2: ")
 
 
-def test_a_key_that_another_word_takes_away(command) -> None:
+def test_an_override_of_a_removed_key(command) -> None:
     assert command("~model", "model.latent_dim=2").err == "model.latent_dim=2: ~model removes this key\n"
 
 
+def test_an_unknown_key_below_a_key_with_dots(command) -> None:
+    refused = command("hparams_search=optuna", "hparams_search.space={model.latent_dim: {choices: [2]}}")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "no such key" in refused.err
+    assert "Allowed under hparams_search.space.model.latent_dim: low, high" in refused.err
+
+
 @pytest.mark.proof
-def test_a_reader_that_stops_early_is_no_error() -> None:
+def test_a_closed_output_pipe_is_no_error() -> None:
     words = f"{sys.executable} {ROOT / 'train.py'} --cfg all | head -1"
     done = subprocess.run(words, shell=True, capture_output=True, text=True)
     assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
 
-def test_an_interruption_of_the_imports_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_during_the_imports(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, importing():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
-def test_gpu_on_a_machine_with_none(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_on_a_machine_without_one(command, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("CUDAAccelerator", "MPSAccelerator"):
         monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}.is_available", staticmethod(lambda: False))
     result = command("trainer.accelerator=gpu")
@@ -123,7 +132,7 @@ def test_gpu_on_a_machine_with_none(command, monkeypatch: pytest.MonkeyPatch) ->
     assert result.err == "trainer.accelerator=gpu: PyTorch finds none on this machine. Allowed: auto, cpu\n"
 
 
-def test_an_output_path_through_a_file(command, tmp_path: Path) -> None:
+def test_an_output_path_below_a_file(command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = command("hydra.run.dir=file/run")
     assert result.code == 2
@@ -131,10 +140,10 @@ def test_an_output_path_through_a_file(command, tmp_path: Path) -> None:
     assert len(result.err.splitlines()) == 1
 
 
-def test_a_directory_that_holds_a_run_is_left_alone(command, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_overwritten(command, tmp_path: Path) -> None:
     assert command("hydra.run.dir=run", *BRIEF).code == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "train.log"}
-    assert command("hydra.run.dir=run", *BRIEF).code == 0  # the same: finished, and nothing to do
+    assert command("hydra.run.dir=run", *BRIEF).code == 0  # the same command: the run is finished
     result = command("hydra.run.dir=run", *BRIEF, "model.beta=2")
     assert result.code == 2
     assert "already contains a run with another configuration (model.beta=1.0, not 2)" in result.err
@@ -142,14 +151,14 @@ def test_a_directory_that_holds_a_run_is_left_alone(command, tmp_path: Path) -> 
     assert before == after
 
 
-def test_a_refused_command_removes_nothing_of_the_user_s(command, tmp_path: Path) -> None:
+def test_a_refused_command_keeps_the_user_s_files(command, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.log").write_text("mine")
     assert command("hydra.run.dir=run", "model.latent_dim=0").code == 2
     assert (tmp_path / "run" / "train.log").read_text() == "mine"
 
 
-def test_the_last_line_is_the_run_directory(command, tmp_path: Path) -> None:
+def test_the_last_line_of_output_is_the_run_directory(command, tmp_path: Path) -> None:
     result = command("model.latent_dim=3", *BRIEF)
     assert result.code == 0
     directory = Path(result.out.splitlines()[-1])
@@ -159,17 +168,17 @@ def test_the_last_line_is_the_run_directory(command, tmp_path: Path) -> None:
     assert command("model=autoencoder", *BRIEF).out.splitlines()[-1].startswith(str(tmp_path / "outputs/autoencoder/"))
 
 
-def test_a_file_gets_one_line_an_epoch_and_the_summary(command) -> None:
+def test_output_without_a_terminal_has_one_line_per_epoch(command) -> None:
     result = command("model/backbone=conv", *BRIEF, "trainer.max_epochs=3")
     assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
     assert "[1, 64, 7, 7]" in result.out  # a layer's output shape
     assert "Total params" in result.out
     assert "\r" not in result.out + result.err
     assert "test, grey pixels, cross-entropy and not a likelihood: loss" in result.out
-    assert result.out.count("cross-entropy") == 1, "said once, in the summary"
+    assert result.out.count("cross-entropy") == 1, "once, in the summary"
 
 
-def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None:
+def test_a_failed_job_does_not_stop_a_sweep(command, tmp_path: Path) -> None:
     result = command("-m", "model.latent_dim=0,2", *BRIEF)
     assert result.code == 2
     assert "job 0: model.latent_dim=0" in result.out
@@ -179,8 +188,8 @@ def test_multirun_goes_on_past_a_job_that_fails(command, tmp_path: Path) -> None
 
 
 @pytest.mark.proof
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    """Two at the same moment, from another directory: exit status, streams, and run directories that stay apart."""
+def test_two_processes_at_the_same_time(tmp_path: Path) -> None:
+    """Started from another directory: exit status, output streams and separate run directories."""
     words = [sys.executable, str(ROOT / "train.py"), f"data.root={DATA}", *BRIEF]
     jobs = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     directories = {job.communicate(timeout=300)[0].splitlines()[-1] for job in jobs}

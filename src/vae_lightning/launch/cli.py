@@ -122,10 +122,14 @@ def unknown_key(key: str, cause: BaseException | None) -> str:
         if word.startswith("~") and f"{key}.".startswith(f"{word[1:].partition('=')[0].replace('/', '.')}."):
             return f"{given}: {word} removes this key"
     *path, _ = str(cause.full_key).split(".")
-    root = plain(OmegaConf.select(cause.parent_node, "." * (len(path) + 1)), resolve=False)
-    root.pop("hydra", None)
+    root = cause.parent_node
+    with contextlib.suppress(OmegaConfBaseException):  # raised when there is no parent
+        while True:
+            root = OmegaConf.select(root, "..")
+    known = plain(root, resolve=False)
+    known.pop("hydra", None)
     siblings = [str(name) for name in cause.parent_node if name != "hydra"]
-    near = did_you_mean(key, [*(".".join([*path, name]) for name in siblings), ".".join(path), *flatten(root)])
+    near = did_you_mean(key, [*(".".join([*path, name]) for name in siblings), ".".join(path), *flatten(known)])
     under = f" under {'.'.join(path)}" if path else ""
     return f"{given}: no such key{near} Allowed{under}: {', '.join(siblings) or 'none'}"
 
