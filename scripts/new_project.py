@@ -106,7 +106,7 @@ def main() -> None:
     check(name, root)
     drop(root)
     rename(root, name)
-    for words in (["check", "--fix", "--quiet"], ["format", "--quiet"]):  # a name of another length moves lines
+    for words in (["check", "--fix", "--quiet"], ["format", "--quiet"]):  # line breaks change with the name's length
         subprocess.run([sys.executable, "-m", "ruff", *words, str(root)], check=False)
     print(f"{name} is ready: look at `git status`, commit, and run `make test`")
 

@@ -1,4 +1,4 @@
-"""What the tests share: composed configurations, and `train.py` run in this process."""
+"""Shared fixtures: composed configurations, and commands run in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vae_lightning.training.trainer import TRAINER_DEFAULTS  # noqa: F401 (a par
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
-# A run of seconds: two training batches, one validation batch, one test batch.
+# A run of a few seconds: two training batches, one validation batch, one test batch.
 BRIEF = [
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",
@@ -37,7 +37,7 @@ BRIEF = [
 
 @dataclass
 class Finished:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     code: int
     out: str
@@ -45,17 +45,17 @@ class Finished:
 
 
 @pytest.fixture(autouse=True)
-def _clean_slate() -> Iterator[None]:
+def _clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     handlers = logging.root.handlers.copy()
     yield
     GlobalHydra.instance().clear()
-    logging.root.handlers[:] = handlers  # Hydra's write to this test's streams and run directory
+    logging.root.handlers[:] = handlers  # Hydra's handlers write to this test's streams and run directory
 
 
 @pytest.fixture(autouse=True)
-def _loss_curves_where_they_are_tested(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Two steps of training take less time than the picture of their losses, so most tests go without."""
+def _no_loss_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Skip the plot of losses in most tests: it takes longer than two steps of training."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_figures", "test_training"):
             patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
@@ -63,18 +63,18 @@ def _loss_curves_where_they_are_tested(request: pytest.FixtureRequest) -> Iterat
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    """What `train.py` would hand to `train` for these overrides, on this repository's MNIST and the CPU."""
+    """Return the configuration that `train.py` passes to `train` for these overrides, on the CPU."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        whole = compose("train", ["trainer.accelerator=cpu", *overrides], True)
-    HydraConfig.instance().set_config(whole)
-    with open_dict(whole):
-        del whole["hydra"]
-    return run_config(plain(whole))
+        config = compose("train", ["trainer.accelerator=cpu", *overrides], True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return run_config(plain(config))
 
 
 @pytest.fixture
 def config() -> Callable[..., dict[str, Any]]:
-    """`config("model.latent_dim=2", ...)`: what train.py would hand to `train`."""
+    """`config("model.latent_dim=2", ...)`: the configuration that train.py passes to `train`."""
 
     return composed
 
@@ -94,7 +94,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0) if isinstance(stop.code, int | None) else 1
-        logging.root.handlers[:] = handlers  # Hydra's write to streams that end with this command
+        logging.root.handlers[:] = handlers  # Hydra's handlers write to streams of this command
         captured = capsys.readouterr()
         return Finished(code, captured.out, captured.err)
 
@@ -103,7 +103,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
 @pytest.fixture
 def command(script: Callable[..., Any]) -> Callable[..., Any]:
-    """`command("model.latent_dim=2", ...)`: `python train.py …` on this repository's MNIST."""
+    """`command("model.latent_dim=2", ...)`: `python train.py …` in an empty directory."""
 
     def run(*words: str) -> Any:
         return script("train.py", *words)

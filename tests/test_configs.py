@@ -1,4 +1,4 @@
-"""Every configuration composes, builds and takes a step."""
+"""Every choice of every configuration group composes, builds and trains."""
 
 from pathlib import Path
 

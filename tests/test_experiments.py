@@ -1,4 +1,4 @@
-"""Every published system composes, has its size and takes a step."""
+"""Every experiment composes, trains and has the expected number of parameters."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def test_every_experiment_trains(experiment: str, config, tmp_path: Path) -> None:
     composed = config(f"experiment={experiment}", *BRIEF)
     assert composed["name"] == experiment
-    tutorial = composed["data"]["pixels"] == "grey"  # those train on all 60,000 images
+    tutorial = composed["data"]["pixels"] == "grey"  # the tutorials train on all 60,000 images
     assert (composed["data"]["val_size"] == 0) == tutorial
     metrics = train(composed, tmp_path / "run")
     assert metrics["steps"] == 2
@@ -38,7 +38,7 @@ def test_parameter_counts(experiment: str, parameters: int, config, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["parameters"] == parameters
 
 
-def test_the_nearest_name_is_given(command) -> None:
+def test_a_misspelt_experiment_gets_the_nearest_name(command) -> None:
     refused = command("experiment=deep_bays")
     assert refused.code == 2
     assert "did you mean deep_bayes_32?" in refused.err

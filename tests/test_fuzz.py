@@ -1,4 +1,4 @@
-"""Whatever stands on the command line or in a handed configuration: one line, or a whole run; never a traceback."""
+"""Random overrides and configuration files: a complete run or an error in one line, never a traceback."""
 
 import copy
 import os
@@ -24,8 +24,8 @@ FUZZ = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-# What would take long, open many processes, or read and write elsewhere, if it were taken.
-LEFT_ALONE = (
+# Keys that would make a run long, start many processes, or read and write elsewhere.
+EXCLUDED = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs", "trainer.min_steps", "trainer.max_time"),
     *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.limit_train_batches", "data.root"),
     *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.fast_dev_run", "trainer.model_registry"),
@@ -46,7 +46,7 @@ VALUES = st.recursive(
 
 
 def keys(config: dict[str, Any]) -> list[str]:
-    found = {key for key in flatten(config) if key not in LEFT_ALONE}
+    found = {key for key in flatten(config) if key not in EXCLUDED}
     parents = {key.rpartition(".")[0] for key in found} - {""}
     return sorted(found | parents | {"model.nothing", "nothing"})
 
@@ -67,7 +67,7 @@ def as_override(value: Any) -> str:
 
 
 def check(result: Any, directory: Path, left_before: set[Path]) -> None:
-    """It was done, and left a whole run, or it was refused in a line, and left nothing new."""
+    """Check for a complete run, or for an error in one line and no new files."""
     assert result.code in (0, 2), result.err
     assert "Traceback" not in result.err
     if result.code == 0:
@@ -91,11 +91,11 @@ def test_overrides(config, command, tmp_path: Path) -> None:
     fuzz()
 
 
-def test_configurations_of_handed_runs(command, tmp_path: Path) -> None:
-    assert command(*BRIEF, "trainer.accelerator=cpu", "hydra.run.dir=whole", "model.backbone.hidden=[8]").code == 0
-    (tmp_path / "whole" / "metrics.json").unlink()
-    saved = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
-    some = [key for key in keys(saved) if key != "trainer"]  # without its max_epochs a thousand would be trained
+def test_changed_configurations_of_existing_runs(command, tmp_path: Path) -> None:
+    assert command(*BRIEF, "trainer.accelerator=cpu", "hydra.run.dir=complete", "model.backbone.hidden=[8]").code == 0
+    (tmp_path / "complete" / "metrics.json").unlink()
+    saved = yaml.safe_load((tmp_path / "complete" / "config.yaml").read_text())
+    some = [key for key in keys(saved) if key != "trainer"]  # without max_epochs Lightning trains 1,000 epochs
 
     @FUZZ
     @given(st.dictionaries(st.sampled_from(some), VALUES, min_size=1, max_size=2))
@@ -104,10 +104,10 @@ def test_configurations_of_handed_runs(command, tmp_path: Path) -> None:
         for key, value in changes.items():
             try:
                 set_key(changed, key, value)
-            except (KeyError, TypeError):  # the first change has taken away what the second is in
+            except (KeyError, TypeError):  # the first change removed the parent of the second key
                 return
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        shutil.copytree(tmp_path / "complete", tmp_path / "run")
         (tmp_path / "run" / "config.yaml").write_text(yaml.dump(changed))
         result = command("resume=run")
         assert result.code in (0, 2), result.err
@@ -121,7 +121,7 @@ def test_configurations_of_handed_runs(command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"model: [", b"seed: 1", b"- 1", b"model: {}\ndata: {}\nseed: 0"]
 )
-def test_config_files_that_are_none(command, tmp_path: Path, content: bytes) -> None:
+def test_invalid_config_files(command, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes(content)
     result = command("resume=run")

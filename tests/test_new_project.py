@@ -1,4 +1,4 @@
-"""`make new NAME=my_project` leaves a project that trains and whose tests pass."""
+"""`make new NAME=my_project` creates a project that trains and passes its tests."""
 
 import os
 import runpy
@@ -13,7 +13,7 @@ from conftest import BRIEF, ROOT
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The files that git tracks, in another place."""
+    """Return a copy of all files tracked by git."""
     names = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True
     ).stdout
@@ -55,7 +55,7 @@ def test_all_tests_of_a_new_project_pass(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "My", "2d", "a-b", "class", "torch", "vae_lightning", "json"])
-def test_a_name_that_does_not_do_is_refused(name: str) -> None:
+def test_an_invalid_name_is_refused(name: str) -> None:
     check = runpy.run_path(str(ROOT / "scripts" / "new_project.py"))["check"]
     with pytest.raises(SystemExit, match=f"^NAME={name}: .*, such as NAME=my_project$"):
         check(name, ROOT)

@@ -1,4 +1,4 @@
-"""Sweeps with members that fail, die and hang; run again, they skip what is finished and go on with the rest."""
+"""Sweeps with jobs that fail, are killed or hang; run again, a sweep skips finished jobs and resumes the others."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = [*BRIEF, "trainer.enable_model_summary=false", "model.backbone.hidden=[1
 
 
 class Trouble(Callback):
-    """With three latent dimensions, dies the first time; with four, hangs the first time."""
+    """Kill the process of a run with three latent dimensions, and hang with four, but only the first time."""
 
     def on_train_batch_end(self, trainer, module, *rest) -> None:
         once = Path(trainer.default_root_dir) / "once"
@@ -52,7 +52,7 @@ def finished(directory: Path) -> list[int]:
 
 
 @pytest.mark.proof
-def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
+def test_a_killed_job_does_not_affect_the_others(tmp_path: Path) -> None:
     first = sweep(tmp_path / "sweep", "model.latent_dim=2,3,0", TROUBLE, "hydra/launcher=joblib")
     assert first.returncode == 2, first.stderr
     assert finished(tmp_path / "sweep") == [2]
@@ -61,9 +61,9 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
     assert "model.latent_dim=3" in killed
     assert killed.endswith("killed by SIGKILL; it can be resumed")
     assert refused.endswith("model.latent_dim=0: should be greater than or equal to 1.")
-    assert not list((tmp_path / "sweep").glob("*/.*")), "nothing half-written"
+    assert not list((tmp_path / "sweep").glob("*/.*")), "no temporary files are left"
     before = (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns
-    # Other numbers for the jobs, and one more: each is known by its configuration.
+    # With other job numbers: a job is identified by its configuration.
     again = sweep(tmp_path / "sweep", "model.latent_dim=3,2", TROUBLE)
     assert again.returncode == 0, again.stderr
     assert finished(tmp_path / "sweep") == [2, 3]
@@ -74,8 +74,8 @@ def test_a_job_that_is_killed_harms_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_a_job_gives_its_own_reason(command, tmp_path: Path) -> None:
-    """Two jobs that fail in processes of their own, one after the other."""
+def test_each_failed_job_has_its_own_reason(command, tmp_path: Path) -> None:
+    """Two jobs that fail in subprocesses, one after the other."""
     failed = command("-m", "model.latent_dim=0,-1", "timeout=5min", "hydra.sweep.dir=sweep", *BRIEF)
     assert failed.code == 2
     assert [line.rpartition("): ")[2] for line in failed.err.splitlines()[-2:]] == [
@@ -83,7 +83,7 @@ def test_a_job_gives_its_own_reason(command, tmp_path: Path) -> None:
     ]
 
 
-def test_a_job_finds_another_place_where_its_own_is_taken(command, tmp_path: Path) -> None:
+def test_a_job_whose_directory_is_taken_gets_another(command, tmp_path: Path) -> None:
     assert command("-m", "model.latent_dim=2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
     assert command("-m", "model.latent_dim=3,2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
     assert sorted(path.name for path in (tmp_path / "sweep").glob("[0-9]*")) == ["0", "0_2"]
@@ -96,28 +96,28 @@ def test_resume_auto_finds_the_jobs_of_an_earlier_sweep(command, tmp_path: Path)
     assert len(list(tmp_path.glob("outputs/sweeps/*/*/metrics.json"))) == 2
 
 
-def test_a_sweep_is_not_resumed_as_one_run(command) -> None:
+def test_resume_with_a_path_is_refused_in_a_sweep(command) -> None:
     refused = command("-m", "resume=somewhere", *BRIEF)
     assert refused.code == 2
     assert "resume is for one run; a sweep is resumed by the same command" in refused.err
 
 
 @pytest.mark.parametrize("timeout", ["7", "soon"])
-def test_a_timeout_is_a_time(command, timeout: str) -> None:
+def test_an_invalid_timeout_is_refused(command, timeout: str) -> None:
     refused = command("-m", f"timeout={timeout}", *BRIEF)
     assert refused.code == 2
     assert f"timeout={timeout}: should be a time such as 30s, 10min or 2h" in refused.err
 
 
-def test_a_timeout_is_for_sweeps(command) -> None:
+def test_a_timeout_of_a_single_run_is_refused(command) -> None:
     refused = command("timeout=10min", *BRIEF)
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert "trainer.max_time is for a run" in refused.err
 
 
 @pytest.mark.parametrize(("launcher", "wanted"), [("ray_local", "ray"), ("local", "submitit_local")])
-def test_a_launcher_that_is_not_installed_is_one_line(command, monkeypatch, launcher: str, wanted: str) -> None:
-    Plugins.instance()  # those that are installed register their configurations
+def test_a_launcher_that_is_not_installed(command, monkeypatch, launcher: str, wanted: str) -> None:
+    Plugins.instance()  # installed launchers register their configurations
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{wanted}.yaml", raising=False)
     refused = command("-m", f"hydra/launcher={launcher}", *BRIEF)
     assert refused.code == 2
@@ -136,7 +136,7 @@ def test_gpus_are_assigned_in_turn(monkeypatch) -> None:
     assert job_variables(3, 1, None, assign_gpu=False) == {}, "Slurm and Ray assign them"
 
 
-def test_paths_of_all_characters_pass_the_shell_and_hydra_s_grammar() -> None:
+def test_special_characters_in_paths_are_quoted_for_the_shell_and_hydra() -> None:
     for path in ("/a b/c", "/a'b", "/a=b,c", "/a\\b", "/[x]{y}", "/ä(1)", "/plain"):
         (word,) = shlex.split(resume_override(Path(path)))
         (override,) = OverridesParser.create().parse_overrides([word])
@@ -158,7 +158,7 @@ def test_failed_jobs_are_reported_in_their_order(tmp_path: Path, capsys) -> None
 
 @pytest.mark.proof
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "local", "ray_local"])
-def test_every_launcher_gets_through_with_members_that_fail_die_and_hang(tmp_path: Path, launcher: str) -> None:
+def test_failed_killed_and_hanging_jobs_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     if launcher == "ray_local":
         pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
     words = ["model.latent_dim=2,3,4,0,5,6", TROUBLE, f"hydra/launcher={launcher}", "timeout=90s"]
@@ -174,7 +174,7 @@ def test_every_launcher_gets_through_with_members_that_fail_die_and_hang(tmp_pat
 
 
 SLURM = {
-    # Runs the tasks of an array one after the other, in the background, as a cluster would somewhere else.
+    # Run the tasks of an array in the background, one after the other.
     "sbatch": """
 script="${@: -1}"
 cat "$script" >> "$CLUSTER/scripts"
@@ -198,7 +198,7 @@ for n in 0 1 2 3; do [ -e "$CLUSTER/done_$n" ] && state=COMPLETED || state=RUNNI
 
 @pytest.mark.proof
 def test_a_slurm_array_of_two_processes_each(tmp_path: Path) -> None:
-    """As far as it goes without a cluster: commands of Slurm's names, which run what they are given here."""
+    """Without a cluster: scripts with the names of Slurm's commands run the jobs on this machine."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "cluster").mkdir()
     for name, script in SLURM.items():

@@ -100,7 +100,7 @@ def explore() -> None:
 
 
 def export() -> None:
-    """Write encoder and decoder of a trained run as ONNX and safetensors to its export/, and check them against PyTorch.
+    """Export encoder and decoder of a trained run to its export/, as ONNX and safetensors, checked against PyTorch.
 
     pip install -e '.[export]'
     python export.py run=outputs/…
