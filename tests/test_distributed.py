@@ -120,8 +120,8 @@ def test_more_processes_than_cores_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["-m", "seed=0,1"], "-m: a sweep starts processes itself"),
-        (["resume=auto"], "with torchrun or srun say hydra.run.dir=… too"),
+        (["-m", "seed=0,1"], "-m: a sweep starts its processes itself"),
+        (["resume=auto"], "with torchrun or srun set hydra.run.dir too"),
     ],
 )
 def test_what_processes_from_outside_would_not_agree_on(command, monkeypatch, words, line) -> None:
