@@ -46,6 +46,9 @@ REFUSED = [
     (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
     ("model.backbone=conv", ["model.backbone=conv", "Say model/backbone=conv"]),
     ("--config-name=generate", ["--config-name=generate", "its own configuration"]),
+    ("--config-path=/tmp", ["--config-path=/tmp", "--config-dir adds a directory"]),
+    ("~data", ["data: missing"]),
+    ("~trainer", ["trainer: missing"]),
     ("model.latent_dim=two", ["model.latent_dim=two", "valid integer"]),
     ("trainer.callbacks=[true]", ["trainer.callbacks.0=True", "_target_: class"]),
     ("model.latent_dim=0", ["model.latent_dim=0", "greater than or equal to 1"]),
@@ -122,6 +125,13 @@ def test_ctrl_c_during_the_imports(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, importing():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_resume_path_is_relative_to_the_start_directory(command) -> None:
+    assert command(*BRIEF, "hydra.run.dir=one").code == 0
+    resumed = command("hydra.job.chdir=true", "resume=one")
+    assert resumed.code == 0, resumed.err
+    assert "finished already" in resumed.out
 
 
 def test_gpu_on_a_machine_without_one(command, monkeypatch: pytest.MonkeyPatch) -> None:

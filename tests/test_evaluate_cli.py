@@ -44,6 +44,23 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert f"{content['val/nll']:.4f}" in result.out
 
 
+def test_an_evaluation_is_kept_if_its_output_cannot_be_printed(run_directory: Path, monkeypatch) -> None:
+    def closed(*words: object, **options: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate_run(**{"run": str(run_directory), **QUICK})
+    assert (run_directory / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("samples", [None, "x", [1]])
+def test_an_invalid_evaluation_json_is_replaced(run_directory: Path, samples: object) -> None:
+    (run_directory / "evaluation.json").write_text(json.dumps({"samples": samples}))
+    evaluate_run(**{"run": str(run_directory), **QUICK})
+    assert json.loads((run_directory / "evaluation.json").read_text())["samples"] == 3
+
+
 def test_evaluations_do_not_overwrite_each_other(run_directory: Path) -> None:
     def evaluated(**options) -> dict:
         evaluate_run(**{"run": str(run_directory), **QUICK, **options})

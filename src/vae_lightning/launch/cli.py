@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import os
 import re
 import sys
@@ -40,6 +42,10 @@ def one_line_errors() -> Iterator[None]:
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them over many lines
+    logging.raiseExceptions = False  # no traceback for each line that a closed pipe does not take
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without such letters must not end a command
     try:
         check_command_line()
         yield
@@ -66,8 +72,8 @@ def one_line_errors() -> Iterator[None]:
 def check_command_line() -> None:
     """Raise ConfigError for an option that Hydra would misunderstand, and for paths that cannot be encoded."""
     for word in sys.argv[1:]:
-        if re.match(r"(-cn|--config-name)\b", word):
-            raise ConfigError(f"{word}: each command has its own configuration, such as conf/train.yaml for train.py")
+        if re.match(r"(-cn|--config-name|-cp|--config-path)\b", word):
+            raise ConfigError(f"{word}: each command has its own configuration; --config-dir adds a directory to conf/")
     if re.search("[\udc80-\udcff]", " ".join([os.getcwd(), *sys.argv])):
         raise ConfigError("a path has characters that the encoding of this locale does not have: set PYTHONUTF8=1")
 

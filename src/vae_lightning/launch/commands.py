@@ -22,14 +22,15 @@ def importing() -> Iterator[None]:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    gc.disable()
     try:
-        yield
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        gc.enable()
 
 
 def train() -> None:

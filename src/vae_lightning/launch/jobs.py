@@ -28,7 +28,7 @@ from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.runs.resume import RunPlan, find_run, plan_run, run_config
 from vae_lightning.training.history import ConsoleHandler
 from vae_lightning.training.signals import Interrupted
-from vae_lightning.training.train import train
+from vae_lightning.training.train import Config, train
 from vae_lightning.training.trainer import TRAINER_DEFAULTS
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ def run_job(config: DictConfig) -> None:
     directory = Path(hydra.runtime.output_dir)
     sweep = hydra.mode == RunMode.MULTIRUN
     try:
-        if not os.access(directory, os.W_OK):
-            raise ConfigError(f"hydra.{'sweep' if sweep else 'run'}.dir={directory}: cannot be written to")
         search_or_train(plain(config), directory, hydra)
     except Exception as error:
         line = error_line(error)
@@ -64,6 +62,7 @@ def run_job(config: DictConfig) -> None:
 
 def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -> None:
     """Search hyperparameters or train one run, and print the directory of the best or only run. Raises UserError."""
+    check_arguments(Config, run_config(config), "")
     if options := config.get("hparams_search"):
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
         print(search(run_config(config), directory, **options))
@@ -71,6 +70,8 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
     plan = plan_job(config, directory, hydra)
     if plan.finished:
         log.info("%s: finished already; nothing to do", plan.run)
+    elif plan.run.path.exists() and not os.access(plan.run, os.W_OK):
+        raise ConfigError(f"{plan.run}: cannot be written to; choose another hydra.run.dir or hydra.sweep.dir")
     elif needs_subprocess(plan.config["trainer"], config["timeout"], hydra):
         launcher, devices = hydra.launcher, plan.config["trainer"].get("devices", "auto")
         assign_gpu = str(launcher._target_).endswith((".JoblibLauncher", ".LocalLauncher"))
@@ -88,6 +89,9 @@ def plan_job(config: dict[str, Any], directory: Path, hydra: HydraConf) -> RunPl
     A job of a sweep is identified by its configuration. If the sweep's directory has a run of it, that run is resumed,
     or skipped if it is finished. Raises UserError.
     """
+    for key in ("resume", "repeat"):
+        if hydra.job.chdir and isinstance(config[key], str) and config[key] not in ("", "auto", "latest"):
+            config[key] = os.path.join(hydra.runtime.cwd, config[key])
     sweep, resume, auto = hydra.mode == RunMode.MULTIRUN, config["resume"], config["resume"] == "auto"
     given = [re.split("[=@]", word.lstrip("+~"))[0] for word in hydra.overrides.task]
     named = any(word.startswith("hydra.run.dir=") for word in hydra.overrides.hydra)
