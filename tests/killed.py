@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from conftest import DATA, composed
 
-from vae_lightning.config import build
 from vae_lightning.data.mnist import load_images
-from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory
-from vae_lightning.training.checkpoints import last_checkpoint
+from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.training.train import train
 
 
@@ -63,8 +61,8 @@ def main() -> None:
         time.sleep(moments.uniform(0, 1.5) * pause)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        found = last_checkpoint(run, build(config["model"], ImageModel, "model"))
-        print(f"{saves} saves, step {found[1]['global_step'] if found else 0}", flush=True)
+        step = load_checkpoint(run.last_checkpoint)["global_step"] if run.last_checkpoint.exists() else 0
+        print(f"{saves} saves, step {step}", flush=True)
         if run.state == "finished":
             break
     while run.state != "finished":

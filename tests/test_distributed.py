@@ -113,7 +113,7 @@ def test_noise_and_loss_are_those_of_the_whole_batch(monkeypatch) -> None:
 
 
 def test_more_processes_than_cores_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.devices=9999: a process each, and this machine has"):
+    with pytest.raises(ConfigError, match=r"trainer\.devices=9999: one process per device, and this machine has"):
         check_accelerator("cpu", 9999)
 
 

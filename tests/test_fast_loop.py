@@ -127,7 +127,7 @@ def test_where_it_does_not_fit_it_steps_aside_in_a_line(change, caplog, monkeypa
         trainer = make_trainer(RunDirectory("."), [], [], **TRAINER_DEFAULTS | {"accelerator": "cpu"})
     assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
     (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
-    assert line.startswith("trainer.fast_loop: steps run through Lightning's own loop: ")
+    assert line.startswith("trainer.fast_loop: every step runs through Lightning's own loop: ")
 
 
 def test_a_run_without_the_file_has_the_same_bits(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +191,9 @@ def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["trainer.callbacks=[{_target_: test_fast_loop.Watcher}]"], "the callback Watcher acts at each"),
-        (["trainer=ema"], "the callback EMAWeightAveraging acts at each"),
-        (["model._target_=test_fast_loop.Hooked"], "the model's or data's on_before_optimizer_step acts at each"),
+        (["trainer.callbacks=[{_target_: test_fast_loop.Watcher}]"], "the callback Watcher acts at each step"),
+        (["trainer=ema"], "the callback EMAWeightAveraging acts at each step"),
+        (["model._target_=test_fast_loop.Hooked"], "the model's or data's on_before_optimizer_step acts at each step"),
         (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2"),
         (["trainer.profiler=simple"], "trainer.profiler=SimpleProfiler"),
     ],
@@ -204,4 +204,5 @@ def test_who_watches_each_step_sees_each_step(config, tmp_path, guarded, caplog,
         train(config(*SMALL, *overrides), tmp_path / "run")
     assert len(guarded) == 46
     assert not Watcher.steps or list(range(1, 47)) == Watcher.steps
-    assert [r.message for r in caplog.records if "one at a time" in r.message] == [f"steps run one at a time: {reason}"]
+    lines = [r.message for r in caplog.records if "fast_loop" in r.message]
+    assert lines == [f"trainer.fast_loop: every step runs through Lightning's own loop: {reason}"]

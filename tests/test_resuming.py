@@ -16,14 +16,12 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning.analysis.reports import read_result
-from vae_lightning.config import ConfigError, Interval, build
+from vae_lightning.config import ConfigError, Interval
 from vae_lightning.files import as_yaml
-from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.runs.resume import find_run
 from vae_lightning.training.callbacks import TrainingError
-from vae_lightning.training.checkpoints import last_checkpoint, moved
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import train
 
@@ -42,7 +40,8 @@ def left(directory: Path) -> dict:
         found[name] = torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
         progress = found[name].pop("progress")
         found[name] |= {key: progress[key] for key in ("random", "means", "logged")}
-        found[name]["callbacks"] = moved(found[name]["callbacks"], progress["directory"], "")
+        for key, state in found[name]["callbacks"].items():
+            found[name]["callbacks"][key] = without(state.get("dirpath", "-"), state)
     with (directory / "history.csv").open() as file:
         found["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
     metrics = json.loads((directory / "metrics.json").read_text())
@@ -59,6 +58,13 @@ def left(directory: Path) -> dict:
         str(path.relative_to(directory)) for path in directory.rglob("*.*") if "tfev" not in str(path)
     )
     return found
+
+
+def without(prefix: str, tree):
+    """A copy of nested dictionaries in which no key or value has `prefix`."""
+    if isinstance(tree, dict):
+        return {without(prefix, key): without(prefix, value) for key, value in tree.items()}
+    return tree.replace(prefix, "") if isinstance(tree, str) else tree
 
 
 def differences(a, b, where: str = "") -> list[str]:
@@ -226,12 +232,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
     assert gone_on.code == 0, gone_on.err
     log = (stopped / "train.log").read_text()
     assert f"{last}: damaged" in log
-    assert f"resuming from the one before it, {previous}, at step 40" in log
+    assert f"resuming from the previous checkpoint, {previous}, at step 40" in log
     both = tmp_path / "both"
     (both / "checkpoints" / "previous.ckpt").write_bytes(b"")
     refused = command("resume=both", "trust=[test_resuming]")
     assert refused.code == 2
-    assert refused.err.splitlines()[-1].endswith(f"remove {both / 'checkpoints'} to have it trained from the start")
+    assert refused.err.splitlines()[-1].endswith(f"to train from the start, remove {both / 'checkpoints'}")
 
 
 @pytest.mark.parametrize(
@@ -379,11 +385,6 @@ def test_a_clock_that_was_set_back(stopped: Path, command) -> None:
     (events,) = (stopped / "tensorboard").glob("events*")
     later = events.with_name(f"events.out.tfevents.4000000000.{events.name.split('.', 4)[4]}")
     events.rename(later)
-    for name in ("last", "previous"):  # as if they had been written then
-        file = stopped / "checkpoints" / f"{name}.ckpt"
-        content = torch.load(file, weights_only=True)
-        content["progress"]["events"] = {later.name: later.stat().st_size}
-        torch.save(content, file)
     assert command("resume=run", "trust=[test_resuming]").code == 0
     board = EventAccumulator(str(stopped / "tensorboard"), EVERYTHING).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
@@ -473,7 +474,7 @@ def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None
         del content["progress"]
         torch.save(content, file)
     with pytest.raises(RunError, match="could not resume"):
-        last_checkpoint(RunDirectory(stopped), build(config(*SMALL)["model"], ImageModel, "model"))
+        train(config(*SMALL), stopped, resume=True)
 
 
 def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
@@ -503,7 +504,7 @@ def test_updates_that_are_not_finite_are_left_out(config, tmp_path: Path, caplog
     metrics = train(config(*SMALL, bad, "trainer.on_nan=skip"), tmp_path / "run")
     assert metrics["test/loss"] < 500
     assert [float(row["train/skipped"]) for row in left(tmp_path / "run")["history"]] == [1, 2, 0]
-    assert sum("is not finite; its update is left out" in record.message for record in caplog.records) == 3
+    assert sum("is not finite; its update is skipped" in record.message for record in caplog.records) == 3
     with pytest.raises(TrainingError, match="became NaN or infinite at step 4"):
         train(config(*SMALL, bad), tmp_path / "stopped")
     many = bad.replace("[3, 50, 51]", str(list(range(10, 40))))
@@ -563,7 +564,7 @@ def altered(name: str, content: dict) -> dict:
         content["optimizer_states"] = [{}]
     elif name == "random numbers":
         content["progress"]["random"]["torch"] = torch.zeros(3)
-    elif name == "a path":
+    elif name == "events of another format":
         content["progress"]["events"] = {"/etc/hostname": 0}
     elif name == "another path":
         content["progress"]["events"] = {"../config.yaml": 3}
@@ -576,7 +577,7 @@ def altered(name: str, content: dict) -> dict:
     "name",
     [
         *("empty progress", "no progress", "no optimizer", "another optimizer"),
-        *("random numbers", "a path", "another path", "another model"),
+        *("random numbers", "events of another format", "another path", "another model"),
     ],
 )
 def test_checkpoints_from_elsewhere_change_nothing(stopped: Path, command, name: str) -> None:

@@ -1,9 +1,10 @@
-"""What happens during training, beside the optimization: the guard against NaN, health, and pictures."""
+"""Callbacks of every run: the guards against NaN, the health of the posterior, and pictures."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +22,7 @@ from vae_lightning.models.estimators import active_units, kl_divergence
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
-from vae_lightning.training.loggers import boards, log_pictures
+from vae_lightning.training.loggers import log_pictures, tensorboard_writers
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ class TrainingError(UserError):
 
 
 class NonFiniteGuard(Callback):
-    """Stops a run whose loss becomes NaN or infinite, before a checkpoint could be written from it.
+    """Stop a run whose loss or weights become NaN or infinite, before a checkpoint is written from it.
 
-    A check looks at all steps since the last one, and names the right step. On an accelerator it makes the device wait,
-    so there it is at the steps that Lightning logs, and at the end of each epoch. Raises TrainingError.
+    Each check covers all steps since the last one and names the first bad step. A check makes a GPU wait, so there it
+    runs only at the steps that Lightning logs, at the end of each epoch, and before saving. Raises TrainingError.
     """
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
@@ -43,21 +44,20 @@ class NonFiniteGuard(Callback):
             self._check(trainer, module, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.check_training(trainer, module)
-
-    def check_training(self, trainer: Trainer, module: LightningModule) -> None:
-        """Look at all steps so far, and at the weights that they led to."""
         self._check(trainer, module, "train")
-        # The loss of a step is that of the weights before it: the last step's update shows in the weights alone.
+        # The loss of a step is that of the weights before it: the last update shows only in the weights.
         for name, parameter in module.named_parameters():
             if not parameter.isfinite().all():
                 self._stop(trainer, f"the weights {name} became NaN or infinite by step {trainer.global_step}")
 
-    def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._check(trainer, module, "test")
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.on_train_epoch_end(trainer, module)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._check(trainer, module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "test")
 
     def _check(self, trainer: Trainer, module: LightningModule, split: str) -> None:
         assert isinstance(module, ImageModel)
@@ -69,18 +69,18 @@ class NonFiniteGuard(Callback):
         where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
 
-    def _stop(self, trainer: Trainer, what: str) -> NoReturn:
+    def _stop(self, trainer: Trainer, problem: str) -> NoReturn:
         raise TrainingError(
-            f"{what} (epoch {trainer.current_epoch + 1}); {last_good(trainer)}. "
+            f"{problem} (epoch {trainer.current_epoch + 1}); {last_good(trainer)}. "
             "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
         )
 
 
 class SkipNonFinite(Callback):
-    """Leaves out updates whose gradient is not finite, and says in `train/skipped` how many an epoch had.
+    """Skip updates whose gradient is not finite, and log their number per epoch as `train/skipped`.
 
-    The model and the optimizer stay as they were before the step, and the epoch's means leave the batch out. Looking at
-    each gradient makes a GPU wait at each step. Raises TrainingError after too many in a row.
+    A skipped update changes neither model nor optimizer, and the epoch means leave its batch out. Checking each
+    gradient makes a GPU wait at each step. Raises TrainingError after 20 skipped updates in a row.
     """
 
     IN_A_ROW = 20
@@ -106,14 +106,14 @@ class SkipNonFinite(Callback):
             return
         self.skipped += 1
         self.in_a_row += 1
-        log.warning("the gradient of step %d is not finite; its update is left out", trainer.global_step + 1)
+        log.warning("the gradient of step %d is not finite; its update is skipped", trainer.global_step + 1)
         if self.in_a_row == self.IN_A_ROW:
             raise TrainingError(
                 f"{self.IN_A_ROW} updates in a row were not finite, the last at step {trainer.global_step + 1} "
                 f"(epoch {trainer.current_epoch + 1}); {last_good(trainer)}"
             )
         for parameter in module.parameters():
-            parameter.grad = None  # the optimizer passes over what has no gradient
+            parameter.grad = None  # the optimizer skips parameters without a gradient
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.log("train/skipped", float(self.skipped), sync_dist=True)
@@ -121,16 +121,22 @@ class SkipNonFinite(Callback):
 
 
 def last_good(trainer: Trainer) -> str:
-    """What is kept of a run that cannot continue, in words."""
+    """Name the last good checkpoint, for an error message."""
     checkpoint = RunDirectory(trainer.default_root_dir).last_checkpoint
     return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
 
-class Health(Callback):
-    """Active units and the largest and smallest KL of a dimension, each epoch; one warning if the posterior collapsed.
+def held_out_images(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """Return the validation images and labels, or the training ones if there is no validation split."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return (data.val_images, data.val_labels) if data.val_size else (data.train_images, data.train_labels)
 
-    The KL is from N(0, I), in nats, whatever the prior. Measured on up to 2,000 held-out (or training) images, so that
-    it costs about a hundredth of an epoch; evaluate.py counts active units over the whole test set. Active:
+
+class Health(Callback):
+    """Log active units and the largest and smallest KL per dimension each epoch; warn once of posterior collapse.
+
+    The KL is from N(0, I), in nats, whatever the prior. It is measured on up to 2,000 validation (or training) images,
+    which takes about 1 % of an epoch; evaluate.py counts active units on the test set. A unit is active if
     Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
     """
 
@@ -143,83 +149,66 @@ class Health(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, VAE):
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        split = "val" if data.val_size else "train"
-        images, labels = (getattr(data, f"{split}_{what}")[: self.IMAGES] for what in ("images", "labels"))
+        images, labels = (tensor[: self.IMAGES] for tensor in held_out_images(trainer))
         module.eval()
         posterior = module.encode(images, labels.to(module.device))
         module.train()
         active = active_units(posterior.mean)
-        figures = {"active_units": active.float()}
+        metrics = {"health/active_units": active.float()}
         if isinstance(posterior, DiagonalGaussian):
             kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
-            figures |= {"kl_max": kl.max(), "kl_min": kl.min()}
-            for board in boards(trainer):
-                board.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
-        module.log_dict({f"health/{name}": value for name, value in figures.items()}, sync_dist=True)
+            metrics |= {"health/kl_max": kl.max(), "health/kl_min": kl.min()}
+            for writer in tensorboard_writers(trainer):
+                writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
+        module.log_dict(metrics, sync_dist=True)
         if not self.warned and active == 0:
             self.warned = True
             log.warning(
-                "The posterior has collapsed: no latent dimension depends on the image after epoch %d. What may help: "
+                "The posterior has collapsed: no latent dimension depends on the image after epoch %d. These may help: "
                 "model.objective.warmup_epochs=10, model.objective.free_bits=0.1, a smaller model.beta or "
                 "model.learning_rate",
                 trainer.current_epoch + 1,
             )
 
 
+@dataclass(eq=False)
 class Figures(Callback):
-    """Pictures for the loggers every `every` epochs (0: never), and of the test set into `figures/` at the end.
+    """Log pictures every `every` epochs, and write pictures of the test set into `directory` at the end.
 
-    `pairs` originals above their reconstructions; `samples` = [rows, columns] of prior samples, from one fixed z so
-    that epochs compare; `points` to decode; with two latent dimensions also the posterior means and the manifold. The
-    codes of `embedded` test images go into TensorBoard's projector at the end, with their pictures.
+    With two latent dimensions these include the posterior means and the decoded latent plane.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        every: NonNegativeInt = 5,
-        pairs: PositiveInt = 8,
-        samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8),
-        points: Sequence[Sequence[float]] = (),
-        embedded: NonNegativeInt = 1_000,
-    ) -> None:
-        self.directory = directory
-        self.every = every
-        self.pairs = pairs
-        self.samples = samples
-        self.points = points
-        self.embedded = embedded
+    directory: Path
+    every: NonNegativeInt = 5  # 0: only at the end
+    pairs: PositiveInt = 8  # originals above their reconstructions
+    samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)  # rows, columns; z is fixed
+    points: Sequence[Sequence[float]] = ()  # latents to decode
+    embedded: NonNegativeInt = 1_000  # test images whose codes are shown in TensorBoard's projector
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if not self.every or epoch % self.every or not trainer.is_global_zero:
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        # The test set waits for the end: pictures on the way are of held-out images, or else of training images.
-        split = "val" if data.val_size else "train"
-        log_pictures(trainer, self.draw(module, getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")))
+        # Not of the test set: it is used only at the end.
+        if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
+            log_pictures(trainer, self.draw(module, *held_out_images(trainer)))
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert isinstance(module, ImageModel)
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.directory.mkdir(exist_ok=True)
         pictures = self.draw(module, data.test_images, data.test_labels)
         log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
         for name, picture in pictures.items():
             figures.save(picture, self.directory / f"{name}.png")
-        if self.embedded:
-            assert isinstance(module, ImageModel)
+        for writer in tensorboard_writers(trainer) if self.embedded else ():
             images, labels = data.test_images[: self.embedded], data.test_labels[: self.embedded]
-            for board in boards(trainer):
-                codes = module.all_codes(images, labels).cpu()
-                codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector draws nothing in fewer dimensions
-                board.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
+            codes = module.all_codes(images, labels).cpu()
+            codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector needs three dimensions
+            writer.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
 
     @torch.inference_mode()
     def draw(self, module: LightningModule, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
-        """The pictures of a model, by name; `images` are bytes `[n, channels, height, width]`."""
+        """Return the pictures of a model by name; `images` are uint8 `[n, channels, height, width]`."""
         assert isinstance(module, ImageModel)
         was_training = module.training
         module.eval()

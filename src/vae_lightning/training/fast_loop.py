@@ -1,14 +1,14 @@
 """Run the steps between two logged ones in a plain loop: `trainer.fast_loop`.
 
-Around every optimizer step Lightning calls some twenty hooks. For a small model they take a good part of the time, and
-between two steps that are logged (`trainer.log_every_n_steps`) most of them do nothing. Those steps run here in a plain
-loop, with the same arithmetic and counters, to the bit; the last of each stretch is Lightning's own. A run in which a
-callback or a hook of the model acts at each step uses Lightning's loop for every step and logs the reason.
+Around each optimizer step Lightning calls some twenty hooks. For a small model they take much of the time, and between
+two logged steps (`trainer.log_every_n_steps`) most of them do nothing. Those steps run here in a plain loop, with the
+same arithmetic and counters, to the bit. The last step of each stretch runs through Lightning's own loop. If a callback
+or a hook of the model acts at each step, every step runs through Lightning's loop, and the log says why.
 
-This file leans on private parts of libraries, and is the only one that does so for speed. Lightning:
-`_TrainingEpochLoop` and its counters, `_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer.
-PyTorch: the functional `adam`, and the dictionaries of optimizer hooks. Where `install` finds them changed, it raises
-Unsupported, and the run continues with Lightning's loop. The file can be deleted: the result is the same, only slower.
+Only this file uses private parts of libraries for speed. Of Lightning: `_TrainingEpochLoop` and its counters,
+`_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer. Of PyTorch: the functional `adam` and
+the dictionaries of optimizer hooks. Where they differ, `install` raises an exception, and the run uses Lightning's
+loop. The file can be deleted: the result is the same, only slower.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -49,38 +51,25 @@ MODULE_HOOKS = (*STEP_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class Unsupported(Exception):
-    """A version of Lightning or PyTorch that this loop does not know."""
-
-
 def install(trainer: Trainer) -> None:
-    """Put the fast loop into a trainer, in place of Lightning's own. Raises Unsupported."""
-    loop: Any = trainer.fit_loop.epoch_loop
+    """Replace the trainer's epoch loop by the fast loop. Raises an exception if Lightning's loop is not as expected."""
+    loop = trainer.fit_loop.epoch_loop
     parts = (
         *("batch_progress", "automatic_optimization", "_batches_that_stepped", "_build_kwargs", "restarting"),
         *("automatic_optimization.optim_progress.optimizer.step", "batch_idx", "global_step", "max_steps"),
     )
+    attrgetter(*parts)(loop)  # raises AttributeError, which names a missing part
     trainer_parts = ("_logger_connector.on_batch_start", "lr_scheduler_configs", "precision_plugin.train_step_context")
-    missing = [part for part in parts if not reaches(loop, part)]
-    missing += [part for part in trainer_parts if not reaches(trainer, part)]
-    if type(loop) is not _TrainingEpochLoop or missing or list(signature(loop.advance).parameters) != ["data_fetcher"]:
-        raise Unsupported(f"its loop is another one ({', '.join(missing) or type(loop).__name__})")
+    attrgetter(*trainer_parts)(trainer)
+    if type(loop) is not _TrainingEpochLoop or list(signature(loop.advance).parameters) != ["data_fetcher"]:
+        raise TypeError(f"it is another one ({type(loop).__name__})")
     trainer.fit_loop.epoch_loop = FastLoop(trainer)
 
 
-def reaches(instance: object, path: str) -> bool:
-    """Whether an object has an attribute, by its dotted path."""
-    for name in path.split("."):
-        if not hasattr(instance, name):
-            return False
-        instance = getattr(instance, name)
-    return True
-
-
 class FastLoop(_TrainingEpochLoop):
-    """Lightning's loop over an epoch's batches, with a plain loop for the steps between two that are logged."""
+    """Lightning's loop over the batches of an epoch, with a plain loop for the steps between two logged ones."""
 
-    reason: str | None = None  # why each step is Lightning's
+    reason: str | None = None  # for running each step through Lightning's loop
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
@@ -89,19 +78,19 @@ class FastLoop(_TrainingEpochLoop):
 
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
-        before, self.reason = self.reason, watched(self.trainer)
+        before, self.reason = self.reason, reason_for_single_steps(self.trainer)
         if self.reason and self.reason != before:
-            log.info("steps run one at a time: %s", self.reason)
+            log.info("trainer.fast_loop: every step runs through Lightning's own loop: %s", self.reason)
 
     def advance(self, data_fetcher: Any) -> None:
         callback = self.progress_callback
-        # Lightning's step comes first where it has to: after a restart, and where the callback saves or stops.
+        # After a restart, and where the callback saves or stops, the next step must be Lightning's.
         due = callback is not None and any(callback.due(self.trainer, self.batch_progress.current.ready))
         if not (self.reason or self.restarting or due):
-            self._run_unwatched(data_fetcher)
+            self._run_steps(data_fetcher)
         super().advance(data_fetcher)
 
-    def _run_unwatched(self, data_fetcher: Any) -> None:
+    def _run_steps(self, data_fetcher: Any) -> None:
         trainer, callback = cast(Any, self.trainer), self.progress_callback
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -111,17 +100,17 @@ class FastLoop(_TrainingEpochLoop):
         optimizer_step = quick_step(optimizer)
 
         def update(loss: Tensor | None) -> None:
-            for parameter in parameters:  # optimizer.zero_grad(), without its bookkeeping
+            for parameter in parameters:  # optimizer.zero_grad() without its overhead
                 parameter.grad = None
-            if loss is not None:  # None is a model's way to leave a batch out
+            if loss is not None:  # training_step returns None to skip a batch
                 loss.backward()
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
             optimizer_step()
 
-        module._current_fx_name = "training_step"  # so that `self.log` knows where it is called
-        for _ in range(self._steps_until_watched()):
-            if callback and callback.stop.name and trainer.world_size == 1:  # several agree on it between two stretches
+        module._current_fx_name = "training_step"  # `self.log` needs it
+        for _ in range(self._steps_to_run()):
+            if callback and callback.stop.name and trainer.world_size == 1:  # several stop in `advance`
                 break
             batch, _, _ = next(data_fetcher)
             batch = trainer.precision_plugin.convert_input(batch)
@@ -134,8 +123,8 @@ class FastLoop(_TrainingEpochLoop):
             self._batches_that_stepped += 1
         module._current_fx_name = None
 
-    def _steps_until_watched(self) -> int:
-        """How many steps there are before the next one that is logged, ends the epoch or training, or is validated."""
+    def _steps_to_run(self) -> int:
+        """Return how many steps precede the next one that is logged, saved or validated, or ends the epoch or fit."""
         trainer: Any = self.trainer
         done = self.batch_idx + 1  # batches of this epoch
         last = [int(trainer.num_training_batches) - done]
@@ -151,35 +140,33 @@ class FastLoop(_TrainingEpochLoop):
         return max(0, min(last) - 1)
 
 
-def watched(trainer: Any) -> str | None:
-    """What acts at each step of a trainer's training, which is about to run; None if nothing does."""
+def reason_for_single_steps(trainer: Any) -> str | None:
+    """Return what acts at each step of the training that is about to run, or None."""
     module, precision, optimizers = trainer.lightning_module, trainer.precision_plugin, trainer.optimizers
-    data = trainer.datamodule
+    data, strategy, profiler = trainer.datamodule, trainer.strategy, trainer.profiler
     own = [hook for hook in MODULE_HOOKS + TRANSFER_HOOKS if overrides(module, LightningModule, hook)]
     own += [hook for hook in TRANSFER_HOOKS if data and overrides(data, LightningDataModule, hook)]
     listening = [type(callback).__name__ for callback in trainer.callbacks if listens(callback)]
-    by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"]
     reasons = {
-        f"the callback {' and '.join(listening)} acts at each": listening,
-        f"the model's or data's {' and '.join(own)} acts at each": own,
+        f"the callback {' and '.join(listening)} acts at each step": listening,
+        f"the model's or data's {' and '.join(own)} acts at each step": own,
         "optimization is manual": not module.automatic_optimization,
         "there is more than one optimizer": len(optimizers) != 1,
-        "the optimizer wants a closure": any(needs_closure(optimizer) for optimizer in optimizers),
-        "the learning rate changes at each": by_step,
+        "the optimizer needs a closure": any(needs_closure(optimizer) for optimizer in optimizers),
+        "the learning rate changes at each step": any(c.interval == "step" for c in trainer.lr_scheduler_configs),
         f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches != 1,
-        "the batches come from a loader of their own": not isinstance(trainer.train_dataloader, DeviceBatches),
+        "the batches come from another data loader": not isinstance(trainer.train_dataloader, DeviceBatches),
         f"trainer.precision={trainer.precision} scales the loss": overrides(precision, Precision, "optimizer_step")
         and getattr(precision, "scaler", True) is not None,
-        f"trainer.profiler={type(trainer.profiler).__name__}": not isinstance(trainer.profiler, PassThroughProfiler),
-        f"trainer.strategy={type(trainer.strategy).__name__}": type(trainer.strategy)
-        not in (SingleDeviceStrategy, DDPStrategy),
-        "validation is timed": trainer._val_check_time_interval is not None,
+        f"trainer.profiler={type(profiler).__name__}": not isinstance(profiler, PassThroughProfiler),
+        f"trainer.strategy={type(strategy).__name__}": type(strategy) not in (SingleDeviceStrategy, DDPStrategy),
+        "trainer.val_check_interval is a time": trainer._val_check_time_interval is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def listens(callback: Callback) -> bool:
-    """Whether a callback acts at each step; checks for NaN, progress bars and saves may wait for a few steps."""
+    """Return whether a callback acts at each step; checks for NaN, progress bars and saves can wait a few steps."""
     if isinstance(callback, NonFiniteGuard | ProgressBar | Progress):
         return False
     if isinstance(callback, ModelCheckpoint):
@@ -190,54 +177,59 @@ def listens(callback: Callback) -> bool:
 
 
 def overrides(instance: object, base: type, method: str) -> bool:
-    """Whether `instance` has a `method` that is not its base class's."""
+    """Return whether `instance` overrides a method of its base class."""
     return getattr(getattr(instance, method), "__func__", None) is not getattr(base, method)
 
 
 def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """`optimizer.step`; of fused Adam, without what it does at each step around its one kernel.
+    """Return `optimizer.step`; for fused Adam, a function that only calls its one kernel.
 
-    Looking for hooks, noting an event for a profiler that does not run, and gathering arguments take longer than the
-    kernel does on the weights of a small model. Here they are gathered once, which is good for as long as nobody
-    changes the optimizer's state or settings: between two steps that are watched.
+    For a small model, looking for hooks, profiling and gathering arguments take longer than the kernel. Here the
+    arguments are gathered once. They stay valid while the optimizer's state and settings are not changed, that is,
+    between two steps of Lightning's loop.
     """
     if not is_fused_adam(optimizer):
         return optimizer.step
-    gathered: list[tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]] = []
+    kernels: list[tuple[list[Tensor], Callable[..., None]]] = []  # of each group: its parameters, and `adam` for them
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
         if not all(parameter in optimizer.state for parameter in parameters):  # before its first step
             return optimizer.step
-        state = {name: [optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")}
+        averages, squares, steps = (
+            [optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         names = ("lr", "weight_decay", "decoupled_weight_decay", "eps", "amsgrad", "maximize", "fused")
-        settings = {name: group[name] for name in names}
-        settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-        gathered.append((parameters, (state["exp_avg"], state["exp_avg_sq"], [], state["step"]), settings))
+        settings = {name: group[name] for name in names} | dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        kernel = partial(
+            adam, exp_avgs=averages, exp_avg_sqs=squares, max_exp_avg_sqs=[], state_steps=steps, **settings
+        )
+        kernels.append((parameters, kernel))
 
     @torch.no_grad()
     def step() -> object:
-        gradients: list[list[Any]] = [[parameter.grad for parameter in parameters] for parameters, _, _ in gathered]
-        if any(gradient is None for of_group in gradients for gradient in of_group):  # it leaves these weights alone
+        gradients: list[list[Any]] = [[parameter.grad for parameter in parameters] for parameters, _ in kernels]
+        if any(gradient is None for of_group in gradients for gradient in of_group):  # these weights are skipped
             return optimizer.step()
-        for (parameters, state, settings), of_group in zip(gathered, gradients, strict=True):
-            adam(parameters, of_group, *state, **settings)
+        for (parameters, kernel), of_group in zip(kernels, gradients, strict=True):
+            kernel(parameters, of_group)
         return None
 
     return step
 
 
 def is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is Adam in one kernel, and nobody wants to hear of its steps."""
-    listening = (
+    """Return whether it is Adam with a fused kernel and without hooks."""
+    hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
         optim._global_optimizer_pre_hooks,
         optim._global_optimizer_post_hooks,
     )
     fused = all(group.get("fused") and not group.get("amsgrad") for group in optimizer.param_groups)
-    return type(optimizer) is Adam and fused and not any(listening)
+    return type(optimizer) is Adam and fused and not any(hooks)
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `optimizer.step` requires a closure, as that of LBFGS does."""
     closure = signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is closure.empty

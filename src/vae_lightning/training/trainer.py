@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from inspect import signature
 from typing import Annotated, Any, Literal
 
@@ -18,18 +20,27 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 
-from vae_lightning.config import ConfigError, NonNegative, PositiveInt, Spec, build, check_arguments, did_you_mean
+from vae_lightning.config import (
+    ConfigError,
+    NonNegative,
+    PositiveInt,
+    Spec,
+    build,
+    check_arguments,
+    did_you_mean,
+    out_of_memory,
+)
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory
-from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
+from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite, TrainingError
 from vae_lightning.training.checkpoints import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
-OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` fills in itself
-# Every other argument of Lightning's Trainer, with Lightning's default: conf/trainer/default.yaml builds on these, so
-# that `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` does not.
+OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` sets itself
+# All other arguments of Lightning's Trainer with their defaults. conf/trainer/default.yaml builds on these, so that
+# `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` is refused.
 TRAINER_DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
@@ -51,9 +62,9 @@ def make_trainer(
     fast_loop: bool = True,
     **options: Any,
 ) -> Trainer:
-    """Lightning's Trainer with our callbacks and the user's own; `options` are its other arguments.
+    """Build Lightning's Trainer with the callbacks `ours` and the configured `callbacks`.
 
-    Those that are named here are not Lightning's, or have ranges that it does not check. Raises ConfigError.
+    The arguments named here are not Lightning's, or have ranges that it does not check. Raises ConfigError.
     """
     options |= {
         "max_epochs": max_epochs,
@@ -65,81 +76,95 @@ def make_trainer(
     check_arguments(Trainer, options, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
     if re.search("spawn|fork|notebook", str(options["strategy"])):
-        raise ConfigError(f"trainer.strategy={options['strategy']}: hands the weights back by a pickle. Allowed: ddp")
-    if options["enable_progress_bar"] is None:  # a bar on a terminal; in a file, the line an epoch that History writes
+        raise ConfigError(f"trainer.strategy={options['strategy']}: returns the weights in a pickle. Allowed: ddp")
+    if options["enable_progress_bar"] is None:  # on a terminal; a log file gets one line per epoch from History
         options["enable_progress_bar"] = sys.stderr.isatty()
     if options["enable_progress_bar"]:
-        ours = [*ours, TQDMProgressBar(refresh_rate=10)]  # a refresh costs a tenth of a step
+        ours = [*ours, TQDMProgressBar(refresh_rate=10)]  # each refresh takes a tenth of a step
     if options["enable_model_summary"] is not False:
         ours = [*ours, ModelSummary(max_depth=-1)]
-    # The guard comes first, so that nothing else acts on a loss that is not finite.
+    # The guard comes first, so that no other callback acts on a loss that is not finite.
     ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
     ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
     options["plugins"] = [AtomicCheckpointIO(run), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
-        options["enable_checkpointing"] = False  # or Lightning would add one of its own
+        options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint
     try:
         trainer = Trainer(**options, callbacks=ours, logger=loggers, default_root_dir=run.path)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     if fast_loop:
-        use_fast_loop(trainer)
+        try:
+            from vae_lightning.training.fast_loop import install
+
+            install(trainer)
+        except Exception as error:  # a new version of Lightning or PyTorch may change anything
+            log.info(
+                "trainer.fast_loop: every step runs through Lightning's own loop: %s", " ".join(str(error).split())
+            )
     return trainer
 
 
-def check_batches(options: dict[str, Any], data: ImageDataModule, world_size: int) -> None:
-    """Raise ConfigError for fractions and intervals of batches that Lightning refuses only when it comes to them."""
-    together = data.batch_size * world_size
+def check_batches(trainer: Trainer, data: ImageDataModule) -> None:
+    """Raise ConfigError for batch limits and validation intervals that Lightning refuses only when it reaches them."""
     images = {"train": data.train_images, "val": data.val_images, "test": data.test_images}
-    counts = {split: -(-len(of_split) // together) for split, of_split in images.items()}
+    counts = {split: -(-len(of_split) // (data.batch_size * trainer.world_size)) for split, of_split in images.items()}
     for split, count in counts.items():
-        key, limit = f"limit_{split}_batches", options.get(f"limit_{split}_batches")
+        key = f"limit_{split}_batches"
+        limit = getattr(trainer, key)
         if isinstance(limit, float) and count and 0 < limit < 1 / count:
             raise ConfigError(f"trainer.{key}={limit}: is less than one of {count} batches; at least {1 / count:.3g}")
-    limit, every = options.get("limit_train_batches"), options.get("val_check_interval")
-    batches = counts["train"]
-    if limit is not None:
-        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-    within = options.get("check_val_every_n_epoch") is not None and not options.get("overfit_batches")
+    limit, every = trainer.limit_train_batches, getattr(trainer, "val_check_interval", None)  # unset for a time
+    batches = int(counts["train"] * limit) if isinstance(limit, float) else min(counts["train"], limit)
     least, most = (1 / max(batches, 1), 1.0) if isinstance(every, float) else (1, batches)
-    if within and counts["val"] and isinstance(every, int | float) and not least <= every <= most:
+    if trainer.check_val_every_n_epoch and counts["val"] and every is not None and not least <= every <= most:
         raise ConfigError(
             f"trainer.val_check_interval={every}: an epoch has {batches} batches; should be from {least:.3g} to {most}"
         )
 
 
 def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, schedule: Spec | None) -> None:
-    """Raise ConfigError where a callback or the schedule waits for a metric that this run will not have.
+    """Raise ConfigError if a callback or the schedule monitors a metric that this run does not log.
 
-    Only where the model and all callbacks are known: code of one's own may log what it likes.
+    Does nothing if the model or a callback is custom code, which may log any metric.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    known = (type(part).__module__.partition(".")[0] for part in (model, *callbacks))
-    if not set(known) <= {"vae_lightning", "lightning"}:
+    packages = {type(part).__module__.partition(".")[0] for part in (model, *callbacks)}
+    if not packages <= {"vae_lightning", "lightning"}:
         return
     with torch.no_grad(), torch.random.fork_rng([]):
         terms = model.eval().terms(data.train_images[:2].float() / 255, data.train_labels[:2])
     model.train()
     splits = ("train", "val") if trainer.limit_val_batches and data.val_size else ("train",)
     names = [f"{split}/{term}" for split in splits for term in terms]
-    waits = {f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in callbacks}
+    monitors = {f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in callbacks}
     if schedule and str(schedule.get("_target_")).endswith("ReduceLROnPlateau"):
-        waits["model.schedule.monitor"] = schedule.get("monitor", "val/loss")
-    for key, monitor in waits.items():
+        monitors["model.schedule.monitor"] = schedule.get("monitor", "val/loss")
+    for key, monitor in monitors.items():
         if monitor is not None and monitor not in names and not monitor.startswith(("health/", "lr-")):
             raise ConfigError(
                 f"{key}={monitor}: no such metric{did_you_mean(monitor, names)} Allowed: {', '.join(names)}"
             )
 
 
-def use_fast_loop(trainer: Trainer) -> None:
-    """Put the fast loop in place of Lightning's own; where it does not fit, say so and leave Lightning's."""
+@contextlib.contextmanager
+def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
+    """Turn errors of training that the user can fix into TrainingError or ConfigError, in one line."""
     try:
-        from vae_lightning.training.fast_loop import install
-
-        install(trainer)
-    except Exception as reason:  # whatever a new version of Lightning or PyTorch changes
-        log.info("trainer.fast_loop: steps run through Lightning's own loop: %s", " ".join(str(reason).split()))
+        yield
+    except (MisconfigurationException, RuntimeError, MemoryError) as error:
+        said = " ".join(str(error).split())
+        if out_of_memory(error):
+            raise TrainingError(
+                f"out of memory at step {trainer.global_step + 1}: lower data.batch_size={batch_size} (half of it "
+                "with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or samples "
+                f"({said[:150]})"
+            ) from error
+        if "returned nan values" in said:  # trainer.detect_anomaly
+            raise TrainingError(f"became NaN at step {trainer.global_step + 1}: {said}") from error
+        if isinstance(error, MisconfigurationException) or "arly stopping" in said:
+            raise ConfigError(f"trainer: {said}") from error
+        raise
 
 
 def as_list(value: Any) -> list[Any]:
@@ -148,17 +173,16 @@ def as_list(value: Any) -> list[Any]:
 
 def check_accelerator(name: str, devices: Any) -> None:
     """Raise ConfigError for an accelerator that Lightning does not know, or devices that this machine does not have."""
-    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    kinds = AcceleratorRegistry.available_accelerators()
+    known = ["auto", "gpu", *kinds]
     if name not in known:
         raise ConfigError(
             f"trainer.accelerator={name}: no such accelerator{did_you_mean(name, known)} Allowed: {', '.join(known)}"
         )
-
-    def there(kind: str) -> bool:
-        return bool(AcceleratorRegistry[kind]["accelerator"].is_available())
-
     if name == "cpu" and isinstance(devices, int) and devices > (cores := os.cpu_count() or 1):
-        raise ConfigError(f"trainer.devices={devices}: a process each, and this machine has {cores} cores")
-    if name != "auto" and not (there("cuda") or there("mps") if name == "gpu" else there(name)):
-        here = ["auto", *(kind for kind in AcceleratorRegistry.available_accelerators() if there(kind))]
-        raise ConfigError(f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(here)}")
+        raise ConfigError(f"trainer.devices={devices}: one process per device, and this machine has {cores} cores")
+    available = ["auto", *(kind for kind in kinds if AcceleratorRegistry[kind]["accelerator"].is_available())]
+    if name not in available and not (name == "gpu" and {"cuda", "mps"} & {*available}):
+        raise ConfigError(
+            f"trainer.accelerator={name}: PyTorch finds none on this machine. Allowed: {', '.join(available)}"
+        )
