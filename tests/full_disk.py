@@ -1,7 +1,7 @@
-"""Runs one command on a disk that gets full: python full_disk.py DIRECTORY SIZES WORD…
+"""Run one command on a full disk: python full_disk.py DIRECTORY SIZES WORD…
 
-Files may not grow beyond SIZE bytes. Everything is imported once; each size is a fork of this process. Prints a line of
-JSON a size: exit status, standard error, and the files that are left.
+Files are limited to SIZE bytes. Everything is imported once; each size runs in a fork of this process. Prints one line
+of JSON per size: exit status, standard error, and the remaining files.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from conftest import DATA
 
 from vae_lightning.data.mnist import load_images
-from vae_lightning.launch import commands, jobs  # noqa: F401 (imported once, for all)
+from vae_lightning.launch import commands, jobs  # noqa: F401 (imported once for all sizes)
 
 
 def attempt(directory: Path, size: int, words: list[str]) -> dict:
-    """What the command does where files may not grow beyond `size` bytes."""
+    """Run the command with files limited to `size` bytes."""
     read, write = os.pipe()
     process = os.fork()
     if not process:
@@ -44,8 +44,8 @@ def attempt(directory: Path, size: int, words: list[str]) -> dict:
     with os.fdopen(read) as errors:
         said = errors.read()
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    left = sorted(str(path.relative_to(directory / str(size))) for path in (directory / str(size)).rglob("*.*"))
-    return {"size": size, "status": status, "stderr": said, "left": left}
+    files = sorted(str(path.relative_to(directory / str(size))) for path in (directory / str(size)).rglob("*.*"))
+    return {"size": size, "status": status, "stderr": said, "files": files}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains one run through many deaths: python killed.py DIRECTORY KILLS SEED OVERRIDE…
+"""Train one run that is killed many times: python killed.py DIRECTORY KILLS SEED OVERRIDE…
 
-Everything is imported once; each life is a fork of this process, killed by SIGKILL at a random moment, and the next
-one goes on with what it finds. The last is left to finish. Prints how far each life came.
+Everything is imported once. Each attempt is a fork of this process, killed by SIGKILL at a random time; the next one
+resumes the run. The last attempt finishes. Prints the saved step after each attempt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.training.train import train
 
 
-def live(config: dict, directory: Path) -> int:
-    """The process id of a life that trains."""
+def start(config: dict, directory: Path) -> int:
+    """Start a process that trains, and return its id."""
     process = os.fork()
     if process:
         return process
@@ -38,7 +38,7 @@ def live(config: dict, directory: Path) -> int:
 
 
 def wait_for_saves(file: Path, times: int, process: int) -> tuple[int, float]:
-    """Wait until `file` was written so many times, or the process is at its end: how often, and seconds between two."""
+    """Wait until `file` was written `times` times or the process has ended; return the count and the last interval."""
     seen, saves, last, pause = file.stat().st_mtime_ns if file.exists() else 0, 0, 0.0, 0.1
     while saves < times and not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
@@ -53,10 +53,10 @@ def main() -> None:
     directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     run, config = RunDirectory(directory), composed(*sys.argv[4:])
     moments = random.Random(seed)
-    load_images("MNIST", DATA.resolve())  # for all lives
-    os.waitpid(live(config, directory.with_name("whole")), 0)
+    load_images("MNIST", DATA.resolve())  # once, for all attempts
+    os.waitpid(start(config, directory.with_name("uninterrupted")), 0)
     for _ in range(kills):
-        process = live(config, directory)
+        process = start(config, directory)
         saves, pause = wait_for_saves(run.last_checkpoint, moments.randint(0, 2), process)
         time.sleep(moments.uniform(0, 1.5) * pause)
         os.kill(process, signal.SIGKILL)
@@ -66,9 +66,9 @@ def main() -> None:
         if run.state == "finished":
             break
     while run.state != "finished":
-        process = live(config, directory)
+        process = start(config, directory)
         if os.waitpid(process, 0)[1]:
-            raise SystemExit("the last life failed")
+            raise SystemExit("the last attempt failed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several processes train what one would: the same images, the same noise, the same numbers."""
+"""Several processes use the same images and noise as one process, and get the same results."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def run(directory: Path, *words: str, command: tuple = (sys.executable,)) -> sub
     )
 
 
-def left(directory: Path) -> tuple[dict, list[dict], dict]:
+def read_results(directory: Path) -> tuple[dict, list[dict], dict]:
     weights = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     with (directory / "history.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
@@ -58,7 +58,7 @@ def left(directory: Path) -> tuple[dict, list[dict], dict]:
 
 
 def same(one: Path, two: Path) -> None:
-    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = left(one), left(two)
+    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = read_results(one), read_results(two)
     assert [len(rows), rows] == [2, [pytest.approx(row, rel=1e-4) for row in rows_two]]
     assert metrics == pytest.approx(metrics_two, rel=1e-4)
     assert len(metrics) >= 4
@@ -66,7 +66,7 @@ def same(one: Path, two: Path) -> None:
         assert torch.allclose(value, weights_two[name], atol=2e-4), name
 
 
-def test_two_processes_are_one_with_twice_the_batch(command, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch_size(command, tmp_path: Path) -> None:
     two = run(tmp_path / "two", *TWO)
     assert command(*WORDS, "data.batch_size=100", "hydra.run.dir=one").code == 0
     assert two.wait(300) == 0, two.stderr.read()
@@ -76,7 +76,7 @@ def test_two_processes_are_one_with_twice_the_batch(command, tmp_path: Path) -> 
     )
 
 
-def test_the_shares_of_a_batch_are_all_of_it() -> None:
+def test_shares_together_are_the_batch() -> None:
     images = torch.arange(23, dtype=torch.uint8).reshape(23, 1, 1, 1)
     parts = [DeviceBatches(images, images.flatten(), 5, shuffle_seed=1, rank=r, world_size=3) for r in range(3)]
     whole = DeviceBatches(images, images.flatten(), 15, shuffle_seed=1)
@@ -86,7 +86,7 @@ def test_the_shares_of_a_batch_are_all_of_it() -> None:
     assert [part.share for part in parts] == [Share(8, rank, 3) for rank in range(3)]
 
 
-def test_a_process_without_an_image_counts_for_nothing() -> None:
+def test_a_process_without_an_image_does_not_count() -> None:
     vae, values = VAE(), torch.ones(1)
     for rank, counts in ((0, True), (1, False)):
         share = Share(1, rank, 2)
@@ -97,7 +97,7 @@ def test_a_process_without_an_image_counts_for_nothing() -> None:
     assert vae.means["train"].count.item() == 1
 
 
-def test_noise_and_loss_are_those_of_the_whole_batch(monkeypatch) -> None:
+def test_noise_and_loss_equal_those_of_the_full_batch(monkeypatch) -> None:
     vae, values, found, noises = VAE(), torch.randn(7), [], []
     for rank in range(2):
         torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_more_processes_than_cores_are_refused() -> None:
         (["resume=auto"], "with torchrun or srun set hydra.run.dir too"),
     ],
 )
-def test_what_processes_from_outside_would_not_agree_on(command, monkeypatch, words, line) -> None:
+def test_commands_that_torchrun_cannot_start(command, monkeypatch, words, line) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("VAE_LIGHTNING_RUN", raising=False)
     refused = command(*words)
@@ -147,7 +147,7 @@ def test_two_nodes_by_torchrun(command, tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *TWO, "trainer.max_epochs=40")
     assert whole.wait(300) == 0, whole.stderr.read()
     stopped = run(tmp_path / "run", *TWO, "trainer.max_epochs=40")
@@ -157,7 +157,10 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
     assert stopped.wait(100) == 75, stopped.stderr.read()
     again = run(tmp_path / "run", *TWO, "trainer.max_epochs=40", "resume=auto")
     assert again.wait(300) == 0, again.stderr.read()
-    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = left(tmp_path / "whole"), left(tmp_path / "run")
+    (weights, rows, metrics), (weights_two, rows_two, metrics_two) = (
+        read_results(tmp_path / "whole"),
+        read_results(tmp_path / "run"),
+    )
     assert rows == rows_two
     assert metrics == metrics_two
     assert all(torch.equal(value, weights_two[name]) for name, value in weights.items())

@@ -24,7 +24,7 @@ SMALL = [
 
 
 @pytest.fixture
-def guarded(monkeypatch) -> list[int]:
+def lightning_steps(monkeypatch) -> list[int]:
     """The steps after which Lightning calls its callbacks."""
     steps: list[int] = []
     original = NonFiniteGuard.on_train_batch_end
@@ -45,7 +45,7 @@ class Watcher(Callback):
 
 
 class Logging(VAE):
-    """A model that logs something of its own at each step."""
+    """A model that logs its own metric at each step."""
 
     def training_step(self, batch, batch_index):
         self.log("mine", float(self.trainer.global_step), on_step=True, on_epoch=True)
@@ -53,7 +53,7 @@ class Logging(VAE):
 
 
 class OfBatchAlone(VAE):
-    """A training_step without the batch's index, which leaves out every fifth batch."""
+    """A model whose training_step takes no batch index and skips every fifth batch."""
 
     def training_step(self, batch):
         self.seen = getattr(self, "seen", 0) + 1
@@ -65,8 +65,8 @@ class Hooked(VAE):
         self.seen = getattr(self, "seen", 0) + 1
 
 
-def left(directory: Path) -> tuple[dict, list[dict[str, str]]]:
-    """The last checkpoint and the history of a run, less what time and place decide."""
+def read_results(directory: Path) -> tuple[dict, list[dict[str, str]]]:
+    """Return the last checkpoint and the history of a run, without paths and times."""
     checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
     del checkpoint["callbacks"], checkpoint["progress"]  # paths and times
     with (directory / "history.csv").open() as file:
@@ -74,7 +74,7 @@ def left(directory: Path) -> tuple[dict, list[dict[str, str]]]:
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Where two nested dictionaries and lists differ, tensors to the bit."""
+    """Return the keys at which two nested dictionaries or lists differ; tensors are compared bit by bit."""
     if isinstance(a, dict | list) and type(a) is type(b) and len(a) == len(b):
         keys = a if isinstance(a, dict) else range(len(a))
         return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
@@ -89,23 +89,23 @@ def differences(a, b, where: str = "") -> list[str]:
         ["trainer.val_check_interval=7", "trainer.gradient_clip_val=0.1"],
         ["trainer.max_steps=31", "model.objective.warmup_epochs=3", "model/prior=vamp", "model.prior.pseudo_inputs=4"],
         ["trainer.precision=bf16-mixed", "model.weight_decay=0.01"],
-        ["model/likelihood=gaussian"],  # with a parameter that has no gradient
+        ["model/likelihood=gaussian"],  # it has a parameter without gradient
         ["model._target_=test_fast_loop.OfBatchAlone"],
     ],
 )
-def test_steps_together_are_the_same_to_the_bit(config, tmp_path: Path, guarded: list[int], overrides) -> None:
+def test_fast_steps_give_the_same_bits(config, tmp_path: Path, lightning_steps: list[int], overrides) -> None:
     found, counts = [], []
     for fast, together in (("false", 50), ("true", 1), ("true", 50)):
         run = tmp_path / f"{fast}{together}"
         train(config(*SMALL, *overrides, f"trainer.fast_loop={fast}", f"trainer.log_every_n_steps={together}"), run)
-        found.append(left(run))
-        counts.append(len(guarded))
-        guarded.clear()
+        found.append(read_results(run))
+        counts.append(len(lightning_steps))
+        lightning_steps.clear()
     for checkpoint, rows in found[1:]:
         assert rows == found[0][1]
         assert differences(found[0][0], checkpoint) == []
     assert found[0][0]["global_step"] == counts[0] == counts[1] in (46, 31)
-    assert counts[2] < 10  # Lightning's hooks ran a few times, and not at each step
+    assert counts[2] < 10  # Lightning's hooks ran only a few times
 
 
 def deleted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def other_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("change", [deleted, other_counters, other_signature])
-def test_where_it_does_not_fit_it_steps_aside_in_a_line(change, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_lightning_loop_falls_back_with_one_log_line(change, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch)
     with caplog.at_level("INFO"):
         trainer = make_trainer(RunDirectory("."), [], [], **TRAINER_DEFAULTS | {"accelerator": "cpu"})
@@ -134,12 +134,12 @@ def test_a_run_without_the_file_has_the_same_bits(config, tmp_path: Path, monkey
     train(config(*SMALL), tmp_path / "fast")
     deleted(monkeypatch)
     train(config(*SMALL), tmp_path / "deleted")
-    (fast, rows), (without, rows_without) = left(tmp_path / "fast"), left(tmp_path / "deleted")
+    (fast, rows), (without, rows_without) = read_results(tmp_path / "fast"), read_results(tmp_path / "deleted")
     assert rows == rows_without
     assert differences(fast, without) == []
 
 
-def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
+def test_quick_step_is_for_fused_adam_without_hooks() -> None:
     weights = torch.nn.Parameter(torch.ones(3))
 
     def quick(optimizer: torch.optim.Optimizer) -> bool:
@@ -148,13 +148,15 @@ def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
         return quick_step(optimizer) != optimizer.step
 
     assert quick(torch.optim.Adam([weights], fused=True))
-    assert quick_step(unused := torch.optim.Adam([weights], fused=True)) == unused.step  # its state comes with a step
+    assert (
+        quick_step(unused := torch.optim.Adam([weights], fused=True)) == unused.step
+    )  # it has no state before its first step
     assert not quick(torch.optim.Adam([weights]))
     assert not quick(torch.optim.Adam([weights], fused=True, amsgrad=True))
     assert not quick(torch.optim.AdamW([weights], fused=True))
     assert not quick(torch.optim.SGD([weights]))
     found = []
-    for quickly in (False, True):  # the settings of Adam that a model of one's own may have
+    for quickly in (False, True):  # settings of Adam that a custom model may use
         own = torch.nn.Parameter(torch.ones(3))
         decayed = torch.optim.Adam([own], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, fused=True)
         for n in range(4):
@@ -172,12 +174,12 @@ def test_the_quick_step_is_for_fused_adam_that_nobody_listens_to() -> None:
     handle.remove()
 
 
-def test_lightning_sees_the_steps_that_it_logs_and_the_last_of_each_epoch(config, tmp_path, guarded) -> None:
+def test_logged_steps_and_the_last_of_each_epoch_run_through_lightning(config, tmp_path, lightning_steps) -> None:
     train(config(*SMALL, "trainer.log_every_n_steps=10"), tmp_path / "run")
-    assert guarded == [10, 20, 23, 24, 30, 40, 46]  # 24: saved before it, at the start of the epoch
+    assert lightning_steps == [10, 20, 23, 24, 30, 40, 46]  # 24: saved before it, at the start of the epoch
 
 
-def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
+def test_metrics_that_a_model_logs_itself(config, tmp_path: Path) -> None:
     for together in (1, 10):
         train(
             config(*SMALL, "model._target_=test_fast_loop.Logging", f"trainer.log_every_n_steps={together}"),
@@ -198,11 +200,11 @@ def test_what_a_model_logs_itself_arrives(config, tmp_path: Path) -> None:
         (["trainer.profiler=simple"], "trainer.profiler=SimpleProfiler"),
     ],
 )
-def test_who_watches_each_step_sees_each_step(config, tmp_path, guarded, caplog, overrides, reason) -> None:
+def test_hooks_of_each_step_disable_the_fast_loop(config, tmp_path, lightning_steps, caplog, overrides, reason) -> None:
     Watcher.steps.clear()
     with caplog.at_level("INFO"):
         train(config(*SMALL, *overrides), tmp_path / "run")
-    assert len(guarded) == 46
+    assert len(lightning_steps) == 46
     assert not Watcher.steps or list(range(1, 47)) == Watcher.steps
     lines = [r.message for r in caplog.records if "fast_loop" in r.message]
     assert lines == [f"trainer.fast_loop: every step runs through Lightning's own loop: {reason}"]

@@ -7,7 +7,7 @@ import pytest
 from vae_lightning.training.history import History, epoch_line
 
 
-def test_one_row_an_epoch_with_every_column(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_row_per_epoch_with_every_column(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     history = History(tmp_path / "history.csv", epochs=3)
     with caplog.at_level(logging.INFO):
         history.log_metrics({"train/loss": 3.0, "epoch": 0}, step=9)

@@ -1,4 +1,4 @@
-"""Loggers: W&B offline, MLflow on SQLite, CSV and one's own get the numbers, the settings and the pictures."""
+"""Metrics, settings and pictures in W&B (offline), MLflow (SQLite), CSV and a custom logger."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WANDB = ["logger=wandb", "logger.wandb.offline=true", "figures.samples=[2,2]"]
 
 
 class Recorder(Logger):
-    """A logger of one's own: it keeps what it is given."""
+    """A custom logger that records its input."""
 
     last: Recorder
 
@@ -53,7 +53,7 @@ class Unreachable(Recorder):
         raise RuntimeError("no such account")
 
 
-def test_a_logger_of_ones_own(config, tmp_path: Path) -> None:
+def test_a_custom_logger(config, tmp_path: Path) -> None:
     mine = {"mine": {"_target_": "test_loggers.Recorder"}}
     metrics = train(config("logger=none", "model.latent_dim=2", *BRIEF) | {"logger": mine}, tmp_path / "run")
     logger = Recorder.last
@@ -65,7 +65,7 @@ def test_a_logger_of_ones_own(config, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_mlflow_and_csv_go_on_in_the_same_run(config, tmp_path: Path, monkeypatch) -> None:
+def test_a_resumed_run_continues_in_mlflow_and_csv(config, tmp_path: Path, monkeypatch) -> None:
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def test_mlflow_and_csv_go_on_in_the_same_run(config, tmp_path: Path, monkeypatc
     assert len(list(Path("run").glob("csv/*/metrics.csv"))) == 2
 
 
-def test_wandb_offline_keeps_each_run_apart(config, tmp_path: Path) -> None:
+def test_wandb_offline_runs_are_separate(config, tmp_path: Path) -> None:
     c = config(*WANDB, *BRIEF)
     ids = []
     for name in ("one", "two"):  # in one process, like the jobs of a sweep
@@ -101,22 +101,22 @@ def test_wandb_offline_keeps_each_run_apart(config, tmp_path: Path) -> None:
     assert len(list((tmp_path / "one" / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
 
 
-def test_a_logger_whose_package_is_missing_is_one_line(config, tmp_path: Path, monkeypatch) -> None:
+def test_missing_package_of_a_logger_is_reported_in_one_line(config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     with pytest.raises(ConfigError, match=r"^logger=wandb: its package is not installed; pip install -e '.\[wandb\]'$"):
         train(config(*WANDB, *BRIEF), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_logger_that_cannot_be_opened_is_one_line(config, tmp_path: Path) -> None:
+def test_a_logger_that_cannot_be_opened_is_reported_in_one_line(config, tmp_path: Path) -> None:
     spec = {"_target_": "test_loggers.Unreachable"}
     with pytest.raises(ConfigError, match=r"^logger=board: cannot be opened \(no such account\)$"):
         train(config(*BRIEF) | {"logger": {"board": spec}}, tmp_path / "run")
     assert Recorder.last.status == ["failed"]
 
 
-def test_a_run_from_elsewhere_may_not_choose_where_a_logger_writes(config, tmp_path: Path) -> None:
-    for choice in ("tensorboard", "csv", "wandb", "mlflow"):  # what comes with the template is
+def test_a_foreign_run_cannot_choose_where_a_logger_writes(config, tmp_path: Path) -> None:
+    for choice in ("tensorboard", "csv", "wandb", "mlflow"):  # those of the template are
         (spec,) = config(f"logger={choice}")["logger"].values()
         assert is_harmless_logger(spec)
         assert not is_harmless_logger(spec | {"save_dir": "/home"})

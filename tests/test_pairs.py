@@ -1,6 +1,6 @@
-"""Pairs of settings that each work alone: trained, stopped and resumed, evaluated and reported.
+"""Train, stop, resume, evaluate and report runs with pairs of settings that each work alone.
 
-PAIRS=300 PAIRS_SEED=7 pytest -m proof tests/test_pairs.py draws others than make proof does.
+PAIRS=300 PAIRS_SEED=7 pytest -m proof tests/test_pairs.py draws other pairs than make proof does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DATA
-from test_resuming import differences, left
+from test_resuming import differences, read_results
 
 from vae_lightning.analysis.evaluation import evaluate_run
 from vae_lightning.analysis.reports import find_results
@@ -27,7 +27,7 @@ SMALL = [
     "data.val_size=100", "trainer.accelerator=cpu", "figures.embedded=0", "trainer.enable_model_summary=false",
     "model.backbone.hidden=[16]", "figures.samples=[1,2]", "figures.pairs=1",
 ]  # fmt: skip
-# What is said in one place; two of a row do not go together.
+# Settings of one row exclude each other.
 SETTINGS = {
     "objective": ["model/objective=iwae", "model/objective=dreg", "model.objective.warmup_epochs=1.5",
                   "model.objective.free_bits=0.05", "model.objective.kl=monte_carlo"],
@@ -58,10 +58,10 @@ SETTINGS = {
     "logging": ["trainer.log_every_n_steps=3", "logger=[csv,tensorboard]", "figures.every=1"],
     "saving": ["trainer.checkpoint_every=4", "trainer.checkpoint_every=1s"],
 }  # fmt: skip
-# Pairs that did not work once.
+# Pairs that failed in the past.
 FOUND = [
-    ("trainer=ema", "trainer.fast_loop=false"),  # the test was of other weights than the checkpoint's
-    (SETTINGS["schedule"][-1], "trainer.checkpoint_every=4"),  # a resumed epoch did not count
+    ("trainer=ema", "trainer.fast_loop=false"),  # the test used other weights than the checkpoint's
+    (SETTINGS["schedule"][-1], "trainer.checkpoint_every=4"),  # a resumed epoch was not counted
 ]
 MANY, SEED = int(os.environ.get("PAIRS", "200")), int(os.environ.get("PAIRS_SEED", "0"))
 
@@ -72,14 +72,14 @@ def draw(number: int, seed: int) -> list[tuple[str, str]]:
 
 
 class Few(MNISTDataModule):
-    """500 images of MNIST to train on, and 100 to test."""
+    """500 training images and 100 test images of MNIST."""
 
     def load(self):
         (train, labels), (test, test_labels) = super().load()
         return (train[:500], labels[:500]), (test[:100], test_labels[:100])
 
 
-def test_there_are_as_many_pairs_as_it_seems() -> None:
+def test_number_of_pairs() -> None:
     assert len(draw(10**6, 0)) > 600
 
 
@@ -92,15 +92,15 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     words = [*SMALL, *(word for setting in pair for word in split(setting))]
     if any("model/backbone=conv" in setting for setting in pair):
         words.remove("model.backbone.hidden=[16]")
-    whole = command(*words, "hydra.run.dir=whole")
-    assert whole.code in (0, 2), whole.err
-    if whole.code == 2:
-        assert len([line for line in whole.err.splitlines() if "Warning" not in line]) == 1, whole.err
-        assert not [path for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    uninterrupted = command(*words, "hydra.run.dir=uninterrupted")
+    assert uninterrupted.code in (0, 2), uninterrupted.err
+    if uninterrupted.code == 2:
+        assert len([line for line in uninterrupted.err.splitlines() if "Warning" not in line]) == 1, uninterrupted.err
+        assert not [path for path in (tmp_path / "uninterrupted").rglob("*") if path.is_file()]
         return
 
-    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    with (tmp_path / "whole" / "history.csv").open() as file:
+    metrics = json.loads((tmp_path / "uninterrupted" / "metrics.json").read_text())
+    with (tmp_path / "uninterrupted" / "history.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     for found in (metrics, *rows):
         for split_name in ("train", "val", "test"):
@@ -119,13 +119,13 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     monkeypatch.setattr(Progress, "due", stopping)
     stopped = command(*words, "hydra.run.dir=run")
     monkeypatch.undo()
-    assert stopped.code in (0, 75), stopped.err  # 0: there was no step between stretches where it could stop
+    assert stopped.code in (0, 75), stopped.err  # 0: it finished before it could stop
     if stopped.code == 75:
         resumed = command("resume=run", "trust=[test_pairs]")
         assert resumed.code == 0, resumed.err
     if not any("1s" in setting for setting in pair):
-        one, two = left(tmp_path / "whole"), left(tmp_path / "run")
-        for found in (one, two):  # a resumed run begins another file
+        one, two = read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")
+        for found in (one, two):  # a resumed run starts another file
             found["files"] = [name for name in found["files"] if not name.startswith("csv/")]
         assert differences(one, two) == []
 
@@ -137,5 +137,5 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
 
 
 def split(setting: str) -> list[str]:
-    """The words of a setting; one with a dictionary is one word."""
+    """Split a setting into words; a setting with a dictionary is one word."""
     return [setting] if "{" in setting else setting.split()

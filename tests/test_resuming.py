@@ -1,4 +1,4 @@
-"""A run that was stopped, in whatever way, ends as the run that was not: compared to the bit."""
+"""A run that was stopped and resumed has the same results, bit by bit, as an uninterrupted one."""
 
 import csv
 import json
@@ -33,8 +33,8 @@ SMALL = [
 EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
 
 
-def left(directory: Path) -> dict:
-    """All that a run leaves, less what the clock decides."""
+def read_results(directory: Path) -> dict:
+    """Return all results of a run, without times and paths."""
     found: dict = {}
     for name in ("last", "best"):
         found[name] = torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
@@ -61,14 +61,14 @@ def left(directory: Path) -> dict:
 
 
 def without(prefix: str, tree):
-    """A copy of nested dictionaries in which no key or value has `prefix`."""
+    """Return a copy of nested dictionaries with `prefix` removed from keys and values."""
     if isinstance(tree, dict):
         return {without(prefix, key): without(prefix, value) for key, value in tree.items()}
     return tree.replace(prefix, "") if isinstance(tree, str) else tree
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Where two nested dictionaries and lists differ, tensors to the bit."""
+    """Return the keys at which two nested dictionaries or lists differ; tensors are compared bit by bit."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [place for key in a.keys() | b.keys() for place in differences(a.get(key), b.get(key), f"{where}.{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -78,7 +78,7 @@ def differences(a, b, where: str = "") -> list[str]:
 
 
 class Signal(Callback):
-    """Sends this process a signal, once, when training is at a certain place."""
+    """Send this process a signal once, at a given place of training."""
 
     armed = ""
 
@@ -124,7 +124,7 @@ EMA = [
 
 
 @pytest.mark.parametrize(
-    ("overrides", "deaths"),
+    ("overrides", "kills"),
     [
         pytest.param(VAMP, 6, id="few"),
         pytest.param(VAMP, 20, id="vamp", marks=pytest.mark.proof),
@@ -132,31 +132,31 @@ EMA = [
         pytest.param(EMA, 20, id="ema", marks=pytest.mark.proof),
     ],
 )
-def test_deaths_change_nothing(tmp_path: Path, overrides: list[str], deaths: int) -> None:
+def test_a_killed_run_has_the_same_results(tmp_path: Path, overrides: list[str], kills: int) -> None:
     killed = subprocess.run(
-        [sys.executable, ROOT / "tests" / "killed.py", tmp_path / "run", str(deaths), "0", *SMALL, *overrides],
+        [sys.executable, ROOT / "tests" / "killed.py", tmp_path / "run", str(kills), "0", *SMALL, *overrides],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert killed.returncode == 0, killed.stderr
     steps = [int(line.rpartition(" ")[2]) for line in killed.stdout.splitlines()]
-    assert len(steps) >= deaths // 2, "it was killed often"
-    assert len({step % 40 for step in steps}) >= deaths // 4, "and in many places"
-    assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+    assert len(steps) >= kills // 2, "too few kills"
+    assert len({step % 40 for step in steps}) >= kills // 4, "too few different steps"
+    assert differences(read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")) == []
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing stopped."""
-    directory = tmp_path_factory.mktemp("runs") / "whole"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not stopped."""
+    directory = tmp_path_factory.mktemp("runs") / "uninterrupted"
     train(composed(*SMALL, signal_at("batch")), directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def stopped_at_58(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that a signal stopped at step 58 of 120, with a checkpoint at step 40 before it."""
+    """A run that a signal stopped at step 58 of 120; its previous checkpoint is of step 40."""
     directory = tmp_path_factory.mktemp("runs") / "stopped"
     Signal.armed = "once"
     with pytest.raises(Interrupted):
@@ -166,7 +166,7 @@ def stopped_at_58(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_at_58: Path, tmp_path: Path) -> Path:
-    """A copy of that run for a test to go on with."""
+    """A copy of that run, to resume."""
     return Path(shutil.copytree(stopped_at_58, tmp_path / "run"))
 
 
@@ -192,7 +192,7 @@ def signal_at(place: str, step: int = 0, name: str = "SIGTERM") -> str:
         ),
     ],
 )
-def test_a_signal_stops_it_between_two_steps(at, step, name, whole: Path, command, tmp_path: Path) -> None:
+def test_a_signal_stops_a_run_between_two_steps(at, step, name, uninterrupted: Path, command, tmp_path: Path) -> None:
     Signal.armed = "once"
     stopped = command(*SMALL, signal_at(at, step, name), "hydra.run.dir=run")
     assert stopped.code == 75
@@ -201,11 +201,11 @@ def test_a_signal_stops_it_between_two_steps(at, step, name, whole: Path, comman
     assert not (tmp_path / "run" / "metrics.json").exists()
     if at == "batch":
         assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step + 1
-    gone_on = command("resume=run", "trust=[test_resuming]")
-    assert gone_on.code == 0, gone_on.err
-    assert gone_on.out.splitlines()[-1] == str(tmp_path / "run")
-    assert differences(left(whole), left(tmp_path / "run")) == []
-    assert not list(tmp_path.glob("outputs/*/*")), "no directory of Hydra's stays behind"
+    resumed = command("resume=run", "trust=[test_resuming]")
+    assert resumed.code == 0, resumed.err
+    assert resumed.out.splitlines()[-1] == str(tmp_path / "run")
+    assert differences(read_results(uninterrupted), read_results(tmp_path / "run")) == []
+    assert not list(tmp_path.glob("outputs/*/*")), "Hydra leaves no directory"
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
@@ -222,14 +222,14 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         stop.check()
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, command, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(stopped: Path, command, tmp_path: Path) -> None:
     last, previous = (stopped / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     shutil.copytree(stopped, tmp_path / "both")
-    gone_on = command("resume=run", "trust=[test_resuming]")
-    assert gone_on.code == 0, gone_on.err
+    resumed = command("resume=run", "trust=[test_resuming]")
+    assert resumed.code == 0, resumed.err
     log = (stopped / "train.log").read_text()
     assert f"{last}: damaged" in log
     assert f"resuming from the previous checkpoint, {previous}, at step 40" in log
@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped: Path, comman
         (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),
     ],
 )
-def test_a_resumed_run_stays_the_run_it_is(stopped: Path, command, words, wanted) -> None:
+def test_a_resumed_run_keeps_its_configuration(stopped: Path, command, words, wanted) -> None:
     before = {path: path.read_bytes() for path in stopped.rglob("*.*")}
     refused = command("resume=run", *([] if "trust=[]" in words else ["trust=[test_resuming]"]), *words)
     assert refused.code == 2
@@ -260,7 +260,7 @@ def test_a_resumed_run_stays_the_run_it_is(stopped: Path, command, words, wanted
     assert before == {path: path.read_bytes() for path in stopped.rglob("*.*")}
 
 
-def test_what_is_no_run_cannot_be_resumed(command, tmp_path: Path) -> None:
+def test_only_a_run_directory_can_be_resumed(command, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for directory in ("nowhere", "empty"):
         refused = command(f"resume={directory}")
@@ -270,14 +270,14 @@ def test_what_is_no_run_cannot_be_resumed(command, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_one_process_to_a_run(stopped: Path, command) -> None:
+def test_a_run_is_locked_by_its_process(stopped: Path, command) -> None:
     with RunDirectory(stopped).locked():
         refused = command("resume=run", "trust=[test_resuming]")
     assert refused.code == 2
     assert refused.err == f"{stopped}: is being trained by another process\n"
 
 
-def test_a_handed_configuration_may_lack_what_lightning_has_a_default_for(config, tmp_path: Path) -> None:
+def test_a_configuration_without_arguments_that_have_a_default(config, tmp_path: Path) -> None:
     handed = config(*SMALL, "trainer.max_steps=3")
     for key in ("max_epochs", "devices", "num_nodes"):
         del handed["trainer"][key]
@@ -286,21 +286,21 @@ def test_a_handed_configuration_may_lack_what_lightning_has_a_default_for(config
     assert train(handed, tmp_path / "run", resume=True)["steps"] == 5
 
 
-def test_a_run_may_be_made_longer(config, command, tmp_path: Path) -> None:
-    assert command(*SMALL, "hydra.run.dir=whole", "trainer.max_epochs=5").code == 0
+def test_a_finished_run_is_extended(config, command, tmp_path: Path) -> None:
+    assert command(*SMALL, "hydra.run.dir=uninterrupted", "trainer.max_epochs=5").code == 0
     assert command(*SMALL, "hydra.run.dir=run").code == 0
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     assert command("resume=run", "trainer.max_epochs=5").code == 0
-    longer = left(tmp_path / "run")
-    longer["files"].remove("evaluation_3_epochs.json")  # what was measured before is kept, under another name
-    assert differences(left(tmp_path / "whole"), longer) == []
+    longer = read_results(tmp_path / "run")
+    longer["files"].remove("evaluation_3_epochs.json")  # the earlier evaluation is kept under another name
+    assert differences(read_results(tmp_path / "uninterrupted"), longer) == []
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(environment["resumed"]) == 1
     assert len(environment["data_checksums"]["train"]) == 64
 
 
-def test_a_run_that_is_made_longer_and_stopped_has_its_metrics_still(whole: Path, command, tmp_path: Path) -> None:
-    run = RunDirectory(shutil.copytree(whole, tmp_path / "run"))
+def test_an_extended_run_that_was_stopped_keeps_its_metrics(uninterrupted: Path, command, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(uninterrupted, tmp_path / "run"))
     before = json.loads(run.metrics_file.read_text())
     Signal.armed = "once"
     assert command("resume=run", "trust=[test_resuming]", "trainer.max_epochs=4").code == 75
@@ -313,7 +313,7 @@ def test_a_run_that_is_made_longer_and_stopped_has_its_metrics_still(whole: Path
     assert json.loads(run.metrics_file.read_text())["epochs"] == 4
 
 
-def test_a_run_needs_a_directory_of_its_own(command, tmp_path: Path) -> None:
+def test_a_run_needs_its_own_directory(command, tmp_path: Path) -> None:
     (tmp_path / "full" / "notes").mkdir(parents=True)
     (tmp_path / "full" / "slurm-12.out").touch()
     for directory in (".", "", "full", str(tmp_path.parent)):
@@ -325,7 +325,7 @@ def test_a_run_needs_a_directory_of_its_own(command, tmp_path: Path) -> None:
     assert command(*BRIEF, "hydra.run.dir=full").code == 0
 
 
-def test_a_run_that_was_moved_goes_on(stopped: Path, command, tmp_path: Path) -> None:
+def test_a_moved_run_is_resumed(stopped: Path, command, tmp_path: Path) -> None:
     shutil.move(stopped, tmp_path / "elsewhere")
     assert command("resume=elsewhere", "trust=[test_resuming]").code == 0
     content = torch.load(tmp_path / "elsewhere" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -342,8 +342,8 @@ def test_other_data_are_refused(stopped: Path, command) -> None:
     assert "was trained on other images" in refused.err
 
 
-def test_the_same_command_again_and_again(command, tmp_path: Path) -> None:
-    """`resume=auto`: what a scheduler may start as often as it likes."""
+def test_resume_auto_repeats_the_same_command(command, tmp_path: Path) -> None:
+    """A scheduler can start a command with `resume=auto` any number of times."""
     callback = signal_at("batch", 57)
     Signal.armed = "once"
     words = [*SMALL, callback, "resume=auto"]
@@ -362,17 +362,17 @@ def test_the_same_command_again_and_again(command, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/vae/*"))) == 2
 
 
-def test_an_unfinished_run_is_not_trained_over(stopped: Path, command) -> None:
+def test_an_unfinished_run_is_not_overwritten(stopped: Path, command) -> None:
     callback = signal_at("batch", 57)
     refused = command(*SMALL, callback, "hydra.run.dir=run")
     assert refused.code == 2
     assert f"is not finished; use resume={stopped} or resume=auto" in refused.err
     assert command(*SMALL, callback, "hydra.run.dir=other").code == 0  # the same run, finished, beside it
     assert command(*SMALL, callback, "hydra.run.dir=run", "resume=auto").code == 0
-    assert (stopped / "metrics.json").exists(), "the directory that was named is the one that is meant"
+    assert (stopped / "metrics.json").exists(), "the given directory is used"
 
 
-def test_no_checkpoint_yet_is_a_start(config, tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_starts_again(config, tmp_path: Path) -> None:
     Signal.armed = "once"
     callback = signal_at("setup")
     with pytest.raises(Interrupted):
@@ -401,10 +401,10 @@ DOZEN = [1, 1_000, 2_000, 5_000, 8_000, 16_000, 30_000, 45_000, 80_000, 100_000,
         pytest.param(1, DOZEN, ["config.yaml", "100000 (File"], id="tensorboard", marks=pytest.mark.proof),
     ],
 )
-def test_a_full_disk_costs_a_line_and_no_checkpoint(
+def test_a_full_disk_is_reported_in_one_line_and_damages_no_checkpoint(
     tmp_path: Path, width: int, sizes: list[int], wanted: list[str]
 ) -> None:
-    """Files may not grow beyond some size; where the model is small, the pictures in TensorBoard's are the largest."""
+    """The size of files is limited. With a small model, TensorBoard's file is the largest."""
     words = [*SMALL, f"model.backbone.hidden=[{width}]", "figures.every=1", f"data.root={ROOT / 'data'}"]
     script = [sys.executable, ROOT / "tests" / "full_disk.py", tmp_path, ",".join(map(str, sizes)), *words]
     done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -417,13 +417,13 @@ def test_a_full_disk_costs_a_line_and_no_checkpoint(
         assert outcome["status"] == 2, outcome["stderr"]
         assert len(outcome["stderr"].splitlines()) == 1, outcome["stderr"]
         assert outcome["stderr"].startswith(f"hydra.run.dir={run}: cannot write {run}")
-        assert not [name for name in outcome["left"] if ".vae_lightning" in name]
+        assert not [name for name in outcome["files"] if ".vae_lightning" in name]
         for file in run.rglob("*.ckpt"):
             assert load_checkpoint(file)["global_step"] > 0
     said = " ".join(outcome["stderr"] for outcome in refused)
     assert all(word in said for word in wanted), said
     lock = subprocess.run(["git", "-C", ROOT, "rev-parse", "--git-path", "index.lock"], capture_output=True, text=True)
-    assert not (ROOT / lock.stdout.strip()).exists(), "of git, which was asked for the commit"
+    assert not (ROOT / lock.stdout.strip()).exists(), "of git, which is called for the commit"
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "5parsecs", "1.5", "true", "10 min later"])
@@ -439,7 +439,7 @@ def test_checkpoint_every_reads_steps_and_times() -> None:
     ]  # fmt: skip
 
 
-def test_a_time_passes_between_checkpoints(config, tmp_path: Path, monkeypatch) -> None:
+def test_checkpoint_every_some_seconds(config, tmp_path: Path, monkeypatch) -> None:
     saved = []
     from lightning.pytorch import Trainer
 
@@ -452,7 +452,7 @@ def test_a_time_passes_between_checkpoints(config, tmp_path: Path, monkeypatch) 
     assert len(saved) - rarely >= rarely + 3
 
 
-def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
+def test_runs_are_found_by_their_configuration(tmp_path: Path, config) -> None:
     composed = config(*SMALL)
     for name in ("a", "b", "broken"):
         (tmp_path / name).mkdir()
@@ -463,7 +463,7 @@ def test_runs_are_found_by_what_they_are(tmp_path: Path, config) -> None:
     assert found.path == tmp_path / "b"
     assert find_run(composed | {"name": "c"}, places) is None
     moved_data = composed | {"name": "b", "data": composed["data"] | {"root": "/elsewhere"}}
-    assert find_run(moved_data, places) is not None, "where the images lie changes no number"
+    assert find_run(moved_data, places) is not None, "the place of the images changes no result"
     assert find_run(moved_data | {"data": moved_data["data"] | {"batch_size": 7}}, places) is None
 
 
@@ -482,14 +482,14 @@ def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
     assert command(*words).code == 0
     again = command("repeat=run", "hydra.run.dir=again")
     assert again.code == 0, again.err
-    assert differences(left(tmp_path / "run"), left(tmp_path / "again")) == []
+    assert differences(read_results(tmp_path / "run"), read_results(tmp_path / "again")) == []
     for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "resume=auto")):
         assert refused.code == 2
         assert len(refused.err.splitlines()) == 1
 
 
 class Bad(Callback):
-    """Makes the gradient of some steps NaN."""
+    """Set the gradient of some steps to NaN."""
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = steps
@@ -499,11 +499,11 @@ class Bad(Callback):
             next(module.parameters()).grad[0] = float("nan")
 
 
-def test_updates_that_are_not_finite_are_left_out(config, tmp_path: Path, caplog) -> None:
+def test_updates_that_are_not_finite_are_skipped(config, tmp_path: Path, caplog) -> None:
     bad = "trainer.callbacks=[{_target_: test_resuming.Bad, steps: [3, 50, 51]}]"
     metrics = train(config(*SMALL, bad, "trainer.on_nan=skip"), tmp_path / "run")
     assert metrics["test/loss"] < 500
-    assert [float(row["train/skipped"]) for row in left(tmp_path / "run")["history"]] == [1, 2, 0]
+    assert [float(row["train/skipped"]) for row in read_results(tmp_path / "run")["history"]] == [1, 2, 0]
     assert sum("is not finite; its update is skipped" in record.message for record in caplog.records) == 3
     with pytest.raises(TrainingError, match="became NaN or infinite at step 4"):
         train(config(*SMALL, bad), tmp_path / "stopped")
@@ -512,13 +512,13 @@ def test_updates_that_are_not_finite_are_left_out(config, tmp_path: Path, caplog
         train(config(*SMALL, many, "trainer.on_nan=skip"), tmp_path / "often")
 
 
-class Hungry(Callback):
+class OutOfMemory(Callback):
     def on_train_batch_start(self, *args) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(command) -> None:
-    refused = command(*SMALL, "trainer.callbacks=[{_target_: test_resuming.Hungry}]")
+def test_out_of_memory_is_reported_in_one_line(command) -> None:
+    refused = command(*SMALL, "trainer.callbacks=[{_target_: test_resuming.OutOfMemory}]")
     assert refused.code == 2
     line = refused.err.splitlines()[-1]
     assert line.startswith("out of memory at step 1: lower data.batch_size=100 (half of it with trainer.accumulate")
@@ -528,21 +528,21 @@ def everything(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "train.log"}
 
 
-def test_an_early_stop_stays_one(command, tmp_path: Path) -> None:
+def test_early_stopping_survives_a_resume(command, tmp_path: Path) -> None:
     early = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, min_delta: 1000}"
     callbacks = f"trainer.callbacks=[{early}, {{_target_: test_resuming.Signal, at: test}}]"
     words = [*SMALL, "trainer.max_epochs=6", callbacks]
-    assert command(*words, "hydra.run.dir=whole").code == 0
+    assert command(*words, "hydra.run.dir=uninterrupted").code == 0
     for _ in range(2):
         Signal.armed = "once"
         assert command(*words, "hydra.run.dir=run", "resume=auto").code == 75
     assert command("resume=run", "trust=[test_resuming]").code == 0
-    assert left(tmp_path / "run")["metrics"]["epochs"] == 2
-    assert differences(left(tmp_path / "whole"), left(tmp_path / "run")) == []
+    assert read_results(tmp_path / "run")["metrics"]["epochs"] == 2
+    assert differences(read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")) == []
 
 
-def test_a_finished_run_is_not_made_shorter(whole: Path, command, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_a_finished_run_is_not_shortened(uninterrupted: Path, command, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (run / "evaluation.json").write_text("{}")
     before = everything(run)
     for max_epochs in (0, 1, 2):
@@ -553,7 +553,7 @@ def test_a_finished_run_is_not_made_shorter(whole: Path, command, tmp_path: Path
 
 
 def altered(name: str, content: dict) -> dict:
-    """A checkpoint that something is wrong with."""
+    """Return a damaged checkpoint."""
     if name == "empty progress":
         content["progress"] = {}
     elif name == "no progress":
@@ -580,7 +580,7 @@ def altered(name: str, content: dict) -> dict:
         *("random numbers", "events of another format", "another path", "another model"),
     ],
 )
-def test_checkpoints_from_elsewhere_change_nothing(stopped: Path, command, name: str) -> None:
+def test_foreign_checkpoints_change_nothing(stopped: Path, command, name: str) -> None:
     for file in (stopped / "checkpoints" / "last.ckpt", stopped / "checkpoints" / "previous.ckpt"):
         torch.save(altered(name, torch.load(file, weights_only=True)), file)
     before = everything(stopped)
@@ -603,16 +603,16 @@ def test_nothing_is_written_through_links(stopped: Path, command, tmp_path: Path
     assert before == (everything(tmp_path / "victim") or (tmp_path / "victim").read_bytes())
 
 
-def test_checkpoints_may_lie_on_another_disk(stopped: Path, command, tmp_path: Path, recwarn) -> None:
+def test_checkpoints_on_another_disk(stopped: Path, command, tmp_path: Path, recwarn) -> None:
     shutil.move(stopped / "checkpoints", tmp_path / "disk")
     (stopped / "checkpoints").symlink_to(tmp_path / "disk")
     assert command("resume=run", "trust=[test_resuming]").code == 0
     assert {file.name for file in (tmp_path / "disk").iterdir()} == {"last.ckpt", "best.ckpt"}
     assert (stopped / "checkpoints").is_symlink()
-    assert not [w for w in recwarn if "dirpath has changed" in str(w.message)], "the best one so far is known"
+    assert not [w for w in recwarn if "dirpath has changed" in str(w.message)], "the best checkpoint so far is restored"
 
 
-def test_an_event_file_that_is_a_link_is_not_cut(stopped: Path, command, tmp_path: Path) -> None:
+def test_a_linked_event_file_is_not_changed(stopped: Path, command, tmp_path: Path) -> None:
     (events,) = (stopped / "tensorboard").glob("events*")
     victim = tmp_path / "victim"
     victim.write_bytes(b"x" * 100_000)
@@ -623,19 +623,19 @@ def test_an_event_file_that_is_a_link_is_not_cut(stopped: Path, command, tmp_pat
 
 
 @pytest.mark.parametrize("word", ["resume=true", "resume=[a]", "resume={a: 1}", "resume=''", "repeat=[a]", "resume=5"])
-def test_what_is_no_path_is_one_line(command, word: str) -> None:
+def test_a_value_that_is_no_path_is_reported_in_one_line(command, word: str) -> None:
     refused = command(word)
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
 
 
-def test_metrics_that_are_cut_short_are_of_no_finished_run(whole: Path, command, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(whole, tmp_path / "run"))
+def test_a_run_with_damaged_metrics_is_not_finished(uninterrupted: Path, command, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (run / "metrics.json").write_text("")
     assert command("resume=run", "trust=[test_resuming]").code == 0
-    assert differences(left(whole), left(run)) == []
+    assert differences(read_results(uninterrupted), read_results(run)) == []
 
 
-def test_keys_that_one_version_lacks_are_named(command, tmp_path: Path) -> None:
+def test_keys_that_one_version_lacks_are_reported(command, tmp_path: Path) -> None:
     assert command(*BRIEF, "hydra.run.dir=run").code == 0
     saved = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(saved.replace("  on_nan: stop\n", ""))

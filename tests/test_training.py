@@ -37,7 +37,7 @@ def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
     assert metrics["steps"] == math.ceil(60_000 / 128)
 
 
-def test_the_run_directory_is_whole(config, tmp_path: Path) -> None:
+def test_the_run_directory_is_complete(config, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     overrides = ["model.latent_dim=2", "trainer.max_epochs=2", "figures.every=1", "figures.points=[[0.5, 0]]", *QUICK]
     composed = config(*overrides)
@@ -101,7 +101,7 @@ def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path
     assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2  # the next
 
 
-def test_health_is_logged_each_epoch_and_a_collapse_is_said_once(config, tmp_path: Path, caplog) -> None:
+def test_health_is_logged_each_epoch_with_one_warning_of_a_collapse(config, tmp_path: Path, caplog) -> None:
     overrides = ["trainer.max_epochs=2", "model.beta=1e4", "model.latent_dim=3", "trainer.limit_train_batches=200"]
     overrides += ["model.backbone.hidden=[64]"]
     train(config(*overrides, "data.val_size=1000", "trainer.limit_test_batches=1"), tmp_path / "collapsed")
@@ -133,7 +133,7 @@ def test_warm_up_follows_the_epochs(accumulated: int, config, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian model.likelihood.mean=identity"])
-def test_the_decoder_starts_at_the_mean_image_where_asked(likelihood: str, config, tmp_path: Path) -> None:
+def test_data_bias_starts_the_decoder_at_the_mean_image(likelihood: str, config, tmp_path: Path) -> None:
     words = [*f"model/likelihood={likelihood}".split(), "model.learning_rate=1e-9", *BRIEF]
     without, started = (
         train(config(f"model.data_bias={asked}", *words), tmp_path / asked)["test/reconstruction"]
@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path: Path) -> None:
     assert all(torch.equal(same[key], again[key]) for key in same)
 
 
-def test_lightning_s_trainer_takes_its_options(config, tmp_path: Path) -> None:
+def test_options_of_lightnings_trainer(config, tmp_path: Path) -> None:
     early_stopping = "_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, stopping_threshold: 1e9"
     stop = f"trainer.callbacks=[{{{early_stopping}}}]"
     metrics = train(config("trainer.max_epochs=9", "trainer.precision=bf16-mixed", stop, *QUICK), tmp_path / "stopped")
@@ -191,7 +191,7 @@ def checkpoint(directory: Path, name: str) -> dict:
     return torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
-def test_last_is_the_last_state_however_validation_is_set(config, tmp_path: Path) -> None:
+def test_last_checkpoint_with_other_validation_intervals(config, tmp_path: Path) -> None:
     for i, words in enumerate(["trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=0.4"]):
         metrics = train(config("trainer.max_epochs=3", words, *QUICK), tmp_path / str(i))
         assert metrics["steps"] == 15
@@ -223,13 +223,13 @@ def test_overfit_batches_are_the_same_each_epoch(config, tmp_path: Path, monkeyp
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_no_test_is_fine(config, tmp_path: Path) -> None:
+def test_a_run_without_test_batches(config, tmp_path: Path) -> None:
     metrics = train(config(*BRIEF, "trainer.limit_test_batches=0"), tmp_path / "run")
     assert "test/loss" not in metrics
     assert (tmp_path / "run" / "figures" / "loss_curves.png").exists()
 
 
-def test_weights_that_break_in_the_last_step_stop_the_run(config, tmp_path: Path) -> None:
+def test_non_finite_weights_after_the_last_step_stop_the_run(config, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the weights .* became NaN or infinite by step 1|test/.* became NaN"):
         train(config("trainer.limit_train_batches=1", "data.val_size=0", "model.learning_rate=3e38"), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -283,7 +283,7 @@ def test_a_checkpoint_is_not_used_under_another_protocol(config, tmp_path: Path)
             use(VAE(), MNISTDataModule(root=str(DATA)), ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
-def test_small_autoencoder_keeps_its_pace(config, tmp_path: Path) -> None:
-    """Denormal numbers are flushed to zero: without that, this model slows fivefold on the CPU as it trains."""
+def test_denormal_numbers_are_flushed_to_zero(config, tmp_path: Path) -> None:
+    """Without flushing, training this model on a CPU becomes five times slower."""
     train(config("model=autoencoder", *BRIEF), tmp_path / "run")
     assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
