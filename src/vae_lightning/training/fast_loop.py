@@ -200,9 +200,8 @@ def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
         )
         names = ("lr", "weight_decay", "decoupled_weight_decay", "eps", "amsgrad", "maximize", "fused")
         settings = {name: group[name] for name in names} | dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-        kernel = partial(
-            adam, exp_avgs=averages, exp_avg_sqs=squares, max_exp_avg_sqs=[], state_steps=steps, **settings
-        )
+        tensors: dict[str, Any] = {"exp_avgs": averages, "exp_avg_sqs": squares, "state_steps": steps}
+        kernel = partial(adam, **tensors, max_exp_avg_sqs=[], **settings)
         kernels.append((parameters, kernel))
 
     @torch.no_grad()

@@ -99,9 +99,8 @@ def make_trainer(
 
             install(trainer)
         except Exception as error:  # a new version of Lightning or PyTorch may change anything
-            log.info(
-                "trainer.fast_loop: every step runs through Lightning's own loop: %s", " ".join(str(error).split())
-            )
+            reason = " ".join(str(error).split())
+            log.info("trainer.fast_loop: every step runs through Lightning's own loop: %s", reason)
     return trainer
 
 
