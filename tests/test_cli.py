@@ -44,6 +44,11 @@ REFUSED = [
     ("trainer.val_check_interval=0.001", ["trainer.val_check_interval=0.001", "from 0.00256 to 1.0"]),
     (f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]", ["EarlyStopping.monitor=val/los", "did you mean val/loss?"]),
     (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
+    (f"model.schedule={{{PLATEAU}, monitor: [1]}}", ["model.schedule.monitor=[1]", "no such metric"]),
+    (f"trainer.callbacks=[{{{STOP}, monitor: health/nope}}]", ["EarlyStopping.monitor=health/nope", "health/kl_min"]),
+    ("trainer.min_epochs=-5", ["trainer.min_epochs=-5", "greater than or equal to 0"]),
+    ("trainer.strategy=xla", ["trainer: ", "torch_xla"]),
+    ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.BackboneFinetuning}]", ["no attribute 'backbone'"]),
     ("model.backbone=conv", ["model.backbone=conv", "Say model/backbone=conv"]),
     ("--config-name=generate", ["--config-name=generate", "its own configuration"]),
     ("--config-path=/tmp", ["--config-path=/tmp", "--config-dir adds a directory"]),
@@ -85,13 +90,13 @@ def test_invalid_input_is_reported_in_one_line(override: str, words: list[str], 
 
 
 def test_a_late_error_of_lightning_leaves_no_files(command, tmp_path: Path) -> None:
-    late = command(f"trainer.callbacks=[{{{STOP}, monitor: health/nothing}}]", *BRIEF)
+    late = command(f"trainer.callbacks=[{{{STOP}, monitor: lr-nothing}}]", *BRIEF)
     assert (late.code, len(late.err.splitlines())) == (2, 1)
-    assert "Early stopping conditioned on metric `health/nothing`" in late.err
+    assert "Early stopping conditioned on metric `lr-nothing`" in late.err
     assert not list(tmp_path.rglob("*.*"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "slurm.out").touch()
-    assert command(f"trainer.callbacks=[{{{STOP}, monitor: health/no}}]", "hydra.run.dir=run", *BRIEF).code == 2
+    assert command(f"trainer.callbacks=[{{{STOP}, monitor: lr-no}}]", "hydra.run.dir=run", *BRIEF).code == 2
     assert [path.name for path in tmp_path.rglob("*.*")] == ["slurm.out"]
 
 

@@ -592,6 +592,7 @@ def test_foreign_checkpoints_change_nothing(stopped: Path, command, name: str) -
 
 @pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "train.log"])
 def test_nothing_is_written_through_links(stopped: Path, command, tmp_path: Path, name: str) -> None:
+    (stopped / "train.log").touch()  # only written where the log shows messages
     shutil.move(stopped / name, tmp_path / "victim")
     (stopped / name).symlink_to(tmp_path / "victim")
     if name == "checkpoints":
@@ -604,6 +605,10 @@ def test_nothing_is_written_through_links(stopped: Path, command, tmp_path: Path
 
 
 def test_checkpoints_on_another_disk(stopped: Path, command, tmp_path: Path, recwarn) -> None:
+    for file in (stopped / "checkpoints").iterdir():  # `stopped` is a copy; the links of a run lead to its own files
+        content = torch.load(file, weights_only=True)
+        content["progress"]["directory"] = str(stopped)
+        torch.save(content, file)
     shutil.move(stopped / "checkpoints", tmp_path / "disk")
     (stopped / "checkpoints").symlink_to(tmp_path / "disk")
     assert command("resume=run", "trust=[test_resuming]").code == 0
@@ -612,14 +617,17 @@ def test_checkpoints_on_another_disk(stopped: Path, command, tmp_path: Path, rec
     assert not [w for w in recwarn if "dirpath has changed" in str(w.message)], "the best checkpoint so far is restored"
 
 
-def test_a_linked_event_file_is_not_changed(stopped: Path, command, tmp_path: Path) -> None:
+def test_linked_event_files_and_foreign_files_are_not_changed(stopped: Path, command, tmp_path: Path) -> None:
     (events,) = (stopped / "tensorboard").glob("events*")
+    (stopped / "tensorboard" / "mine").mkdir()
+    (stopped / "tensorboard" / "mine" / "notes.txt").write_text("kept")
     victim = tmp_path / "victim"
     victim.write_bytes(b"x" * 100_000)
     events.unlink()
     events.symlink_to(victim)
     assert command("resume=run", "trust=[test_resuming]").code == 0
     assert victim.read_bytes() == b"x" * 100_000
+    assert (stopped / "tensorboard" / "mine" / "notes.txt").read_text() == "kept"
 
 
 @pytest.mark.parametrize("word", ["resume=true", "resume=[a]", "resume={a: 1}", "resume=''", "repeat=[a]", "resume=5"])

@@ -235,6 +235,15 @@ def test_non_finite_weights_after_the_last_step_stop_the_run(config, tmp_path: P
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+def test_divergence_is_an_error_of_one_line(config, tmp_path: Path) -> None:
+    diverging = ("model.backbone.hidden=[16]", "trainer.max_epochs=3", "model.learning_rate=1e6", *QUICK[1:])
+    diverging += ("trainer.limit_train_batches=20",)
+    with pytest.raises(TrainingError, match=r"the weights .*running_var became NaN or infinite"):
+        train(config("model.backbone.batch_norm=true", *diverging), tmp_path / "norm")
+    metrics = train(config(*diverging, "logger=tensorboard"), tmp_path / "finite")
+    assert metrics["test/loss"] > 1e6, "huge and finite: Health has a KL for which there is no histogram"
+
+
 @pytest.mark.parametrize("broken", ["kl", "reconstruction"])
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     broken: str, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

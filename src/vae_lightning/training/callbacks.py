@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -46,8 +47,8 @@ class NonFiniteGuard(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._check(trainer, module, "train")
         # The loss of a step is that of the weights before it: the last update shows only in the weights.
-        for name, parameter in module.named_parameters():
-            if not parameter.isfinite().all():
+        for name, weights in module.state_dict().items():  # with the running statistics of batch normalization
+            if not weights.isfinite().all():
                 self._stop(trainer, f"the weights {name} became NaN or infinite by step {trainer.global_step}")
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -159,7 +160,8 @@ class Health(Callback):
             kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
             metrics |= {"health/kl_max": kl.max(), "health/kl_min": kl.min()}
             for writer in tensorboard_writers(trainer):
-                writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
+                with suppress(ValueError):  # there is no histogram of NaN or very large values
+                    writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
         module.log_dict(metrics, sync_dist=True)
         if not self.warned and active == 0:
             self.warned = True

@@ -118,6 +118,7 @@ class Progress(Callback):
         if self.next_batch is not None:
             take_back_batch(trainer, checkpoint["loops"]["fit_loop"], self.next_batch)
         checkpoint["progress"] = {
+            "directory": str(self.run.path.absolute()),
             "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
             # Callbacks and schedules read these metrics, for example the last validation loss.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def format_terms(terms: dict[str, float]) -> str:
 
 
 class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log handler that prints above a running progress bar, not through it."""
+    """A log handler that prints above a running progress bar, not through it. A closed pipe does not stop training."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-        self.flush()
+        with suppress(BrokenPipeError):
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()

@@ -122,7 +122,7 @@ def event_bytes(trainer: Trainer, run: RunDirectory) -> int:
 
 
 def rewind_events(directory: Path, size: int) -> None:
-    """Keep the first `size` bytes of TensorBoard's files, in one file, and remove everything else.
+    """Keep the first `size` bytes of TensorBoard's files, in one file, and remove its other files, which come later.
 
     TensorBoard reads files in the order of the times in their names. Time 0 puts this file before the next one even if
     the clock was set back.
@@ -134,8 +134,11 @@ def rewind_events(directory: Path, size: int) -> None:
     if content:
         with atomic_write(kept) as partial:
             partial.write_bytes(content)
+    written = re.compile(r"events\.out\.tfevents\..*|hparams\.yaml|projector_config\.pbtxt|\d{5,}")  # last: embeddings
     for path in directory.iterdir() if directory.is_dir() else ():
+        if not written.fullmatch(path.name) or (path == kept and content):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != kept or not content:
+        else:
             path.unlink()

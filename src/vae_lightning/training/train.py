@@ -106,7 +106,7 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
             environment["loggers"] = stack.enter_context(opened(loggers, settings))
             write_environment(run, environment)
 
-        with user_errors(trainer, data.batch_size):
+        with user_errors(trainer, data.batch_size, stop):
             trainer.fit(model, data, ckpt_path=last and last[0], weights_only=True)
         stop.stepping = False
         stop.check()  # a signal during the last step: everything is saved
@@ -193,6 +193,7 @@ def finish(
         "name": c.name,
         "data": data.dataset,
         "pixels": data.pixels,
+        "image_shape": list(data.image_shape),
         "remark": remark(model.likelihood, data.pixels) if isinstance(model, VAE) else "",
         "checkpoint": "best" if best else "last",
         "epochs": trainer.current_epoch,

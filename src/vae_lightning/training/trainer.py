@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from inspect import signature
 from typing import Annotated, Any, Literal
@@ -23,8 +24,10 @@ from pydantic import Field
 from vae_lightning.config import (
     ConfigError,
     NonNegative,
+    NonNegativeInt,
     PositiveInt,
     Spec,
+    UserError,
     build,
     check_arguments,
     did_you_mean,
@@ -32,9 +35,11 @@ from vae_lightning.config import (
 )
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.base import ImageModel
+from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite, TrainingError
 from vae_lightning.training.checkpoints import AtomicCheckpointIO
+from vae_lightning.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,8 @@ def make_trainer(
     *,
     callbacks: Any = None,
     max_epochs: Annotated[int, Field(ge=-1)] | None = None,
+    min_epochs: NonNegativeInt | None = None,
+    min_steps: NonNegativeInt | None = None,
     accumulate_grad_batches: PositiveInt = 1,
     gradient_clip_val: NonNegative | None = None,
     check_val_every_n_epoch: PositiveInt | None = 1,
@@ -68,6 +75,8 @@ def make_trainer(
     """
     options |= {
         "max_epochs": max_epochs,
+        "min_epochs": min_epochs,
+        "min_steps": min_steps,
         "accumulate_grad_batches": accumulate_grad_batches,
         "gradient_clip_val": gradient_clip_val,
         "check_val_every_n_epoch": check_val_every_n_epoch,
@@ -91,7 +100,7 @@ def make_trainer(
         options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint
     try:
         trainer = Trainer(**options, callbacks=ours, logger=loggers, default_root_dir=run.path)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     if fast_loop:
         try:
@@ -136,22 +145,28 @@ def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, s
     model.train()
     splits = ("train", "val") if trainer.limit_val_batches and data.val_size else ("train",)
     names = [f"{split}/{term}" for split in splits for term in terms]
+    names += [f"health/{name}" for name in ("active_units", "kl_max", "kl_min")] if isinstance(model, VAE) else []
     monitors = {f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in callbacks}
     if schedule and str(schedule.get("_target_")).endswith("ReduceLROnPlateau"):
         monitors["model.schedule.monitor"] = schedule.get("monitor", "val/loss")
     for key, monitor in monitors.items():
-        if monitor is not None and monitor not in names and not monitor.startswith(("health/", "lr-")):
+        if monitor is not None and monitor not in names and not str(monitor).startswith("lr-"):
             raise ConfigError(
                 f"{key}={monitor}: no such metric{did_you_mean(monitor, names)} Allowed: {', '.join(names)}"
             )
 
 
 @contextlib.contextmanager
-def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
-    """Turn errors of training that the user can fix into TrainingError or ConfigError, in one line."""
+def user_errors(trainer: Trainer, batch_size: int, stop: StopRequest) -> Iterator[None]:
+    """Turn errors of training that the user can fix into TrainingError or ConfigError, in one line.
+
+    Every error that Lightning raises before the first step is one: a callback or an option that does not fit.
+    """
     try:
         yield
-    except (MisconfigurationException, RuntimeError, MemoryError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         said = " ".join(str(error).split())
         if out_of_memory(error):
             raise TrainingError(
@@ -161,7 +176,10 @@ def user_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
             ) from error
         if "returned nan values" in said:  # trainer.detect_anomaly
             raise TrainingError(f"became NaN at step {trainer.global_step + 1}: {said}") from error
-        if isinstance(error, MisconfigurationException) or "arly stopping" in said:
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        by_lightning = f"{modules[-1]}.".startswith("lightning.") or "lightning.pytorch.callbacks" in "\n".join(modules)
+        refused = isinstance(error, MisconfigurationException) or not stop.stepping or "arly stopping" in said
+        if refused and by_lightning:
             raise ConfigError(f"trainer: {said}") from error
         raise
 
