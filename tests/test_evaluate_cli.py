@@ -1,14 +1,17 @@
 """The command `python evaluate.py …`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import BRIEF, Finished
+from conftest import BRIEF, Finished, composed
+from matplotlib.figure import Figure
 
-from vae_lightning.analysis.evaluation import evaluate_run
+from vae_lightning.analysis.evaluation import evaluate_run, write_evaluation
+from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.train import train
 
 QUICK = {"split": "test", "samples": 3, "seed": 0, "batch_size": 500, "chunk": 3, "probes": False}
@@ -20,10 +23,17 @@ def evaluate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
     return partial(script, "evaluate.py")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    train(composed("model.latent_dim=2", "model.backbone.hidden=[16]", "data.val_size=500", *BRIEF), directory)
+    return directory
+
+
 @pytest.fixture
-def run_directory(config, tmp_path: Path) -> Path:
-    train(config("model.latent_dim=2", "model.backbone.hidden=[16]", "data.val_size=500", *BRIEF), tmp_path / "run")
-    return tmp_path / "run"
+def run_directory(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a trained run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_directory: Path) -> None:
@@ -54,11 +64,14 @@ def test_an_evaluation_is_kept_if_its_output_cannot_be_printed(run_directory: Pa
     assert (run_directory / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("samples", [None, "x", [1]])
-def test_an_invalid_evaluation_json_is_replaced(run_directory: Path, samples: object) -> None:
-    (run_directory / "evaluation.json").write_text(json.dumps({"samples": samples}))
-    evaluate_run(**{"run": str(run_directory), **QUICK})
-    assert json.loads((run_directory / "evaluation.json").read_text())["samples"] == 3
+def test_evaluation_json_is_replaced_if_invalid_and_only_by_the_best_checkpoint(tmp_path: Path) -> None:
+    run, content = RunDirectory(tmp_path), {"samples": 3, "seed": 0}
+    for samples in (None, "x", [1]):
+        run.evaluation_file.write_text(json.dumps({"samples": samples}))
+        write_evaluation(run, run.best_checkpoint, "test", content, Figure())
+        assert json.loads(run.evaluation_file.read_text())["samples"] == 3
+    write_evaluation(run, tmp_path / "elsewhere" / "best.ckpt", "test", content | {"samples": 9}, Figure())
+    assert json.loads(run.evaluation_file.read_text())["samples"] == 3
 
 
 def test_evaluations_do_not_overwrite_each_other(run_directory: Path) -> None:

@@ -27,6 +27,7 @@ from vae_lightning.runs.directory import runs_in
 from vae_lightning.runs.loading import load_run
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LONG = ("docs/quickstart.md", "docs/running.md")  # run by make proof
 GENERATED = ("docs/configuration.md",)  # written by a script; its commands are checked but not run
 COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|explore|export)"
 
@@ -211,7 +212,14 @@ def check_callback(runs: list[Path]) -> None:
 CHECKS = {"dataset.md": check_dataset, "logger.md": check_logger, "callback.md": check_callback}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, commands(p))) and p not in GENERATED])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.proof if page in LONG else ())
+        for page in PAGES
+        if any(map(is_run, commands(page))) and page not in GENERATED
+    ],
+)
 def test_commands_and_examples_run(page: str, reader: Path, script) -> None:
     read(page, reader, script)
     runs = runs_in(reader / "outputs")

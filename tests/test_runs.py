@@ -10,7 +10,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 import torch
 import yaml
-from conftest import BRIEF
+from conftest import BRIEF, composed
 from PIL import Image
 
 from vae_lightning.config import ConfigError, UserError
@@ -72,11 +72,17 @@ def test_load_run_unpickles_nothing(tmp_path: Path) -> None:
     assert not Payload.ran
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    train(composed("model.latent_dim=3", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF), directory)
+    return directory
+
+
 @pytest.fixture
-def run(config, tmp_path: Path) -> Path:
+def run(trained: Path, tmp_path: Path) -> Path:
     """A run directory of a small VAE."""
-    train(config("model.latent_dim=3", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF), tmp_path / "run")
-    return tmp_path / "run"
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_loaded_model_has_the_configuration_of_its_run(run: Path) -> None:
@@ -247,6 +253,10 @@ def test_resume_writes_through_no_link_to_files_of_others(run: Path, tmp_path: P
     handed.checkpoints.symlink_to(tmp_path / "empty")
     with pytest.raises(RunError, match="is a link"):
         check_files(handed)
+    for file in mine.checkpoints.iterdir():  # `run` is a copy
+        content = torch.load(file, weights_only=True)
+        content["progress"]["directory"] = str(run)
+        torch.save(content, file)
     elsewhere = tmp_path / "elsewhere"
     mine.checkpoints.rename(elsewhere)
     mine.checkpoints.symlink_to(elsewhere)  # this run's own, moved to another disk
