@@ -85,43 +85,11 @@ TYPES = {
     "model.schedule.interval": "one of `epoch`, `step`",
     "model.schedule.T_max": "positive integer",
 }
-# Explanations of the keys that have no comment in their YAML file.
+# Explanations of keys whose comment only lists the choices.
 EXPLANATIONS = {
     "accelerator": "device",
     "split": "images to evaluate on",
-    "port": "port of the page",
-    "seed": "seed of the random numbers",
     "what": "the picture to draw, see below",
-    "gamma": "factor of the learning rate at each milestone",
-    "momentum": "momentum factor",
-    "nesterov": "Nesterov momentum",
-    "betas": "decay rates of the moment estimates",
-    "eps": "added to the denominator",
-    "interval": "what the schedule counts",
-    "T_max": "length of the schedule",
-    "milestones": "epochs after which the learning rate falls",
-    "batch_size": "images per step",
-    "latent_dim": "dimension of z",
-    "hidden": "widths, one entry per layer",
-    "batch_norm": "batch normalization of each hidden layer",
-    "activation": "activation function",
-    "pseudo_inputs": "number of pseudo-inputs",
-    "max_epochs": "number of epochs",
-    "project": "project at Weights & Biases",
-    "offline": "true: send nothing",
-    "experiment_name": "experiment at MLflow",
-    "tracking_uri": "database of MLflow",
-    "logger.csv.name": "subdirectory of the run directory",
-    "logger.tensorboard.name": "subdirectory of the run directory",
-    "logger.tensorboard.version": "subdirectory of that, none by default",
-    "default_hp_metric": "false: no placeholder metric beside the hyperparameters",
-    "decay": "decay rate of the moving average",
-    "callbacks": "callbacks",
-    "timeout_min": "time limit of a job in minutes",
-    "cpus_per_task": "cores per job",
-    "gpus_per_node": "GPUs per job",
-    "mem_gb": "memory per job in GB",
-    "include_dashboard": "Ray's dashboard",
 }
 # Only these keys of the `hydra` section are for users.
 HYDRA = {
@@ -300,11 +268,8 @@ def type_of(key: Key, command: str, section: Section) -> str:
 CHOICES = re.compile(r"[\w-]+(?: \| [\w-]+)+")
 
 
-def explanation(key: Key, kind: str, comments: Mapping[str, str]) -> str:
-    """The comment of a key without the choices that its type lists.
-
-    Without a comment: that of the same argument in another file (`comments`), or the one in EXPLANATIONS.
-    """
+def explanation(key: Key, kind: str) -> str:
+    """The comment of a key without the choices that its type lists, or else the one in EXPLANATIONS."""
     if key.name in HYDRA:
         return HYDRA[key.name]
     if key.name in GROUPS:
@@ -313,9 +278,7 @@ def explanation(key: Key, kind: str, comments: Mapping[str, str]) -> str:
     if listed and kind.startswith("one of"):
         before, after = text[: listed.start()].rstrip(" :|,"), text[listed.end() :].lstrip(" :;,")
         text = "; ".join(part for part in (before, after) if part)
-    short = ".".join(key.name.split(".")[-2:])
-    names = (key.name, short, key.name.rpartition(".")[2])
-    return text or next((e[name] for e in (EXPLANATIONS, comments) for name in names if name in e), "")
+    return text or EXPLANATIONS.get(key.name.rpartition(".")[2], "")
 
 
 def choices(group: str) -> list[Path]:
@@ -342,7 +305,7 @@ def listing(header: str, rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def keys_table(section: Section, command: str, comments: Mapping[str, str]) -> str:
+def keys_table(section: Section, command: str) -> str:
     """The keys of a section as a table. Raises SystemExit for a key without an explanation."""
     rows = []
     for key in section.keys:
@@ -351,7 +314,7 @@ def keys_table(section: Section, command: str, comments: Mapping[str, str]) -> s
         if hidden or key.name.startswith("override ") or f"{parent}/{name}" in GROUPS:
             continue
         kind = type_of(key, command, section)
-        said = explanation(key, kind, comments)
+        said = explanation(key, kind)
         if not said:
             raise SystemExit(f"conf/: {key.name} has no comment that explains it")
         default = f"`{key.default}`" if key.default else "see the file"
@@ -359,7 +322,7 @@ def keys_table(section: Section, command: str, comments: Mapping[str, str]) -> s
     return listing("key | type | default | explanation", rows) if rows else ""
 
 
-def group_section(group: str, comments: Mapping[str, str]) -> Iterator[str]:
+def group_section(group: str) -> Iterator[str]:
     """The choices of a group, and the keys of each choice."""
     sections = {file.stem: read(file) for file in choices(group)}
     yield f"### {group}\n"
@@ -368,7 +331,7 @@ def group_section(group: str, comments: Mapping[str, str]) -> Iterator[str]:
     if group == "experiment":
         return
     for name, section in sections.items():
-        keys = keys_table(section, "train", comments)
+        keys = keys_table(section, "train")
         if keys:
             yield f"#### {group}={name}\n"
             yield keys
@@ -399,15 +362,13 @@ def first_line(function: Callable[..., Any]) -> str:
 
 def page() -> str:
     """The text of docs/configuration.md."""
-    files = [*(CONF / f"{command}.yaml" for command in COMMANDS), *(f for group in GROUPS for f in choices(group))]
-    comments = {key.name.rpartition(".")[2]: key.comment for f in files for key in read(f).keys if key.comment}
     parts = [HEADER]
     for command, sentence in COMMANDS.items():
-        parts += [f"## {command}.py\n", sentence + "\n", keys_table(read(CONF / f"{command}.yaml"), command, comments)]
+        parts += [f"## {command}.py\n", sentence + "\n", keys_table(read(CONF / f"{command}.yaml"), command)]
         if command == "generate":
             parts.append(pictures_table())
         if command == "train":
-            parts += [part for group in GROUPS for part in group_section(group, comments)]
+            parts += [part for group in GROUPS for part in group_section(group)]
     return "\n".join(parts)
 
 

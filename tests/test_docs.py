@@ -69,7 +69,7 @@ def test_keys_and_comments_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_key_without_an_explanation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = read(tmp_path, monkeypatch, "unexplained: 1\n")
     with pytest.raises(SystemExit, match=r"model\.prior\.unexplained"):
-        CONFIGURATION["keys_table"](section, "train", {})
+        CONFIGURATION["keys_table"](section, "train")
 
 
 def test_the_tutorial_as_a_page() -> None:
