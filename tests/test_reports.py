@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import BRIEF, Finished
 
-from vae_lightning.analysis.reports import differing_keys, find_results, read_result, tables
+from vae_lightning.analysis.reports import differing_keys, find_results, learning_curve, read_result, tables
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.training.train import train
 
@@ -58,6 +58,16 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     assert [row.settings for row in table.rows] == [{"model.latent_dim": 2}, {"model.latent_dim": 20}]
     for row, values in zip(table.rows, losses.values(), strict=True):
         assert sorted(row.values("test/loss")) == sorted(values)
+
+
+def test_colour_images_and_a_history_that_is_no_file(tmp_path: Path) -> None:
+    run = RunDirectory(fake_run(tmp_path / "a", 100.0))
+    metrics = json.loads(run.metrics_file.read_text())
+    run.metrics_file.write_text(json.dumps(metrics | {"image_shape": [3, 32, 32]}))
+    run.history_file.unlink()
+    os.mkfifo(run.history_file)  # reading it would block
+    assert read_result(run).protocol == "MNIST, colour pixels, Bernoulli"
+    assert learning_curve(run) is None
 
 
 def test_each_protocol_has_its_own_table(tmp_path: Path) -> None:
