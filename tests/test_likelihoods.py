@@ -123,6 +123,15 @@ def test_continuous_bernoulli_mean_has_a_gradient_everywhere(logit: float) -> No
     assert logits.grad.item() == pytest.approx(variance, rel=1e-3)
 
 
+@pytest.mark.parametrize("logit", [-1e20, 1e20])
+def test_continuous_bernoulli_gradients_do_not_overflow(logit: float) -> None:
+    logits = torch.tensor(logit, requires_grad=True)
+    p = ContinuousBernoulliLogits(logits)
+    for value in (p.mean, p.log_prob(torch.tensor(0.5))):
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert gradient.isfinite()
+
+
 @pytest.mark.parametrize(
     "likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Gaussian(mean="identity")], ids=repr
 )
