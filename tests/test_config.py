@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -43,6 +44,13 @@ def test_errors_name_the_key_in_one_line(arguments: dict, words: list[str]) -> N
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_word_in_place_of_a_list() -> None:
+    def function(trust: Sequence[str] = ()) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"^trust=wide: should be a list, such as \[wide\]\.$"):
+        check_arguments(function, {"trust": "wide"}, "")
 
 
 def test_build_passes_arguments_to_the_class() -> None:

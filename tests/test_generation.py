@@ -75,7 +75,7 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
         ("what=reconstructions images=[10000]", "images=10000: should be less than 10000, the number of test images"),
         ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: should be pairs, an even number of indices"),
-        ("what=manifold", "latent_dim=3; set plane=principal or plane=[1,2]"),
+        ("what=manifold", "latent_dim=3; a plane needs 2 latent dimensions: set plane=principal or plane=[1,2]"),
         ("what=manifold plane=[1,4]", "plane=[1,4]: should be two different dimensions from 1 to 3, the latent_dim"),
         ("what=decode z=[0.5,0]", "latents of shape (2,): should end in latent_dim=3"),
         (

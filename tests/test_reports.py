@@ -60,6 +60,24 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
         assert sorted(row.values("test/loss")) == sorted(values)
 
 
+def test_a_part_that_is_null_in_some_runs_is_a_difference(tmp_path: Path) -> None:
+    cosine = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 3}
+    fake_run(tmp_path / "a", 100.0, seed=0, schedule=None)
+    fake_run(tmp_path / "b", 120.0, seed=1, schedule=cosine)
+    fake_run(tmp_path / "c", 121.0, seed=0, schedule=cosine | {"T_max": 4})
+    (table,) = tables(find_results([tmp_path])[0])
+    assert table.keys == ["model.schedule.T_max", "model.schedule"]
+    assert sorted(row.values("test/loss") for row in table.rows) == [[100.0], [120.0], [121.0]]
+    assert table.repeated == []
+
+
+def test_long_settings_are_rows_by_number_in_figures(tmp_path: Path) -> None:
+    for number, widths in enumerate(([400] * 30, [300] * 30)):
+        fake_run(tmp_path / str(number), 100.0, backbone={**MLP, "hidden": widths})
+    (table,) = tables(find_results([tmp_path])[0])
+    assert [row.label for row in table.rows] == ["row 1", "row 2"]
+
+
 def test_colour_images_and_a_history_that_is_no_file(tmp_path: Path) -> None:
     run = RunDirectory(fake_run(tmp_path / "a", 100.0))
     metrics = json.loads(run.metrics_file.read_text())
@@ -203,7 +221,7 @@ def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_pa
     [
         (["nowhere"], "nowhere: no such directory"),
         (["."], ".: no finished run found"),
-        ([], "runs: missing; say runs=…"),
+        ([], "runs: missing; say report.py outputs"),
         (["runs", "metrics=[test/los]"], "metrics=test/los: no run has it; did you mean test/loss?"),
         (["runs", "style=excel"], "style=excel: should be 'terminal', 'markdown', 'csv' or 'latex'"),
         (["runs", "stile=csv"], "stile=csv: no such key; did you mean style?"),

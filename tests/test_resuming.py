@@ -243,10 +243,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(stopped: Path, comm
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["model.latent_dim=5"], ["model.latent_dim: model.latent_dim is 20", "change only trainer.max_epochs"]),
+        (["model.latent_dim=5"], ["model.latent_dim=5: is 20", "change only trainer.max_epochs"]),
         (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.models.backbones.MLP"]),
         (["model/objective=iwae"], ["model/objective"]),
-        (["seed=1"], ["seed: seed is 0"]),
+        (["seed=1"], ["seed=1: is 0"]),
         (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),
     ],
 )

@@ -160,7 +160,9 @@ def _check_value(hint: Any, value: Any, key: str) -> None:
         errors = invalid.errors(include_url=False)
         # There is an error for each member of a union and each element of a list: repeat no message.
         wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
-        wanted = wanted if wanted.startswith(("Value", "List", "String")) else f"should be {wanted}"
+        if errors[0]["type"] == "sequence_str":
+            wanted = f"should be a list, such as [{value}]"
+        wanted = wanted if wanted.startswith(("Value", "List", "String", "should")) else f"should be {wanted}"
         given = "null" if value is None else str(value) if len(str(value)) <= 200 else f"{str(value)[:200]}…"
         near = did_you_mean(value, re.findall("'(.+?)'", wanted))  # the choices of a Literal stand in quotes
         raise ConfigError(f"{key}={given}: {wanted}{near}") from None

@@ -219,7 +219,7 @@ def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[s
     """
     d = run.model.latent_dim
     if d < 2 or (plane is None and d > 2):
-        needed = "a plane needs 2 latent dimensions" if d < 2 else "set plane=principal or plane=[1,2]"
+        needed = "a plane needs 2 latent dimensions" + (": set plane=principal or plane=[1,2]" if d > 2 else "")
         raise ConfigError(f"run={run.directory}: latent_dim={d}; {needed}")
     codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     if isinstance(plane, str):

@@ -30,8 +30,12 @@ from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
 
 EVALUATION_METRICS = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")
-IGNORED_KEYS = ("seed", "name", "figures.", "data.root", "trainer.enable_", "trainer.accelerator", "trainer.devices")
+IGNORED_KEYS = (
+    *("seed", "name", "figures.", "logger.", "data.root"),
+    *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
+)
 MAX_RUNS_IN_FIGURE = 10  # figures have ten colours
+LONGEST_LABEL = 100  # characters of a row's settings, with their full keys
 # Allowed values of the keys of metrics.json that become headings.
 HEADING_VALUES = {"data": r"[\w .-]{1,60}", "pixels": "|".join(get_args(Pixels))}
 
@@ -52,10 +56,7 @@ class Row:
 
     settings: dict[str, Any]  # the configuration keys that differ between rows
     results: list[Result]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items()) or "all runs"
+    label: str = "all runs"  # in figures
 
     def values(self, metric: str) -> list[float]:
         return [result.metrics[metric] for result in self.results if metric in result.metrics]
@@ -164,6 +165,11 @@ def make_table(protocol: str, results: Sequence[Result], metrics: Sequence[str])
     shown = [metric for metric in metrics or known if metric in known]
     # Numbers by value, before text.
     ordered = sorted(rows.values(), key=lambda row: [(not is_number(v), v) for v in row.settings.values()])
+    for number, row in enumerate(ordered, start=1):
+        if row.settings:
+            row.label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items())
+        if any(len(str(other.settings)) > LONGEST_LABEL for other in ordered):
+            row.label = f"row {number}"  # of the table: longer names leave a figure no room
     return Table(protocol, list(ordered[0].settings), shown, ordered, repeated)
 
 
@@ -171,7 +177,7 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Return the flat keys in which configurations differ, without those that change no number.
 
     An argument of a class counts only if it differs between configurations with that class. Another class has other
-    arguments, and its `_target_` differs already.
+    arguments, and its `_target_` differs already. A part that is null in one configuration lacks its `_target_` there.
     """
     found = []
     for key in dict.fromkeys(key for config in configs for key in config):
@@ -181,9 +187,9 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
         targets = [".".join([*parts[:depth], "_target_"]) for depth in range(1, len(parts))]
         values: dict[tuple[str, ...], set[str]] = {}  # by the classes that the key belongs to
         for config in configs:
-            if key in config:
+            if key in config or parts[-1] == "_target_":
                 classes = tuple(str(config.get(target)) for target in targets if target != key)
-                values.setdefault(classes, set()).add(repr(config[key]))
+                values.setdefault(classes, set()).add(repr(config.get(key)))
         if any(len(group) > 1 for group in values.values()):
             found.append(key)
     return found
@@ -357,11 +363,11 @@ def cell_value(key: str, value: Any) -> Any:
 
 
 def sanitize(text: object) -> str:
-    """Return text from a run's files on one line, at most 200 characters, without markup or terminal commands.
+    """Return text from a run's files on one line, at most 500 characters, without markup or terminal commands.
 
     Neither Markdown, HTML, LaTeX nor a terminal gives a meaning to what is left.
     """
-    text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:200]
+    text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:500]
     return text.replace("](", "] (").replace("://", ": //")
 
 

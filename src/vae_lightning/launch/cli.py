@@ -28,6 +28,11 @@ CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PAC
 
 # Launchers of optional packages, and the extra that installs them.
 EXTRAS = {"joblib": "launchers", "submitit_local": "launchers", "submitit_slurm": "launchers", "ray": "ray"}
+# Options of Hydra that begin with two dashes.
+HYDRA_FLAGS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-dir", "--experimental-rerun"),
+)
 # Arguments of Lightning's Trainer that are set by another key.
 ELSEWHERE = {"trainer.logger": "logger=csv", "trainer.default_root_dir": "hydra.run.dir=DIRECTORY"}
 
@@ -74,6 +79,10 @@ def check_command_line() -> None:
     for word in sys.argv[1:]:
         if re.match(r"(-cn|--config-name|-cp|--config-path)\b", word):
             raise ConfigError(f"{word}: each command has its own configuration; --config-dir adds a directory to conf/")
+        if word == "=":
+            raise ConfigError("=: write an override without spaces, such as model.latent_dim=3")
+        if word.startswith("--") and word.partition("=")[0] not in HYDRA_FLAGS:
+            raise ConfigError(f"{word}: no such option; settings are key=value, such as model.latent_dim=2")
     if re.search("[\udc80-\udcff]", " ".join([os.getcwd(), *sys.argv])):
         raise ConfigError("a path has characters that the encoding of this locale does not have: set PYTHONUTF8=1")
 
@@ -121,9 +130,11 @@ def unknown_key(key: str, cause: BaseException | None) -> str:
     given = next((word for word in sys.argv[1:] if word.lstrip("+~").partition("=")[0] == key), key)
     if key in ELSEWHERE:
         return f"{given}: say {ELSEWHERE[key]} instead"
+    if fitting := [group for group in config_groups() if group.rpartition("/")[2] == key and group != key]:
+        return f"{given}: no such key; say {fitting[0]}={given.partition('=')[2]}"
     if "/" in key or not isinstance(cause, OmegaConfBaseException):
-        groups = sorted({str(d.relative_to(place)) for place in config_directories() for d in place.rglob("*/")})
-        return f"{given}: no such group of configurations{did_you_mean(key, groups)} Allowed: {', '.join(groups)}"
+        near, allowed = did_you_mean(key, config_groups()), ", ".join(config_groups())
+        return f"{given}: no such group of configurations{near} Allowed: {allowed}"
     for word in sys.argv[1:]:
         if word.startswith("~") and f"{key}.".startswith(f"{word[1:].partition('=')[0].replace('/', '.')}."):
             return f"{given}: {word} removes this key"
@@ -138,6 +149,11 @@ def unknown_key(key: str, cause: BaseException | None) -> str:
     near = did_you_mean(key, [*(".".join([*path, name]) for name in siblings), ".".join(path), *flatten(known)])
     under = f" under {'.'.join(path)}" if path else ""
     return f"{given}: no such key{near} Allowed{under}: {', '.join(siblings) or 'none'}"
+
+
+def config_groups() -> list[str]:
+    """Return the groups of configurations, such as `model/backbone`."""
+    return sorted({str(d.relative_to(place)) for place in config_directories() for d in place.rglob("*/")})
 
 
 def config_directories() -> list[Path]:
@@ -166,7 +182,8 @@ def command_line(config_name: str, documentation: str | None, given: Mapping[str
         config = cast(DictConfig, OmegaConf.merge(compose(config_name, sys.argv[1:]), given))
     missing = [str(key) for key in OmegaConf.missing_keys(config)]
     if missing:
-        raise ConfigError(f"{missing[0]}: missing; say {missing[0]}=…")
+        example = "report.py outputs" if missing[0] == "runs" else f"{missing[0]}=…"
+        raise ConfigError(f"{missing[0]}: missing; say {example}")
     return plain(config)
 
 

@@ -22,7 +22,7 @@ class ELBO(Objective):
 
     `kl="analytic"` uses the closed form of KL(q ‖ p) if there is one; `"monte_carlo"` samples log q(z|x) − log p(z).
     The weight of the KL rises linearly from 0 over the first `warmup_epochs` (Bowman et al. 2016; Sønderby et al.
-    2016). The first `free_bits` nats of the KL of each latent dimension are free. `VAE.elbo` computes the terms.
+    2016). The KL of each latent dimension counts at least `free_bits` nats. `VAE.elbo` computes the terms.
     """
 
     def __init__(

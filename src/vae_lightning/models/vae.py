@@ -95,7 +95,7 @@ class VAE(ImageModel):
     ) -> dict[str, Tensor]:
         """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z per image.
 
-        loss = reconstruction + β · warm-up · kl, where the first `free_bits` nats of each dimension's KL are free.
+        loss = reconstruction + β · warm-up · kl, where the KL of each dimension counts at least `free_bits` nats.
         Without a closed form, or with `kl="monte_carlo"`, the KL is log q(z|x) − log p(z) at the sample. Raises
         ConfigError for free bits without a closed form.
         """

@@ -139,8 +139,14 @@ def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], 
         if key.partition(".")[0] in COMMAND_KEYS or (keys and not different):
             continue
         if key not in CHANGEABLE:
-            what = f"{different[0]} is {theirs.get(different[0])} in {run}" if different else "not a key of the run"
-            raise ConfigError(f"{key}: {what}; to resume or repeat a run, change only {', '.join(CHANGEABLE)}")
+            what = "not a key of the run"
+            if different:  # the key itself or, for a group such as model/backbone, one of its keys
+                name = different[0]
+                what = f"{'' if name == key else f'{name} '}is {theirs.get(name)} in {run}"
+            given_value = f"={asked[key]}" if key in asked else ""
+            raise ConfigError(
+                f"{key}{given_value}: {what}; to resume or repeat a run, change only {', '.join(CHANGEABLE)}"
+            )
         set_key(changed, key, asked[key])
     return changed
 
