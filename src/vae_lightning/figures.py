@@ -97,8 +97,9 @@ def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = 
     many, across = images.shape[:2]
     grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
     height, width = (2 + size for size in images.shape[-2:])  # of a cell with its border
-    figure, axes = new_axes(0.9 + 0.5 * across, 0.35 + 0.5 * many * height / width)
+    figure, axes = new_axes(0.3 + 0.08 * max(map(len, rows)) + 0.5 * across, 0.35 + 0.5 * many * height / width)
     axes.imshow(grid, interpolation="nearest")
+    axes.set_anchor("E")  # leaves the room beside the images to the labels
     axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)
     axes.set_xticks([width * (column + 0.5) for column in range(across if columns else 0)], columns)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)

@@ -358,7 +358,7 @@ def linked_figures(markdown: Path) -> set[str]:
 
 def cell_value(key: str, value: Any) -> Any:
     """Return a setting as a table shows it: a number, or harmless text on one line."""
-    value = class_name(value) if key.endswith("_target_") else "" if value is None else value
+    value = "null" if value is None else class_name(value) if key.endswith("_target_") else value
     return value if is_number(value) else sanitize(value)
 
 
