@@ -422,8 +422,9 @@ def test_a_full_disk_is_reported_in_one_line_and_damages_no_checkpoint(
             assert load_checkpoint(file)["global_step"] > 0
     said = " ".join(outcome["stderr"] for outcome in refused)
     assert all(word in said for word in wanted), said
-    lock = subprocess.run(["git", "-C", ROOT, "rev-parse", "--git-path", "index.lock"], capture_output=True, text=True)
-    assert not (ROOT / lock.stdout.strip()).exists(), "of git, which is called for the commit"
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--git-path", "index.lock"], capture_output=True, text=True)
+    if git.returncode == 0:  # not a copy without its history
+        assert not (ROOT / git.stdout.strip()).exists(), "of git, which is called for the commit"
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "5parsecs", "1.5", "true", "10 min later"])
