@@ -164,7 +164,7 @@ def user_errors(trainer: Trainer, batch_size: int, stop: StopRequest) -> Iterato
     """
     try:
         yield
-    except UserError:
+    except (UserError, OSError):  # an OSError, such as that of a full disk, names its file
         raise
     except Exception as error:
         said = " ".join(str(error).split())
