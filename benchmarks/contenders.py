@@ -5,6 +5,7 @@
     textbook_4  the same, with four worker processes
     plain       a fast loop by hand: images in memory, selected by index, fused Adam, no logging
     train.py    this project, with metrics, TensorBoard, history, health, checkpoints and pictures
+    compiled    the same with `trainer.compile=true`
     jax         one epoch in one jitted scan, if jax is installed
     pythae      Pythae's trainer, if pythae is installed
     limit       only the matrix products of the MLP and fused Adam
@@ -282,8 +283,9 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
     return config
 
 
-def train_py(system: str, batch: int, device: str) -> None:
+def train_py(system: str, batch: int, device: str, compiled: bool = False) -> None:
     config = train_config(system, batch, device, "contenders.Turns")
+    config["trainer"]["compile"] = compiled
     with tempfile.TemporaryDirectory() as directory:
         train(config, Path(directory) / "run")
 
@@ -295,8 +297,10 @@ def finish(device: str) -> None:
 
 
 def answer(seconds: float) -> None:
-    """Print the seconds of an epoch and this process's peak memory as one line of JSON."""
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Print the seconds of an epoch and the peak memory, of the GPU or this process, as one line of JSON."""
+    on_gpu = torch.cuda.is_initialized()
+    used = torch.cuda.max_memory_reserved() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    megabytes = used / 2**20
     print(json.dumps({"seconds": seconds, "megabytes": megabytes}), file=sys.__stdout__, flush=True)
 
 
@@ -305,6 +309,7 @@ CONTENDERS = {
     "textbook_4": partial(textbook, workers=4),
     "plain": plain,
     "train.py": train_py,
+    "compiled": partial(train_py, compiled=True),
     "jax": jax,
     "pythae": pythae,
     "limit": limit,

@@ -2,13 +2,14 @@
 
     python benchmarks/profiled.py                   # mlp_200 at batch 100
     python benchmarks/profiled.py conv_20/100
+    python benchmarks/profiled.py mlp_200/100 cuda  # times on the GPU
 
 The profiler adds time to every operation, so the shares of short operations are upper bounds.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +41,9 @@ class OneEpoch(Callback):
 
     def on_train_epoch_start(self, trainer, module) -> None:
         if trainer.current_epoch == 1:
-            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            on_gpu = trainer.strategy.root_device.type == "cuda"
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+            self.profiler = profile(activities=activities)
             self.profiler.__enter__()
             self.started = time.perf_counter()
 
@@ -56,15 +59,20 @@ def grouped(profiler: profile, seconds: float, steps: int) -> str:
     times = dict.fromkeys([*GROUPS, "other operations"], 0.0)
     for event in profiler.key_averages():
         fits = [group for group, ends in GROUPS.items() if event.key.endswith(ends)]
-        times[fits[0] if fits else "other operations"] += event.self_cpu_time_total / 1e6
+        microseconds = event.self_device_time_total if torch.cuda.is_initialized() else event.self_cpu_time_total
+        times[fits[0] if fits else "other operations"] += microseconds / 1e6
     times["Python, Lightning, and work once per epoch"] = seconds - sum(times.values())
     rows = [[name, f"{1e3 * t / steps:.2f}", f"{100 * t / seconds:.0f} %"] for name, t in times.items()]
     return tabulate(rows, ["", "ms per step", "share"], tablefmt="pipe", colalign=["left", "right", "right"])
 
 
 def main() -> None:
-    system, batch = (sys.argv[1:] or ["mlp_200/100"])[0].split("/")
-    config = train_config(system, int(batch), "cpu", "profiled.OneEpoch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", nargs="?", default="mlp_200/100")
+    parser.add_argument("device", nargs="?", default="cpu", choices=["cpu", "cuda"])
+    options = parser.parse_args()
+    system, batch = options.row.split("/")
+    config = train_config(system, int(batch), options.device, "profiled.OneEpoch")
     config["trainer"]["max_epochs"] = 2
     with tempfile.TemporaryDirectory() as directory:
         train(config, Path(directory) / "run")

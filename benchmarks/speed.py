@@ -7,9 +7,10 @@
     python benchmarks/speed.py --device cuda
 
 Each contender (contenders.py) is a subprocess that waits for its turn. A round is one epoch of each, so that a slow
-phase of the machine affects all of them. Ratios are computed per round. Also measures the seconds from the start of
-`train.py` to its first step, and the speed of evaluate.py relative to the decoder's matrix products alone. Writes the
-tables in docs/speed.md, docs/speed.json and docs/images/speed.png.
+phase of the machine affects all of them. Also measures the seconds from the start of `train.py` to its first step, the
+speed of evaluate.py relative to the decoder's matrix products alone, the runs per hour of a sweep, and the profile of a
+step. With all rows, writes the tables in docs/speed.md, docs/speed_cpu.json and docs/images/speed_cpu.png, or those of
+`cuda`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from statistics import median
 from subprocess import PIPE
 from typing import Any
@@ -92,26 +94,43 @@ def measure(row: str, names: list[str], rounds: int, device: str) -> dict[str, d
     return {name: {"seconds": c.seconds, "megabytes": c.megabytes} for name, c in contenders.items()}
 
 
-def summary(found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return one row per contender: seconds, images per second, ratio to the plain loop in each round, memory."""
+def table(results: dict[str, dict[str, dict[str, Any]]], best: Callable[[list[float]], float]) -> str:
+    """Return a table of contenders and rows: seconds per epoch, the ratio to the plain loop, and the most memory."""
     lines = []
-    plain = found.get("plain", {}).get("seconds", [])
-    for name, figures_of in found.items():
-        seconds = figures_of["seconds"]
-        ratios = [s / p for s, p in zip(seconds, plain, strict=False)]
-        lines.append(
-            [name]
-            + [f"{f(seconds):.2f}" for f in (min, median, max)]
-            + [f"{60_000 / median(seconds):,.0f}"]
-            + ([f"{f(ratios):.2f}" for f in (min, median, max)] if ratios else [""] * 3)
-            + [f"{figures_of['megabytes']:,.0f}"]
-        )
-    return lines
+    for name in dict.fromkeys(name for found in results.values() for name in found):
+        line = [name]
+        for found in results.values():
+            seconds = best(found[name]["seconds"]) if name in found else None
+            ratio = f" ({seconds / best(found['plain']['seconds']):.2f})" if seconds and "plain" in found else ""
+            line.append(f"{seconds:.2f}{ratio}" if seconds else "")
+        lines.append([*line, f"{max(found[name]['megabytes'] for found in results.values() if name in found):,.0f}"])
+    rows = [row.replace("/", ", ") for row in results]
+    align = ["left", *["right"] * (len(rows) + 1)]
+    return tabulate(lines, ["", *rows, "MB"], "pipe", disable_numparse=True, colalign=align)
 
 
-START, END = "<!-- speed: written by make benchmark -->", "<!-- end of speed -->"
-ALIGN = ["left", *["right"] * 8]
-HEADING = ["contender", "min s", "median s", "max s", "images/s", "min ×", "median ×", "max ×", "MB"]
+SWEEP = ["seed=0,1,2,3", "model.latent_dim=20", "trainer.max_epochs=3", "figures.every=0", "figures.embedded=0"]
+
+
+def markers(device: str) -> tuple[str, str]:
+    """Return the lines of docs/speed.md between which the tables of a device stand."""
+    return f"<!-- speed {device}: written by make benchmark -->", f"<!-- end of speed {device} -->"
+
+
+def runs_per_hour(accelerator: str) -> dict[str, float]:
+    """Measure a sweep of four short runs, one after the other and by joblib, one thread per run."""
+    found = {}
+    cores = os.cpu_count() or 1
+    for name, words in {
+        "one after the other": [],
+        f"joblib, {cores} at a time": ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={cores}"],
+    }.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            words = [*SWEEP, *words, f"trainer.accelerator={accelerator}", f"hydra.sweep.dir={scratch}"]
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "train.py", "-m", *words], cwd=ROOT, check=True, capture_output=True)
+            found[name] = 4 * 3_600 / (time.perf_counter() - started)
+    return found
 
 
 def first_step(accelerator: str, times: int = 3) -> list[float]:
@@ -155,14 +174,14 @@ def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
 
 
 def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
-    """Plot the median images per second of every contender, one group of bars per row."""
+    """Plot the images per second of every contender in its fastest round, one group of bars per row."""
     names = list(dict.fromkeys(name for found in results.values() for name in found))
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
     for n, (name, colour) in enumerate(zip(names, figures.COLOURS, strict=False)):
         rows = [(i, found[name]["seconds"]) for i, found in enumerate(results.values()) if name in found]
         x = [i + (n - len(names) / 2) * 0.8 / len(names) for i, _ in rows]
-        axes.bar(x, [60_000 / median(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
+        axes.bar(x, [60_000 / min(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
     axes.set_xticks(range(len(results)), [row.replace("/", "\nbatch ") for row in results], fontsize="small")
     figures.finish(axes, ylabel="images per second", yscale="log")
     return figure
@@ -190,9 +209,12 @@ def main() -> None:
     results = {}
     for row in options.rows:
         results[row] = measure(row, options.contenders, options.rounds, options.device)
-        say(f"\n{row.replace('/', ', batch ')}: seconds per epoch of 60,000 images, and × the plain loop\n")
-        say(tabulate(summary(results[row]), HEADING, tablefmt="pipe", disable_numparse=True, colalign=ALIGN))
-    start = first_step("cpu" if options.device == "cpu" else "gpu")
+        print(f"\n{table({row: results[row]}, min)}", flush=True)
+    for name, best in {"fastest round": min, "median round": median}.items():
+        say(f"\nSeconds per epoch of 60,000 images, and × the plain loop, in the {name}:\n")
+        say(table(results, best))
+    accelerator = "cpu" if options.device == "cpu" else "gpu"
+    start = first_step(accelerator)
     say(f"\nFrom the start of `python train.py` to its first step: {', '.join(f'{s:.1f}' for s in start)} s.")
     share = evaluation_share(options.device, options.rounds)
     ratios = [100 * a / b for a, b in zip(share["evaluate"], share["products"], strict=True)]
@@ -200,11 +222,20 @@ def main() -> None:
         f"\nevaluate.py, 784-400-20: {median(share['evaluate']):,.0f} importance samples per second, "
         f"{median(ratios):.0f} % ({min(ratios):.0f} to {max(ratios):.0f}) of the decoder's matrix products alone."
     )
+    hourly = runs_per_hour(accelerator)
+    say(
+        "\nA sweep of four runs of three epochs of 784-400-400-20, in runs per hour: "
+        f"{', '.join(f'{rate:.0f} {name}' for name, rate in hourly.items())}."
+    )
     if options.rows == ROWS:
-        write_between(ROOT / "docs" / "speed.md", START, END, lines)
-        content = {"machine": machine, "epochs": results, "first_step": start, "evaluation": share}
-        (ROOT / "docs" / "speed.json").write_text(json.dumps(content) + "\n")
-        figures.save(plot(results), ROOT / "docs" / "images" / "speed.png")
+        profiled = [sys.executable, "benchmarks/profiled.py", "mlp_200/100", options.device]
+        say(subprocess.run(profiled, cwd=ROOT, check=True, stdout=PIPE, text=True).stdout.partition("\n\n")[2])
+        write_between(ROOT / "docs" / "speed.md", *markers(options.device), lines)
+        content = {
+            "machine": machine, "epochs": results, "first_step": start, "evaluation": share, "runs_per_hour": hourly
+        }  # fmt: skip
+        (ROOT / "docs" / f"speed_{options.device}.json").write_text(json.dumps(content) + "\n")
+        figures.save(plot(results), ROOT / "docs" / "images" / f"speed_{options.device}.png")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ SETTINGS = {
     "clipping": ["trainer.gradient_clip_val=1", "trainer.gradient_clip_val=0.1 trainer.gradient_clip_algorithm=value"],
     "callbacks": ["trainer=ema", "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]",
                   "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss}]"],
-    "loop": ["trainer.fast_loop=false"],
+    "loop": ["trainer.fast_loop=false", "trainer.compile=true"],
     "nan": ["trainer.on_nan=skip"],
     "validation": ["trainer.val_check_interval=7", "trainer.check_val_every_n_epoch=2", "trainer.limit_val_batches=0"],
     "steps": ["trainer.max_steps=31", "trainer.overfit_batches=4", "trainer.limit_train_batches=0.5"],

@@ -130,6 +130,7 @@ EMA = [
         pytest.param(VAMP, 20, id="vamp", marks=pytest.mark.proof),
         pytest.param(LIGHTNING, 20, id="lightning", marks=pytest.mark.proof),
         pytest.param(EMA, 20, id="ema", marks=pytest.mark.proof),
+        pytest.param([*VAMP, "trainer.compile=true"], 10, id="compiled", marks=pytest.mark.proof),
     ],
 )
 def test_a_killed_run_has_the_same_results(tmp_path: Path, overrides: list[str], kills: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -42,7 +43,7 @@ class Autoencoder(ImageModel):
         outputs = self.decoded(z)
         return outputs.sigmoid() if self.output == "sigmoid" else outputs.tanh()
 
-    def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         """Return loss and mse, both the mean squared error per pixel of each image, `[batch]`."""
         error = (self.decode(self.codes(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}

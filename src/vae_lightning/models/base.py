@@ -1,10 +1,11 @@
 """The base class of all models: networks, steps, exact epoch means and the optimizer.
 
-A model defines `terms(x, labels)`, the loss of each image. The rest of training is the same for all models.
+A model defines `terms(x, labels, epoch)`, the loss of each image. The rest of training is the same for all models.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_counts(**counts: object) -> None:
 
 
 class ImageModel(LightningModule, ABC):
-    """A model of images, trained on `terms(x, labels)["loss"]`. Each epoch it logs the mean over images of every term.
+    """A model of images, trained on `terms(…)["loss"]`. Each epoch it logs the mean over images of every term.
 
     `backbone` is a spec, `{"_target_": class, argument: value}`; its encoder has `encoder_outputs` outputs. A subclass
     calls `save_hyperparameters` with plain values, from which a checkpoint rebuilds the model. The hyperparameters of
@@ -91,8 +92,11 @@ class ImageModel(LightningModule, ABC):
         self.batch_index = 0  # in the current epoch
 
     @abstractmethod
-    def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return per-image terms `[batch]` by name: `"loss"` is minimised, all are logged. `labels` are `[batch]`."""
+    def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
+        """Return per-image terms `[batch]` by name: `"loss"` is minimised, all are logged. `labels` are `[batch]`.
+
+        `epoch` is the training progress, with fractions of an epoch.
+        """
 
     def images(self, x: Array) -> Tensor:
         """Convert images to a batch `[batch, *image_shape]` in [0, 1] on the model's device.
@@ -213,15 +217,22 @@ class ImageModel(LightningModule, ABC):
         return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
 
     def epochs_trained(self) -> float:
-        """Return the training progress in epochs, fractions included, counted in batches."""
+        """Return the training progress in epochs, fractions included, counted in batches; infinite without a trainer."""
+        if self._trainer is None:
+            return math.inf
         batches = int(self.trainer.num_training_batches)
         return (self.trainer.current_epoch * batches + self.batch_index) / batches
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         self.batch_index = batch_index
-        terms = self.terms(*batch)
+        loss, terms = self.loss_and_terms(*batch, self.epochs_trained())
         self.count("train", terms)
-        return self.batch_mean(terms["loss"])
+        return loss
+
+    def loss_and_terms(self, x: Tensor, labels: Tensor, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a training batch and its terms. `trainer.compile` replaces this method during training."""
+        terms = self.terms(x, labels, epoch)
+        return self.batch_mean(terms["loss"]), terms
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self.count("val", self.terms(*batch))

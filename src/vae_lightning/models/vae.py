@@ -137,9 +137,8 @@ class VAE(ImageModel):
         z, log_q = q.transform_and_log_prob(self.noise_for(q, samples=k))
         return self.log_joint(x, z, labels) - log_q
 
-    def terms(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the terms of the objective. During training it gets the epoch, for warm-up."""
-        return self.objective(self, x, labels, self.epochs_trained() if self.training else math.inf)
+    def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
+        return self.objective(self, x, labels, epoch)
 
     def on_fit_start(self) -> None:
         """Initialize the prior and the decoder's bias from the training images, unless the run is resumed."""

@@ -67,6 +67,8 @@ def make_trainer(
     precision: Literal["32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16] | None = None,
     on_nan: Literal["stop", "skip"] = "stop",
     fast_loop: bool = True,
+    compile: bool = False,
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
     **options: Any,
 ) -> Trainer:
     """Build Lightning's Trainer with the callbacks `ours` and the configured `callbacks`.
@@ -95,6 +97,11 @@ def make_trainer(
     # The guard comes first, so that no other callback acts on a loss that is not finite.
     ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
     ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
+    torch.set_float32_matmul_precision(matmul_precision)
+    if compile:
+        from vae_lightning.training.compiled import Compile
+
+        ours.append(Compile())
     options["plugins"] = [AtomicCheckpointIO(run), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint

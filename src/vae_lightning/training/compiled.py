@@ -1,0 +1,124 @@
+"""Compile the loss of a batch and its gradient into one graph with PyTorch's compiler: `trainer.compile`.
+
+The graph is C++ code on a CPU. On a GPU it is Triton kernels, replayed as a CUDA graph. The optimizer runs as before,
+so clipping, callbacks and every optimizer work. Random numbers are those of uncompiled training, and results differ by
+rounding only. If the loss cannot be compiled, the log says why, and training continues uncompiled.
+
+The file can be deleted: `trainer.compile=true` then has no effect. It uses one private setting of PyTorch,
+`torch._dynamo.config.trace_autograd_ops`. Where that is missing, training runs uncompiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from vae_lightning.models.base import ImageModel
+
+log = logging.getLogger(__name__)
+LossAndTerms = tuple[Tensor, dict[str, Tensor]]
+
+
+class Compile(Callback):
+    """Replace the model's `loss_and_terms` by a compiled one during training."""
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        module.to(memory_format=torch.channels_last)  # convolutions need no conversion: an eighth faster on a CPU
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, ImageModel)
+        reasons = {
+            "several processes": trainer.world_size > 1,
+            "trainer.detect_anomaly=true": torch.is_anomaly_enabled(),
+            f"PyTorch {torch.__version__} cannot trace gradients": not can_trace_gradients(),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if reason:
+            say_uncompiled(reason)
+        else:
+            log.info("trainer.compile: the first step takes up to a minute, and a few seconds in later runs")
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            batch_size = min(data.batch_size, len(data.train_images))
+            module.loss_and_terms = CompiledLoss(module, batch_size)  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        vars(module).pop("loss_and_terms", None)
+
+
+def can_trace_gradients() -> bool:
+    """Allow `torch.autograd.grad` in compiled functions. Return whether this version of PyTorch can do this."""
+    from torch._dynamo import config  # slow to import
+
+    if not hasattr(config, "trace_autograd_ops"):
+        return False
+    config.trace_autograd_ops = True
+    return True
+
+
+class CompiledLoss:
+    """A compiled `loss_and_terms` for batches of one size. Others, such as a smaller last batch, run uncompiled."""
+
+    def __init__(self, model: ImageModel, batch_size: int) -> None:
+        self.uncompiled = model.loss_and_terms
+        self.batch_size = batch_size
+        self.parameters = list(model.parameters())
+        # With cpp_wrapper, no Python runs between the kernels. fallback_random draws the numbers of uncompiled PyTorch.
+        options: dict[str, Any] = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
+        # PyTorch warns of a missing GPU whenever it compiles C++ code.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        compiler = torch.compile(fullgraph=True, dynamic=False, options=options | {"fallback_random": True})
+        self.compiled: Callable[..., Any] | None = compiler(self.with_gradients)
+
+    def with_gradients(
+        self, x: Tensor, labels: Tensor, epoch: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, ...]]:
+        loss, terms = self.uncompiled(x, labels, epoch)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach(), {name: term.detach() for name, term in terms.items()}, gradients
+
+    def __call__(self, x: Tensor, labels: Tensor, epoch: float) -> LossAndTerms:
+        if self.compiled is None or len(x) != self.batch_size:
+            return self.uncompiled(x, labels, epoch)
+        parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
+        try:
+            # A float would be a constant of the graph, so the epoch is a tensor.
+            epoch_tensor = torch.full((), epoch, device=x.device)
+            loss, terms, gradients = self.compiled(x, labels, epoch_tensor, parameters)
+        except Exception as error:  # of many types: no C++ compiler, an operation that cannot be traced, …
+            say_uncompiled(summary(error))
+            self.compiled = None
+            return self.uncompiled(x, labels, epoch)
+        loss = loss.clone().requires_grad_()
+        loss.register_hook(partial(add_gradients, parameters, gradients))  # runs in loss.backward()
+        return loss, terms
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """Add the gradients of the loss to those of the parameters; `factor` is the gradient of the result in the loss."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if gradient.device.type == "cuda" or factor != 1:  # a CUDA graph overwrites its results in the next step
+            gradient = factor * gradient
+        if gradient.stride() != parameter.stride():  # fused optimizers need the same layout
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def say_uncompiled(reason: str) -> None:
+    log.info("trainer.compile: training runs uncompiled: %s", reason)
+
+
+def summary(error: Exception) -> str:
+    """Return the cause of an error of the compiler, and the line of the code that it names, in one line."""
+    said = str(error).strip()
+    cause = said.partition("\n")[0][:200]
+    places = re.findall(r'File "(.+?)", line (\d+)', said.partition("from user code")[2])
+    return f"{cause} (at {places[-1][0]}:{places[-1][1]})" if places else cause

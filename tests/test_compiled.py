@@ -1,0 +1,117 @@
+"""`trainer.compile` gives the results of uncompiled training up to rounding, and steps aside where it cannot."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_resuming import Signal, differences, read_results
+
+from vae_lightning.models.objectives import ELBO
+from vae_lightning.training.compiled import CompiledLoss
+from vae_lightning.training.signals import Interrupted
+from vae_lightning.training.train import train
+
+SMALL = [
+    "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
+    "trainer.max_epochs=2", "trainer.enable_model_summary=false", "figures.every=0", "figures.embedded=0",
+]  # fmt: skip
+BASIC = ["model.objective.warmup_epochs=1.5", "model.objective.free_bits=0.01", "data.pixels=dynamic"]
+CONV = ["model/backbone=conv", "model.backbone.channels=[4]", "model.backbone.batch_norm=[1]"]
+VARIANTS = {
+    "iwae": ["model/objective=iwae", "model/schedule=steps", "trainer.gradient_clip_val=1"],
+    "dreg, vamp": ["model/objective=dreg", "model/prior=vamp", "model.prior.pseudo_inputs=5", "trainer=ema"],
+    "conv with batch norm": [*CONV, "trainer.accumulate_grad_batches=2"],
+    "residual": ["model/backbone=residual_conv", "model.backbone.channels=[4]", "trainer.on_nan=skip"],
+    "gated, gaussian": ["model/backbone=gated_mlp", "model/likelihood=gaussian", "model.likelihood.learn_scale=true"],
+    "bf16": ["trainer.precision=bf16-mixed", "model/likelihood=continuous_bernoulli", "model/optimizer=adamw"],
+    "autoencoder": ["model=autoencoder", "trainer.fast_loop=false", "model/optimizer=sgd"],
+}
+
+
+class Branching(ELBO):
+    """An objective with a branch on the values of a tensor, which cannot be compiled."""
+
+    def __call__(self, vae, x, labels=None, epoch=torch.inf):
+        terms = super().__call__(vae, x, labels, epoch)
+        return terms if terms["loss"].mean() < 1e9 else {"loss": 0 * terms["loss"]}
+
+
+def losses(directory: Path) -> list[float]:
+    with (directory / "history.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step whether it was compiled."""
+    steps: list[bool] = []
+    original = CompiledLoss.__call__
+
+    def noted(self, *inputs):
+        result = original(self, *inputs)
+        steps.append(result[0].is_leaf)
+        return result
+
+    monkeypatch.setattr(CompiledLoss, "__call__", noted)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [BASIC, *(pytest.param(words, id=name, marks=pytest.mark.proof) for name, words in VARIANTS.items())],
+)
+def test_compiled_training_differs_by_rounding_only(config, tmp_path, compiled_steps, overrides) -> None:
+    small = SMALL[1:] if any("conv" in word for word in overrides) else SMALL
+    for compiled in ("true", "false"):
+        train(config(*small, *overrides, f"trainer.compile={compiled}"), tmp_path / compiled)
+    assert compiled_steps == [True] * 46
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
+
+
+def test_a_stopped_compiled_run_resumes_to_the_bit(config, tmp_path: Path) -> None:
+    stop = ["trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 30}]", "trainer.compile=true"]
+    train(config(*SMALL, *BASIC, *stop), tmp_path / "whole")
+    Signal.armed = "yes"
+    with pytest.raises(Interrupted):
+        train(config(*SMALL, *BASIC, *stop), tmp_path / "stopped")
+    torch.compiler.reset()  # a resumed run compiles again
+    train(config(*SMALL, *BASIC, *stop), tmp_path / "stopped", resume=True)
+    assert differences(read_results(tmp_path / "whole"), read_results(tmp_path / "stopped")) == []
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+
+
+def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vae_lightning.training.compiled.can_trace_gradients", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "reason"),
+    [
+        (no_compiler, ["model.backbone.hidden=[17]"], "compiler"),
+        (old_version, [], r"PyTorch 2\.\S+ cannot trace gradients"),
+        (None, ["model.objective._target_=test_compiled.Branching"], r"ata-dependent.*test_compiled.py:\d+"),
+        (None, ["trainer.detect_anomaly=true"], "trainer.detect_anomaly=true"),
+    ],
+)
+def test_one_line_where_it_cannot_be_compiled(
+    config, tmp_path, compiled_steps, caplog, monkeypatch, change, overrides, reason
+) -> None:
+    if change:
+        change(monkeypatch)
+    with caplog.at_level("INFO"):
+        train(config(*SMALL, *overrides, "trainer.compile=true"), tmp_path / "compiled")
+    assert not any(compiled_steps)
+    (line,) = [r.message for r in caplog.records if "runs uncompiled" in r.message]
+    assert re.search(reason, line)
+    assert "\n" not in line
+    train(config(*SMALL, *overrides), tmp_path / "uncompiled")
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "uncompiled")
