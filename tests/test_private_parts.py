@@ -30,7 +30,7 @@ def test_private_names_are_used_in_three_files() -> None:
             elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("vae_lightning"):
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 found |= {module} if private or "._" in (node.module or "") else set()
-    assert found == {"training.fast_loop", "training.compiled", "training.checkpoints"}  # the last two for one name each
+    assert found == {"training.fast_loop", "training.compiled", "training.checkpoints"}
 
 
 def test_the_fast_loop_fits_these_versions() -> None:

@@ -217,7 +217,7 @@ class ImageModel(LightningModule, ABC):
         return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
 
     def epochs_trained(self) -> float:
-        """Return the training progress in epochs, fractions included, counted in batches; infinite without a trainer."""
+        """Return the training progress in epochs, with fractions, counted in batches; infinite without a trainer."""
         if self._trainer is None:
             return math.inf
         batches = int(self.trainer.num_training_batches)
