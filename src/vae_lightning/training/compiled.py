@@ -96,12 +96,14 @@ class CompiledLoss:
             self.compiled = None
             return self.uncompiled(x, labels, epoch)
         loss = loss.clone().requires_grad_()
-        loss.register_hook(partial(add_gradients, parameters, gradients))  # runs in loss.backward()
+        give = partial(add_gradients, parameters, list(gradients))
+        loss.register_hook(give)  # for backward() of a result of this loss, such as its half
+        loss.backward = partial(give, torch.ones(()))  # type: ignore[method-assign]  # without autograd: 0.2 ms faster
         return loss, terms
 
 
-def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Add the gradients of the loss to those of the parameters; `factor` is the gradient of the result in the loss."""
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: list[Tensor | None], factor: Tensor) -> None:
+    """Add `factor` times the gradients to those of the parameters, and empty the list, which frees their memory."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
@@ -110,6 +112,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
         if gradient.stride() != parameter.stride():  # fused optimizers need the same layout
             gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    gradients.clear()
 
 
 def say_uncompiled(reason: str) -> None:

@@ -98,24 +98,30 @@ class FastLoop(_TrainingEpochLoop):
         takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1  # training_step(batch) or (batch, batch_idx)
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         optimizer_step = quick_step(optimizer)
+        convert, start = trainer.precision_plugin.convert_input, trainer._logger_connector.on_batch_start
+        training_step = trainer.strategy.training_step
+
+        def zero_grad() -> None:  # without the overhead of optimizer.zero_grad
+            for parameter in parameters:
+                parameter.grad = None
 
         def update(loss: Tensor | None) -> None:
-            for parameter in parameters:  # optimizer.zero_grad() without its overhead
-                parameter.grad = None
             if loss is not None:  # training_step returns None to skip a batch
                 loss.backward()
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
             optimizer_step()
+            zero_grad()  # now, so that the next step uses the same memory, which is still in the cache
 
+        zero_grad()
         module._current_fx_name = "training_step"  # `self.log` needs it
         for _ in range(self._steps_to_run()):
             if callback and callback.stop.name and trainer.world_size == 1:  # several stop in `advance`
                 break
             batch, _, _ = next(data_fetcher)
-            batch = trainer.precision_plugin.convert_input(batch)
-            trainer._logger_connector.on_batch_start(batch)
-            output = trainer.strategy.training_step(batch, *([self.batch_idx + 1] if takes_index else []))
+            batch = convert(batch)
+            start(batch)
+            output = training_step(batch, *([self.batch_idx + 1] if takes_index else []))
             update(output["loss"] if isinstance(output, dict) else output)
             self.batch_progress.increment_by(1)
             progress.step.increment_by(1)
