@@ -98,7 +98,7 @@ class CompiledLoss:
         loss = loss.clone().requires_grad_()
         give = partial(add_gradients, parameters, list(gradients))
         loss.register_hook(give)  # for backward() of a result of this loss, such as its half
-        loss.backward = partial(give, torch.ones(()))  # type: ignore[method-assign]  # without autograd: 0.2 ms faster
+        loss.backward = partial(give, torch.ones(()))  # without autograd: 0.2 ms faster
         return loss, terms
 
 
