@@ -28,6 +28,7 @@ VARIANTS = {
     "residual": ["model/backbone=residual_conv", "model.backbone.channels=[4]", "trainer.on_nan=skip"],
     "gated, gaussian": ["model/backbone=gated_mlp", "model/likelihood=gaussian", "model.likelihood.learn_scale=true"],
     "bf16": ["trainer.precision=bf16-mixed", "model/likelihood=continuous_bernoulli", "model/optimizer=adamw"],
+    "flows": ["model/prior=flow", "model/posterior=flow", "model.objective._target_=vae_lightning.models.objectives.IWAE"],
     "autoencoder": ["model=autoencoder", "trainer.fast_loop=false", "model/optimizer=sgd"],
 }
 

@@ -107,7 +107,8 @@ OWN = {
     "part": ["model.posterior._target_=test_evaluation_of_own_models.IAF"],
     "method": ["model._target_=test_evaluation_of_own_models.OwnEncode"],
     "conditional": ["model._target_=test_evaluation_of_own_models.Conditional"],
-    "vamp": ["model/prior=vamp", "model.prior.pseudo_inputs=5"],
+    "vamp": ["model/prior=vamp", "model.prior.pseudo_inputs=5", "model/posterior=full_covariance"],
+    "flow": ["model/prior=flow", "model/posterior=flow", "model.prior.hidden=[8]", "model.posterior.hidden=[8]"],
 }
 
 

@@ -119,7 +119,7 @@ def aggregate_posterior(
     """
     try:
         mixtures = [q.mixture() for q in parts]
-    except NotImplementedError:
+    except ConfigError:
         return None, None
     sizes = [len(q.mean) for q in parts]
     device = parts[0].mean.device
@@ -293,7 +293,9 @@ def format_results(results: dict[str, Any], heading: str, warning: str) -> str:
             lines.append(f"  {label:32} {value:10.4f}")
         elif isinstance(value, int):
             lines.append(f"  {name:32} {value:10d}")
-        elif value is not None:
+        elif value is None:
+            lines.append(f"  {name:32} not available for this prior and posterior")
+        else:
             lines.append(f"  {name:32} {' '.join(f'{v:.2f}' for v in value[:12])}{' …' if len(value) > 12 else ''}")
     return "\n".join(lines)
 

@@ -46,8 +46,11 @@ class PosteriorDistribution(td.Distribution, ABC):
         raise ConfigError(f"model.objective: DReG needs a posterior with `detach`; {type(self).__name__} has none")
 
     def mixture(self, temperature: float = 1.0) -> td.Distribution:
-        """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations."""
-        raise NotImplementedError
+        """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations.
+
+        Raises ConfigError if not implemented.
+        """
+        raise ConfigError(f"model/prior=vamp: needs a posterior with `mixture`; {type(self).__name__} has none")
 
 
 class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
@@ -80,17 +83,41 @@ class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
         return GaussianMixture(DiagonalGaussian(self.mean, self.log_variance + 2 * math.log(temperature)))
 
 
+class FullGaussian(PosteriorDistribution, td.MultivariateNormal):
+    """N(mean, L Lᵀ) with a lower triangular L, `scale_tril` `[batch, latent_dim, latent_dim]`."""
+
+    def __init__(self, mean: Tensor, scale_tril: Tensor) -> None:
+        super().__init__(mean, scale_tril=scale_tril, validate_args=False)
+
+    def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z = mean + L ε, and log q(z|x) = log N(ε; 0, I) − log |L|."""
+        z = self.mean + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        return z, -0.5 * (noise.square() + math.log(2 * math.pi)).sum(dim=-1) - log_scale
+
+    def detach(self) -> FullGaussian:
+        return FullGaussian(self.mean.detach(), self.scale_tril.detach())
+
+    def mixture(self, temperature: float = 1.0) -> td.Distribution:
+        uniform = td.Categorical(logits=torch.zeros(len(self.mean), device=self.mean.device), validate_args=False)
+        components = FullGaussian(self.mean, temperature * self.scale_tril)
+        return td.MixtureSameFamily(uniform, components, validate_args=False)
+
+
 class GaussianMixture(td.MixtureSameFamily):
-    """(1/K) Σₖ N(z; μₖ, diag σₖ²). `log_prob` takes two matrix products and no tensor `[..., K, latent_dim]`.
+    """Σₖ πₖ N(z; μₖ, diag σₖ²), with π = softmax(logits), or 1/K without `logits` `[K]`.
+
+    `log_prob` takes two matrix products and no tensor `[..., K, latent_dim]`.
 
     (z − μ)²/σ² is expanded to z²/σ² − 2zμ/σ² + μ²/σ². For small σ these terms are large and cancel, so they are summed
     in float64 (float32 on MPS, which has no float64).
     """
 
-    def __init__(self, components: DiagonalGaussian) -> None:
-        logits = torch.zeros(len(components.mean), device=components.mean.device)
-        uniform = td.Categorical(logits=logits, validate_args=False)  # validation would synchronize a GPU
-        super().__init__(uniform, components, validate_args=False)
+    def __init__(self, components: DiagonalGaussian, logits: Tensor | None = None) -> None:
+        if logits is None:
+            logits = torch.zeros(len(components.mean), device=components.mean.device)
+        shares = td.Categorical(logits=logits, validate_args=False)  # validation would synchronize a GPU
+        super().__init__(shares, components, validate_args=False)
         self.components = components
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -100,7 +127,8 @@ class GaussianMixture(td.MixtureSameFamily):
         precision = torch.exp(-log_variance)
         constant = (mean.square() * precision + log_variance + math.log(2 * math.pi)).sum(-1)  # [K]
         distance = z.square() @ precision.T - 2 * z @ (mean * precision).T + constant  # [..., K]
-        return (torch.logsumexp(-0.5 * distance, dim=-1) - math.log(len(mean))).to(value.dtype)
+        log_shares = self.mixture_distribution.logits.to(exact)  # normalized by td.Categorical
+        return torch.logsumexp(log_shares - 0.5 * distance, dim=-1).to(value.dtype)
 
 
 class Posterior(nn.Module, ABC):
@@ -123,7 +151,31 @@ class Gaussian(Posterior):
         super().__init__(latent_dim, encoder_outputs=2 * latent_dim)
 
     def forward(self, outputs: Tensor) -> DiagonalGaussian:
-        # A scaled tanh bounds the log variance. Beyond a hard bound the gradient would be zero, and a dimension could
-        # not return.
-        mean, raw = outputs.float().chunk(2, dim=-1)
-        return DiagonalGaussian(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))
+        return diagonal_gaussian(outputs)
+
+
+class FullCovarianceGaussian(Posterior):
+    """A Gaussian with covariance L Lᵀ: the encoder gives the mean and the Cholesky factor L."""
+
+    def __init__(self, latent_dim: PositiveInt) -> None:
+        super().__init__(latent_dim, encoder_outputs=2 * latent_dim + latent_dim * (latent_dim - 1) // 2)
+        self.register_buffer("below", torch.tril_indices(latent_dim, latent_dim, -1), persistent=False)
+
+    def forward(self, outputs: Tensor) -> FullGaussian:
+        assert isinstance(self.below, Tensor)
+        diagonal, below = outputs.float().tensor_split([2 * self.latent_dim], dim=-1)
+        q = diagonal_gaussian(diagonal)
+        row, column = self.below
+        factor = torch.diag_embed(q.stddev)
+        factor[..., row, column] = below
+        return FullGaussian(q.mean, factor)
+
+
+def diagonal_gaussian(outputs: Tensor) -> DiagonalGaussian:
+    """Return the diagonal Gaussian with the mean and log variance in `outputs` `[batch, 2 · latent_dim]`.
+
+    A scaled tanh bounds the log variance. Beyond a hard bound the gradient would be zero, and a dimension could not
+    return.
+    """
+    mean, raw = outputs.float().chunk(2, dim=-1)
+    return DiagonalGaussian(mean, LOG_VARIANCE_BOUND * torch.tanh(raw / LOG_VARIANCE_BOUND))

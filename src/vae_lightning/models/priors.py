@@ -7,6 +7,7 @@ of `Prior` and a YAML file in conf/model/prior/.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -16,7 +17,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import PositiveInt
-from vae_lightning.models.posteriors import PosteriorDistribution
+from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, PosteriorDistribution
 
 Encode = Callable[[Tensor], PosteriorDistribution]
 
@@ -81,3 +82,19 @@ class VampPrior(Prior):
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
         return encode(self.pseudo_inputs.clamp(0, 1)).mixture(temperature)
+
+
+class MixturePrior(Prior):
+    """A learnt mixture of `components` diagonal Gaussians, with means drawn from N(0, I) and unit variances at first."""
+
+    def __init__(
+        self, latent_dim: PositiveInt, image_shape: Sequence[int] = (), components: PositiveInt = 100
+    ) -> None:
+        super().__init__()
+        self.means = nn.Parameter(torch.randn(components, latent_dim))
+        self.log_variances = nn.Parameter(torch.zeros(components, latent_dim))
+        self.logits = nn.Parameter(torch.zeros(components))
+
+    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+        log_variances = self.log_variances + 2 * math.log(temperature)
+        return GaussianMixture(DiagonalGaussian(self.means, log_variances), self.logits)

@@ -74,7 +74,7 @@ class VAE(ImageModel):
     def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
         """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
         sample_axis = () if samples is None else (samples,)
-        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim, device=q.mean.device)
+        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim, device=self.device)
 
     def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
         """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
