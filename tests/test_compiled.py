@@ -111,7 +111,7 @@ def test_one_line_where_it_cannot_be_compiled(
     with caplog.at_level("INFO"):
         train(config(*SMALL, *overrides, "trainer.compile=true"), tmp_path / "compiled")
     assert not any(compiled_steps)
-    (line,) = [r.message for r in caplog.records if "runs uncompiled" in r.message]
+    (line,) = [r.message for r in caplog.records if "compile=true has no effect" in r.message]
     assert re.search(reason, line)
     assert "\n" not in line
     train(config(*SMALL, *overrides), tmp_path / "uncompiled")

@@ -79,6 +79,14 @@ def test_batches_and_chunks_change_no_number(images: Tensor) -> None:
     assert not torch.allclose(again.log_likelihood, reference.log_likelihood, atol=1e-4)
 
 
+@pytest.mark.proof
+def test_a_compiled_likelihood_changes_rounding_only(images: Tensor) -> None:
+    vae, labels = linear_vae(shift=0.3).eval(), torch.zeros(20, dtype=torch.long)
+    plain = importance_sampling(vae, images[:20], labels, 100, chunk=10)
+    compiled = importance_sampling(vae, images[:20], labels, 100, chunk=10, compile=True)
+    torch.testing.assert_close(compiled.log_likelihood, plain.log_likelihood, rtol=1e-5, atol=1e-5)
+
+
 def test_the_curve_ends_at_the_estimate_and_uses_the_first_samples(images: Tensor) -> None:
     vae = linear_vae(shift=0.5)
     many, few = (importance_sampling(vae, images, LABELS, samples=k) for k in (50, 10))

@@ -60,12 +60,21 @@ def importance_sampling(
     seed: int = 0,
     batch_size: int = 100,
     chunk: int = 20,
+    compile: bool = False,
 ) -> ImportanceSampling:
     """Estimate log p(x) by importance sampling with the posterior as the proposal (Burda et al. 2016, eq. 8).
 
     `batch_size` images with `chunk` samples each are decoded together. Each image is encoded once, and its noise
-    depends on (seed, image) alone, so both change memory and speed but no number.
+    depends on (seed, image) alone, so both change memory and speed but no number. `compile` compiles the likelihood.
     """
+
+    def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor) -> Tensor:
+        return vae.decode(z, labels).log_prob(x)
+
+    if compile:
+        from vae_lightning.training.compiled import Compiled
+
+        log_likelihood_of = Compiled(log_likelihood_of, vae.device)
     prior = vae.prior(vae.encode)
     points = curve_points(samples)
     parts: list[dict[str, Tensor]] = []
@@ -83,7 +92,7 @@ def importance_sampling(
         log_weights, log_likelihoods = [], []
         for epsilon in torch.stack(noise, dim=1).split(chunk):
             z, log_q = q.transform_and_log_prob(epsilon)  # [chunk, batch, latent_dim], [chunk, batch]
-            log_likelihood = vae.decode(z, y).log_prob(x)
+            log_likelihood = log_likelihood_of(x, z, y)
             log_likelihoods.append(log_likelihood)
             log_weights.append(log_likelihood + prior.log_prob(z) - log_q)
         log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]
@@ -160,6 +169,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     chunk: int = 20,
+    compile: bool = False,
 ) -> tuple[dict[str, Any], ImportanceSampling, Tensor]:
     """Return all results but the probes in a flat dictionary, the estimates for each image, and the posterior means.
 
@@ -168,7 +178,7 @@ def evaluate(
     vae.eval()
     parts = posteriors(vae, images, labels)
     codes = torch.cat([q.mean for q in parts])
-    sampled = importance_sampling(vae, images, labels, samples, seed, batch_size, chunk)
+    sampled = importance_sampling(vae, images, labels, samples, seed, batch_size, chunk, compile)
     information, marginal = aggregate_posterior(vae, parts, seed)
     nll = -sampled.log_likelihood.double()
     reconstruction = sampled.reconstruction.double().mean().item()
@@ -219,6 +229,7 @@ def evaluate_run(
     batch_size: PositiveInt = 100,
     chunk: PositiveInt = 10,
     probes: bool = True,
+    compile: bool = False,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
     trust: Sequence[str] = (),
@@ -238,7 +249,7 @@ def evaluate_run(
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
     started = time.monotonic()
-    results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk)
+    results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk, compile)
     if split == "test":
         check_elbo(opened.directory, opened.checkpoint, vae.config, results["elbo"], sampled.deviation)
     if probes:

@@ -4,7 +4,7 @@ The graph is C++ code on a CPU. On a GPU it is Triton kernels, replayed as a CUD
 so clipping, callbacks and every optimizer work. Random numbers are those of uncompiled training, and results differ by
 rounding only. If the loss cannot be compiled, the log says why, and training continues uncompiled.
 
-The file can be deleted: `trainer.compile=true` then has no effect. It uses one private setting of PyTorch,
+Only `trainer.compile=true` and `evaluate.py compile=true` import this file. It uses one private setting of PyTorch,
 `torch._dynamo.config.trace_autograd_ops`. Where that is missing, training runs uncompiled.
 """
 
@@ -62,6 +62,29 @@ def can_trace_gradients() -> bool:
     return True
 
 
+class Compiled:
+    """A compiled function of tensors, without graph breaks. If it cannot be compiled, the function itself."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, cuda_graph: bool = False) -> None:
+        self.function = function
+        # With cpp_wrapper, no Python runs between the kernels. fallback_random draws the numbers of uncompiled PyTorch.
+        # A CUDA graph overwrites its results when it runs again.
+        options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {"triton.cudagraphs": cuda_graph}
+        # PyTorch warns of a missing GPU whenever it compiles C++ code.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        compiler = torch.compile(fullgraph=True, dynamic=False, options=options | {"fallback_random": True})
+        self.compiled: Callable[..., Any] | None = compiler(function)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.compiled is not None:
+            try:
+                return self.compiled(*inputs)
+            except Exception as error:  # of many types: no C++ compiler, an operation that cannot be traced, …
+                say_uncompiled(summary(error))
+                self.compiled = None
+        return self.function(*inputs)
+
+
 class CompiledLoss:
     """A compiled `loss_and_terms` for batches of one size. Others, such as a smaller last batch, run uncompiled."""
 
@@ -69,14 +92,9 @@ class CompiledLoss:
         self.uncompiled = model.loss_and_terms
         self.batch_size = batch_size
         self.parameters = list(model.parameters())
-        # With cpp_wrapper, no Python runs between the kernels. fallback_random draws the numbers of uncompiled PyTorch.
-        options: dict[str, Any] = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
-        # PyTorch warns of a missing GPU whenever it compiles C++ code.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        compiler = torch.compile(fullgraph=True, dynamic=False, options=options | {"fallback_random": True})
-        self.compiled: Callable[..., Any] | None = compiler(self.with_gradients)
+        self.with_gradients = Compiled(self._with_gradients, model.device, cuda_graph=True)
 
-    def with_gradients(
+    def _with_gradients(
         self, x: Tensor, labels: Tensor, epoch: Tensor, parameters: list[nn.Parameter]
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, ...]]:
         loss, terms = self.uncompiled(x, labels, epoch)  # type: ignore[arg-type]
@@ -84,17 +102,12 @@ class CompiledLoss:
         return loss.detach(), {name: term.detach() for name, term in terms.items()}, gradients
 
     def __call__(self, x: Tensor, labels: Tensor, epoch: float) -> LossAndTerms:
-        if self.compiled is None or len(x) != self.batch_size:
+        if self.with_gradients.compiled is None or len(x) != self.batch_size:
             return self.uncompiled(x, labels, epoch)
         parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
-        try:
-            # A float would be a constant of the graph, so the epoch is a tensor.
-            epoch_tensor = torch.full((), epoch, device=x.device)
-            loss, terms, gradients = self.compiled(x, labels, epoch_tensor, parameters)
-        except Exception as error:  # of many types: no C++ compiler, an operation that cannot be traced, …
-            say_uncompiled(summary(error))
-            self.compiled = None
-            return self.uncompiled(x, labels, epoch)
+        # A float would be a constant of the graph, so the epoch is a tensor.
+        epoch_tensor = torch.full((), epoch, device=x.device)
+        loss, terms, gradients = self.with_gradients(x, labels, epoch_tensor, parameters)
         loss = loss.clone().requires_grad_()
         give = partial(add_gradients, parameters, list(gradients))
         loss.register_hook(give)  # for backward() of a result of this loss, such as its half
@@ -107,7 +120,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: list[Tensor | N
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        if gradient.device.type == "cuda" or factor != 1:  # a CUDA graph overwrites its results in the next step
+        if gradient.device.type == "cuda" or factor != 1:  # a copy: the CUDA graph of the next step overwrites it
             gradient = factor * gradient
         if gradient.stride() != parameter.stride():  # fused optimizers need the same layout
             gradient = torch.empty_like(parameter).copy_(gradient)
@@ -116,7 +129,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: list[Tensor | N
 
 
 def say_uncompiled(reason: str) -> None:
-    log.info("trainer.compile: training runs uncompiled: %s", reason)
+    log.info("compile=true has no effect: %s", reason)
 
 
 def summary(error: Exception) -> str:
