@@ -28,7 +28,8 @@ VARIANTS = {
     "residual": ["model/backbone=residual_conv", "model.backbone.channels=[4]", "trainer.on_nan=skip"],
     "gated, gaussian": ["model/backbone=gated_mlp", "model/likelihood=gaussian", "model.likelihood.learn_scale=true"],
     "bf16": ["trainer.precision=bf16-mixed", "model/likelihood=continuous_bernoulli", "model/optimizer=adamw"],
-    "flows": ["model/prior=flow", "model/posterior=flow", "model.objective._target_=vae_lightning.models.objectives.IWAE"],
+    "flows": ["model/prior=flow", "model/posterior=flow", "model/objective=dreg"],
+    "mixture": ["model/prior=mixture", "model/posterior=full_covariance", "model.objective.kl=monte_carlo"],
     "autoencoder": ["model=autoencoder", "trainer.fast_loop=false", "model/optimizer=sgd"],
 }
 
@@ -110,7 +111,7 @@ def test_one_line_where_it_cannot_be_compiled(
         change(monkeypatch)
     with caplog.at_level("INFO"):
         train(config(*SMALL, *overrides, "trainer.compile=true"), tmp_path / "compiled")
-    assert not any(compiled_steps)
+    assert not any(compiled_steps[1:])  # the first step tries
     (line,) = [r.message for r in caplog.records if "compile=true has no effect" in r.message]
     assert re.search(reason, line)
     assert "\n" not in line

@@ -59,12 +59,13 @@ def gap(vae: VAE, x: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["affine", "spline"])
 def test_the_density_of_a_flow_sums_to_one(kind: str) -> None:
     prior = FlowPrior(2, hidden=(16,), kind=kind)
-    perturbed(prior.flow)
-    side = torch.linspace(-12, 12, 601)
+    perturbed(prior.flow, 0.1)
+    side = torch.linspace(-10, 10, 401)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
         density = prior(None).log_prob(grid).double().exp()
         standard = FlowPrior(2)(None).log_prob(grid)  # the identity at first
+    assert (density - standard.double().exp()).abs().max() > 0.005
     assert (density.sum() * (side[1] - side[0]) ** 2).item() == pytest.approx(1, abs=2e-3)
     torch.testing.assert_close(standard, td.Independent(td.Normal(torch.zeros(2), torch.ones(2)), 1).log_prob(grid))
 
@@ -93,7 +94,7 @@ def test_one_latent_dimension_is_refused() -> None:
 
 
 def test_full_covariance_closes_the_gap_of_the_mean_field_posterior() -> None:
-    x = torch.randn(20, *SHAPE)
+    x = torch.rand(20, *SHAPE)
     precision = torch.linalg.inv(EXACT_COVARIANCE)
     mean_field = 0.5 * (precision.diagonal().log().sum() - precision.logdet()).item()  # KL(q ‖ p(z|x)) in closed form
     assert mean_field > 0.3
@@ -106,21 +107,21 @@ def test_full_covariance_closes_the_gap_of_the_mean_field_posterior() -> None:
 @pytest.mark.parametrize("posterior", [FULL, FLOW])
 def test_a_trained_posterior_closes_the_gap(posterior: dict) -> None:
     vae = correlated_vae(dict(posterior))  # a copy: it starts as the mean-field posterior
-    x = torch.randn(20, *SHAPE)
+    x = torch.rand(20, *SHAPE)
     parameters = [*vae.encoder.parameters(), *vae.posterior.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     for _ in range(500):
         optimizer.zero_grad()
-        (-vae.log_weights(torch.randn(100, *SHAPE), 1)).mean().backward()
+        (-vae.log_weights(torch.rand(100, *SHAPE), 1)).mean().backward()
         optimizer.step()
         schedule.step()
     assert -0.01 < gap(vae, x) < 0.02
 
 
 def test_the_importance_weighted_bound_of_a_flow_posterior_rises_to_the_exact_value() -> None:
-    vae, x = correlated_vae(FLOW), torch.randn(20, *SHAPE)
-    perturbed(vae.posterior.flow)
+    vae, x = correlated_vae(FLOW), torch.rand(20, *SHAPE)
+    perturbed(vae.posterior.flow, 0.1)
     exact = exact_log_likelihood(vae, x)
     with torch.no_grad():
         weights = vae.log_weights(x, 20_000)
@@ -141,13 +142,13 @@ def test_dreg_has_the_expected_gradient_of_iwae(posterior: dict) -> None:
     found = []
     for objective in (IWAE(8), DReG(8)):
         sums = []
-        for _ in range(20):
+        for _ in range(10):
             parameters = [*vae.encoder.parameters(), *vae.posterior.parameters()]
             gradients = torch.autograd.grad(objective(vae, x)["loss"].mean(), parameters)
             sums.append(torch.cat([g.flatten() for g in gradients]))
         found.append(torch.stack(sums))
     iwae, dreg = found
-    error = (iwae.var(0) / 20 + dreg.var(0) / 20).sqrt()
+    error = (iwae.var(0) / 10 + dreg.var(0) / 10).sqrt()
     distance = (iwae.mean(0) - dreg.mean(0)).abs() / error.clamp(min=1e-9)
     used = error > 1e-7
     assert (distance[used] < 6).all()

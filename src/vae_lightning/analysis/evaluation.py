@@ -29,6 +29,7 @@ from vae_lightning.models.posteriors import DiagonalGaussian, PosteriorDistribut
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
+from vae_lightning.training.compiled import Compiled
 
 
 @dataclass
@@ -71,10 +72,7 @@ def importance_sampling(
     def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor) -> Tensor:
         return vae.decode(z, labels).log_prob(x)
 
-    if compile:
-        from vae_lightning.training.compiled import Compiled
-
-        log_likelihood_of = Compiled(log_likelihood_of, vae.device)
+    score = Compiled(log_likelihood_of, vae.device) if compile else log_likelihood_of
     prior = vae.prior(vae.encode)
     points = curve_points(samples)
     parts: list[dict[str, Tensor]] = []
@@ -92,7 +90,7 @@ def importance_sampling(
         log_weights, log_likelihoods = [], []
         for epsilon in torch.stack(noise, dim=1).split(chunk):
             z, log_q = q.transform_and_log_prob(epsilon)  # [chunk, batch, latent_dim], [chunk, batch]
-            log_likelihood = log_likelihood_of(x, z, y)
+            log_likelihood = score(x, z, y)
             log_likelihoods.append(log_likelihood)
             log_weights.append(log_likelihood + prior.log_prob(z) - log_q)
         log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]

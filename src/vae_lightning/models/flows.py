@@ -47,8 +47,8 @@ class Coupling(nn.Module):
         self.sizes = [1, 1] if kind == "affine" else [BINS, BINS, BINS - 1]  # parameters of a dimension
         fixed, moved = reversed(self.halves) if flipped else self.halves
         self.network = nn.Sequential(*linear_layers([fixed + context, *hidden, moved * sum(self.sizes)], "relu"))
-        nn.init.zeros_(self.network[-1].weight)
-        nn.init.zeros_(self.network[-1].bias)
+        for parameter in self.network[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Return y, of the shape of x `[..., dim]`, and log |det dy/dx| `[...]`; `context` is `[..., context]`."""
@@ -68,9 +68,7 @@ class Coupling(nn.Module):
 class Flow(nn.ModuleList):
     """Coupling layers in a row, which transform the two halves alternately. Raises ConfigError for one dimension."""
 
-    def __init__(
-        self, latent_dim: int, context: int, layers: int, hidden: Sequence[int], kind: Kind, key: str
-    ) -> None:
+    def __init__(self, latent_dim: int, context: int, layers: int, hidden: Sequence[int], kind: Kind, key: str) -> None:
         if latent_dim == 1:
             raise ConfigError(f"{key}=flow: a coupling layer needs model.latent_dim of at least 2, given 1")
         super().__init__(Coupling(latent_dim, context, hidden, kind, flipped=n % 2 == 1) for n in range(layers))

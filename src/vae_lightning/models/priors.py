@@ -85,11 +85,9 @@ class VampPrior(Prior):
 
 
 class MixturePrior(Prior):
-    """A learnt mixture of `components` diagonal Gaussians, with means drawn from N(0, I) and unit variances at first."""
+    """A learnt mixture of `components` diagonal Gaussians. The first means are from N(0, I), the first variances 1."""
 
-    def __init__(
-        self, latent_dim: PositiveInt, image_shape: Sequence[int] = (), components: PositiveInt = 100
-    ) -> None:
+    def __init__(self, latent_dim: PositiveInt, image_shape: Sequence[int] = (), components: PositiveInt = 100) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.randn(components, latent_dim))
         self.log_variances = nn.Parameter(torch.zeros(components, latent_dim))
