@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.distributions as td
 
-from vae_lightning.models.estimators import active_units, importance_weighted_bound, kl_divergence, with_free_bits
+from vae_lightning.models.estimators import (
+    active_units,
+    importance_weighted_bound,
+    importance_weighted_stderr,
+    kl_divergence,
+    with_free_bits,
+)
 from vae_lightning.models.posteriors import DiagonalGaussian
 
 
@@ -39,6 +45,17 @@ def test_importance_weighted_bound() -> None:
     assert bound.exp().tolist() == pytest.approx([2.0, 4.0])
     # Far outside what exp() can hold, it is still the logarithm of a mean.
     assert importance_weighted_bound(torch.tensor([[-5000.0], [-5000.0]])).item() == pytest.approx(-5000)
+
+
+def test_the_standard_error_and_bias_of_the_bound_are_those_of_many_repetitions() -> None:
+    k, scale = 400, 0.8
+    log_weights = scale * torch.randn(k, 5_000, dtype=torch.float64) - scale**2 / 2 - 80  # the mean weight is e⁻⁸⁰
+    bound, stderr = importance_weighted_bound(log_weights), importance_weighted_stderr(log_weights)
+    assert stderr.mean().item() == pytest.approx(bound.std().item(), rel=0.05)
+    assert stderr.mean().item() == pytest.approx(math.sqrt(math.expm1(scale**2) / k), rel=0.05)
+    assert -80 - bound.mean().item() == pytest.approx(stderr.square().mean().item() / 2, abs=0.003)
+    assert importance_weighted_stderr(torch.zeros(3, 1)).item() == 0
+    assert importance_weighted_stderr(torch.zeros(1, 1)).isnan()
 
 
 def test_iwae_gradient_weights_the_best_sample_most() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import BRIEF, Finished, composed
 from matplotlib.figure import Figure
 
@@ -48,6 +50,10 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert len(content["val/kl_per_dimension"]) == 2
     assert content["val/nll"] <= -content["val/elbo"] + 3 * content["val/nll_stderr"]
     assert (run_directory / "evaluations" / "val_best_k3_seed0.png").exists()
+    values = np.loadtxt(run_directory / "evaluations" / "val_best_k3_seed0.csv", delimiter=",", skiprows=1)
+    assert values.shape == (content["images"], 2) == (500, 2)
+    assert -values[:, 0].mean() == pytest.approx(content["val/nll"], abs=1e-5)
+    assert (content["quantity"], len(content["images_sha256"])) == ("negative cross-entropy", 64)
     assert "val set, grey pixels, 3 samples" in result.out
     assert "nll (cross-entropy)" in result.out
     assert "not likelihoods" in content["remark"]
@@ -65,12 +71,12 @@ def test_an_evaluation_is_kept_if_its_output_cannot_be_printed(run_directory: Pa
 
 
 def test_evaluation_json_is_replaced_if_invalid_and_only_by_the_best_checkpoint(tmp_path: Path) -> None:
-    run, content = RunDirectory(tmp_path), {"samples": 3, "seed": 0}
+    run, content, values = RunDirectory(tmp_path), {"samples": 3, "seed": 0}, torch.zeros(2, 2)
     for samples in (None, "x", [1]):
         run.evaluation_file.write_text(json.dumps({"samples": samples}))
-        write_evaluation(run, run.best_checkpoint, "test", content, Figure())
+        write_evaluation(run, run.best_checkpoint, "test", content, values, Figure())
         assert json.loads(run.evaluation_file.read_text())["samples"] == 3
-    write_evaluation(run, tmp_path / "elsewhere" / "best.ckpt", "test", content | {"samples": 9}, Figure())
+    write_evaluation(run, tmp_path / "elsewhere" / "best.ckpt", "test", content | {"samples": 9}, values, Figure())
     assert json.loads(run.evaluation_file.read_text())["samples"] == 3
 
 
@@ -88,7 +94,10 @@ def test_evaluations_do_not_overwrite_each_other(run_directory: Path) -> None:
     assert evaluated(run=f"{run_directory}/checkpoints/last.ckpt", samples=9) == first
     assert evaluated() == first, "probes of the earlier evaluation are kept"
     assert (run_directory / "figures" / "nll_curve.png").read_bytes() == curve
+    assert len(np.loadtxt(run_directory / "evaluation.csv", delimiter=",", skiprows=1)) == 10_000
     assert evaluated(samples=5)["samples"] == 5
+    csv = (run_directory / "evaluation.csv").read_bytes()
+    assert csv == (run_directory / "evaluations" / "test_best_k5_seed0.csv").read_bytes()
     assert sorted(path.stem for path in (run_directory / "evaluations").glob("*.json")) == [
         *("test_best_k2_seed0", "test_best_k3_seed0", "test_best_k5_seed0", "test_last_k9_seed0", "val_best_k3_seed0"),
     ]

@@ -230,16 +230,19 @@ def test_reopen_keeps_the_evaluations_of_earlier_weights(tmp_path: Path) -> None
         run.evaluations.mkdir()
         (run.evaluations / "a.json").write_text(str(number))
         run.evaluation_file.write_text(str(number))
+        if number:  # evaluations of earlier versions have no values of each image
+            run.evaluation_values.write_text(str(number))
         run.metrics_file.write_text(json.dumps(metrics))
         run.reopen({})
         assert run.state == "unfinished"
     endings = {"1_epochs": 0, "1_epochs_2": 1, "unfinished": 2, "unfinished_2": 3}
     assert {path.name for path in tmp_path.glob("evaluation*")} == {
         name for ending in endings for name in (f"evaluation_{ending}.json", f"evaluations_{ending}")
-    }
+    } | {f"evaluation_{ending}.csv" for ending, number in endings.items() if number}
     for ending, number in endings.items():
         assert (tmp_path / f"evaluation_{ending}.json").read_text() == str(number)
         assert (tmp_path / f"evaluations_{ending}" / "a.json").read_text() == str(number)
+        assert not number or (tmp_path / f"evaluation_{ending}.csv").read_text() == str(number)
 
 
 def test_resume_writes_through_no_link_to_files_of_others(run: Path, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ assert gc.isenabled()
 
 
 def test_only_run_directory_names_the_files_of_a_run() -> None:
-    files = ("config.yaml", "metrics.json", "history.csv", "environment.json", "evaluation.json", "train.log", ".ckpt")
+    files = ("config.yaml", "metrics.json", "history.csv", "environment.json", "train.log", ".ckpt")
+    files += ("evaluation.json", "evaluation.csv")
     names = re.compile("|".join([*(name.replace(".", r"\.", 1) for name in files), "^checkpoints$"]))
     found = set()
     for module, file in FILES.items():

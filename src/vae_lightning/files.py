@@ -133,13 +133,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _read(path, _load_yaml)
 
 
-def read_text(path: Path) -> str:
-    """Read a text file of limited size. Raises FileError for anything else, such as a pipe or a device."""
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """Read a text file of at most `largest` bytes. Raises FileError for anything else, such as a pipe or a device."""
     try:
         if not path.is_file():
             raise ValueError("no such file")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has {path.stat().st_size} bytes, and at most {LARGEST} are allowed")
+        if path.stat().st_size > largest:
+            raise ValueError(f"it has {path.stat().st_size} bytes, and at most {largest} are allowed")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -22,8 +23,13 @@ from tqdm import tqdm
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, PositiveInt, Seed
 from vae_lightning.data.pixels import described, stream_seed
-from vae_lightning.files import read_json, write_json
-from vae_lightning.models.estimators import active_units, importance_weighted_bound, kl_divergence
+from vae_lightning.files import atomic_write, read_json, write_json
+from vae_lightning.models.estimators import (
+    active_units,
+    importance_weighted_bound,
+    importance_weighted_stderr,
+    kl_divergence,
+)
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.posteriors import DiagonalGaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
@@ -31,12 +37,15 @@ from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.compiled import Compiled
 
+VALUES = "log_likelihood,stderr"  # columns of the CSV file of an evaluation, in nats
+
 
 @dataclass
 class ImportanceSampling:
     """Estimates for each image `[images]`, in nats, from k samples of its posterior; and the mean bound for each k."""
 
     log_likelihood: Tensor  # log (1/k) Σ w, the importance-weighted bound on log p(x)
+    stderr: Tensor  # standard error of log_likelihood
     reconstruction: Tensor  # −mean log p(x|z)
     kl: Tensor  # [images, latent_dim] in closed form, or [images, 1] by Monte Carlo
     analytic: bool  # whether the KL is in closed form
@@ -103,6 +112,7 @@ def importance_sampling(
         parts.append(
             {
                 "log_likelihood": importance_weighted_bound(log_weight),
+                "stderr": importance_weighted_stderr(log_weight),
                 "reconstruction": -log_likelihood.mean(dim=0),
                 "kl": kl,
                 "deviation": one_sample.std(dim=0, correction=min(1, samples - 1)),
@@ -254,43 +264,59 @@ def evaluate_run(
         train = vae.all_codes(data.train_images, data.train_labels)
         results |= probe_accuracy(train, data.train_labels, codes, labels)
     warning = remark(vae.likelihood, data.pixels)
+    quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else "log density"
     content = {f"{split}/{key}": value for key, value in results.items()} | {
         f"{split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
         "samples": samples,
         "pixels": data.pixels,
         "data": data.dataset,
+        "quantity": quantity,
+        "images": len(images),
+        "images_sha256": data.checksums()[split],
         "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
         "checkpoint": opened.checkpoint.stem,
         "remark": warning,
     }
+    values = torch.stack([sampled.log_likelihood, sampled.stderr], dim=-1)
     pixels = f"{described(data.pixels, data.image_shape[0])} pixels"
     curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {pixels}")
     try:
-        file = write_evaluation(opened.directory, opened.checkpoint, split, content, curve)
+        file = write_evaluation(opened.directory, opened.checkpoint, split, content, values, curve)
     finally:  # a full disk must not lose the results
         print(format_results(results, f"{split} set, {pixels}, {samples} samples", warning), flush=True)
     print(file)
     return content
 
 
-def write_evaluation(run: RunDirectory, checkpoint: Path, split: str, content: dict[str, Any], curve: Figure) -> Path:
-    """Write evaluations/<split>_<checkpoint>_k<samples>_seed<seed>.json and .png, and return the path of the JSON file.
+def write_evaluation(
+    run: RunDirectory, checkpoint: Path, split: str, content: dict[str, Any], values: Tensor, curve: Figure
+) -> Path:
+    """Write evaluations/<split>_<checkpoint>_k<samples>_seed<seed>.json, .csv and .png; return the path of the JSON.
 
-    evaluation.json and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have
+    The CSV file has `values` `[images, 2]`, the log likelihood of each image and its standard error. evaluation.json,
+    evaluation.csv and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have
     more samples. Earlier results with the same name that `content` lacks, such as probes, are kept.
     """
     name = f"{split}_{checkpoint.stem}_k{content['samples']}_seed{content['seed']}"
     file = run.subdirectory(run.evaluations) / f"{name}.json"
     content = (read_json(file) if file.exists() else {}) | content
+    write_values(file.with_suffix(".csv"), values)
     write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
     if split == "test" and checkpoint.resolve() == run.best_checkpoint.resolve():
         current = (read_json(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
         if not isinstance(current, int) or content["samples"] >= current:
+            write_values(run.evaluation_values, values)
             write_json(run.evaluation_file, content)
             figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
     return file
+
+
+def write_values(path: Path, values: Tensor) -> None:
+    """Write `values` `[images, 2]` as CSV with the columns of VALUES, one row per image in the order of the data."""
+    with atomic_write(path) as partial:
+        np.savetxt(partial, values.cpu().numpy(), fmt="%.6f", delimiter=",", header=VALUES, comments="")
 
 
 def format_results(results: dict[str, Any], heading: str, warning: str) -> str:

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the KL divergence, free bits, the importance-weighted bound and active units."""
+"""Pure functions on tensors: KL divergence, free bits, importance-weighted bound and its error, active units."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     k = 1 gives the Monte-Carlo ELBO. The bound rises towards log p(x) with k (Burda et al. 2016, eq. 8).
     """
     return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
+
+
+def importance_weighted_stderr(log_weights: Tensor) -> Tensor:
+    """Return the standard error of `importance_weighted_bound`, in nats: `[batch]` from log weights `[k, batch]`.
+
+    By the delta method it is √((k Σ w̃² − 1) / (k − 1)), with normalized weights w̃; NaN for k = 1. The bound is below
+    log p(x) by about half its square. Both are too small if a few weights dominate.
+    """
+    k = log_weights.shape[0]
+    squares = log_weights.double().softmax(dim=0).square().sum(dim=0)
+    return ((k * squares - 1).clamp(min=0) / (k - 1)).sqrt()
 
 
 def active_units(means: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class RunDirectory:
         self.history_file = self.path / "history.csv"
         self.metrics_file = self.path / "metrics.json"
         self.evaluation_file = self.path / "evaluation.json"
+        self.evaluation_values = self.path / "evaluation.csv"
         self.log_file = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
@@ -113,10 +114,14 @@ class RunDirectory:
         metrics = read_json(self.metrics_file) if self.state == "finished" else {}
         epochs = metrics.get("epochs")
         ending = f"{epochs}_epochs" if isinstance(epochs, int) else "unfinished"
-        for path in (self.evaluation_file, self.evaluations):
+        paths = (self.evaluation_file, self.evaluation_values, self.evaluations)
+        for n in itertools.count(1):
+            renamed = [path.with_stem(f"{path.stem}_{ending}{f'_{n}' if n > 1 else ''}") for path in paths]
+            if not any(new.exists() for new in renamed):
+                break
+        for path, new in zip(paths, renamed, strict=True):
             if path.exists():
-                names = (f"{path.stem}_{ending}{f'_{n}' if n > 1 else ''}" for n in itertools.count(1))
-                os.replace(path, next(new for name in names if not (new := path.with_stem(name)).exists()))
+                os.replace(path, new)
         if metrics:
             write_json(self.metrics_file, metrics | {UNFINISHED: True})
         self.write_config(config)
