@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import yaml
 
+from vae_lightning.analysis.comparisons import compare
 from vae_lightning.analysis.evaluation import evaluate_run
 from vae_lightning.analysis.explorer import explore_run
 from vae_lightning.analysis.exporting import export_run
@@ -38,6 +39,7 @@ CHECKED_BY: dict[str, dict[str, Callable[..., Any]]] = {
     "evaluate": {"": evaluate_run},
     "generate": {"": generate_run},
     "report": {"": report},
+    "compare": {"": compare},
     "explore": {"": explore_run},
     "export": {"": export_run},
 }
@@ -46,6 +48,7 @@ COMMANDS = {
     "evaluate": "Evaluate a trained VAE.",
     "generate": "Draw one picture of a trained run.",
     "report": "Write one table and plots of many runs.",
+    "compare": "Compare evaluated runs with a baseline, image by image.",
     "explore": "Explore the latent space of a trained run in a browser.",
     "export": "Export encoder and decoder of a trained run as ONNX and safetensors.",
 }

@@ -58,7 +58,7 @@ def check(name: str, root: Path) -> None:
 def rename(root: Path, name: str) -> None:
     """Rename the package and every reference to it in the files of `root`."""
     (root / "src" / OLD).rename(root / "src" / name)
-    commands = ("train", "evaluate", "generate", "report", "explore", "export")
+    commands = ("train", "evaluate", "generate", "report", "compare", "explore", "export")
     dashed, title = name.replace("_", "-"), name.replace("_", " ").capitalize()
     replaced = {
         OLD: name,

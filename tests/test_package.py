@@ -43,7 +43,7 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 
 scripts = {e.name: e for e in distribution("vae-lightning").entry_points if e.group == "console_scripts"}
-names = ["vae-evaluate", "vae-explore", "vae-export"]
+names = ["vae-compare", "vae-evaluate", "vae-explore", "vae-export"]
 assert sorted(scripts) == [*names, "vae-generate", "vae-report", "vae-train"]
 
 def run(name, *words):
@@ -73,6 +73,7 @@ for name, *words in [
     ("vae-evaluate", "run=outputs/run", "samples=3", "probes=false", trust),
     ("vae-generate", "run=outputs/run", "what=samples", trust),
     ("vae-report", "outputs", trust),
+    ("vae-compare", "--help"),
     ("vae-explore", "--help"),
     ("vae-export", "--help"),
 ]:

@@ -29,7 +29,7 @@ from vae_lightning.runs.loading import load_run
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 LONG = ("docs/quickstart.md", "docs/running.md")  # run by make proof
 GENERATED = ("docs/configuration.md",)  # written by a script; its commands are checked but not run
-COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|explore|export)"
+COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|compare|explore|export)"
 
 # Commands that are only checked for their keys, files and targets, with the reason: a pattern in the command.
 NOT_RUN = {
@@ -41,6 +41,7 @@ NOT_RUN = {
     r"hparams_search=": "trains many runs; test_search.py",
     r"2,5,20,200": "trains eight runs or more; test_long_sweeps in make proof",
     r"sweeps/widths": "needs one of these sweeps",
+    r"compare\.py ": "needs evaluated runs; test_comparisons.py",
     r"explore\.py ": "serves a page until it is stopped; test_explorer.py",
     r"export\.py ": "takes ten seconds; test_exporting.py",
     r"docs/tutorial\.py": "takes minutes; test_tutorial.py",

@@ -94,16 +94,46 @@ def spread_labels(points: Tensor, distance: float) -> Tensor:
 
 def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = ()) -> Figure:
     """Plot images `[rows, columns, channels, height, width]` with labels for the rows and columns."""
+    many, across, _, height, width = images.shape
+    height_of_rows = 0.5 * many * (height + 2) / (width + 2)
+    figure, axes = new_axes(0.3 + 0.08 * max(map(len, rows)) + 0.5 * across, 0.35 + height_of_rows)
+    show_rows(axes, images, rows, columns)
+    return figure
+
+
+def show_rows(axes: Axes, images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Show images `[rows, columns, channels, height, width]` in `axes`, with labels."""
     many, across = images.shape[:2]
     grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
     height, width = (2 + size for size in images.shape[-2:])  # of a cell with its border
-    figure, axes = new_axes(0.3 + 0.08 * max(map(len, rows)) + 0.5 * across, 0.35 + 0.5 * many * height / width)
     axes.imshow(grid, interpolation="nearest")
     axes.set_anchor("E")  # leaves the room beside the images to the labels
     axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)
     axes.set_xticks([width * (column + 0.5) for column in range(across if columns else 0)], columns)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
+
+
+def differences(values: Tensor, images: Tensor, title: str, most: int = 10) -> Figure:
+    """Plot sorted differences `[n]` in nats, above the images that gained and lost most, with index and difference.
+
+    `images` are `[n, channels, height, width]`, bytes.
+    """
+    order = values.argsort().cpu()
+    most = min(most, len(values) // 2)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes, *below = figure.subplots(3, 1, height_ratios=[4, 1, 1])
+    share, ordered = torch.linspace(0, 100, len(values)).numpy(), values.cpu()[order].numpy()
+    axes.fill_between(share, ordered.clip(max=0), color=COLOURS[2], linewidth=0)
+    axes.fill_between(share, ordered.clip(min=0), color=COLOURS[0], linewidth=0)
+    axes.axhline(values.mean().item(), color="black", linewidth=0.8, linestyle="--", label=f"mean {values.mean():+.2f}")
+    axes.margins(x=0)
+    finish(axes, xlabel="share of images, %", ylabel="difference, nats per image", title=verbatim(title))
+    axes.title.set_fontsize("small")
+    for row, name, indices in zip(below, ("gained", "lost"), (order[-most:].flip(0), order[:most]), strict=True):
+        labels = [f"{values[index]:+.1f}\n#{index}" for index in indices]
+        show_rows(row, images[indices].float().div(255).unsqueeze(0), [name], labels)
+        row.tick_params(labelsize="small")
     return figure
 
 

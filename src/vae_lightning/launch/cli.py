@@ -182,7 +182,7 @@ def command_line(config_name: str, documentation: str | None, given: Mapping[str
         config = cast(DictConfig, OmegaConf.merge(compose(config_name, sys.argv[1:]), given))
     missing = [str(key) for key in OmegaConf.missing_keys(config)]
     if missing:
-        example = "report.py outputs" if missing[0] == "runs" else f"{missing[0]}=…"
+        example = f"{config_name}.py outputs" if missing[0] == "runs" else f"{missing[0]}=…"
         raise ConfigError(f"{missing[0]}: missing; say {example}")
     return plain(config)
 

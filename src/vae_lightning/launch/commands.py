@@ -1,4 +1,4 @@
-"""The six commands: `python train.py` and `vae-train` call the same function, and so on.
+"""The seven commands: `python train.py` and `vae-train` call the same function, and so on.
 
 Heavy imports wait until a command runs. `python -m vae_lightning.launch.commands` is `train`, for subprocesses.
 """
@@ -85,9 +85,20 @@ def report() -> None:
 
     Writes report.md, report.csv, report.tex and the plots to `to`; the last line printed is that directory.
     """
-    runs = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in runs]
-    print(run_command(report, "vae_lightning.analysis.reports:report", **({"runs": runs} if runs else {})))
+    print(run_command(report, "vae_lightning.analysis.reports:report", **take_directories()))
+
+
+def compare() -> None:
+    """Compare evaluated runs with a baseline, image by image: the difference in log likelihood and its 95 % interval.
+
+    python compare.py outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
+    python compare.py outputs/sweeps/priors                        # the baseline is that of the sweep's first job
+    python compare.py outputs/a outputs/b split=val
+
+    `evaluate.py` must have evaluated each run, with the same number of samples. Writes comparison.md and pictures to
+    `to`; the last line printed is that directory. docs/numbers.md explains the numbers.
+    """
+    print(run_command(compare, "vae_lightning.analysis.comparisons:compare", **take_directories()))
 
 
 def explore() -> None:
@@ -107,6 +118,13 @@ def export() -> None:
     python export.py run=outputs/…
     """
     print(run_command(export, "vae_lightning.analysis.exporting:export_run"))
+
+
+def take_directories() -> dict[str, list[str]]:
+    """Take the words of the command line that are neither settings nor flags as the option `runs`."""
+    runs = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in runs]
+    return {"runs": runs} if runs else {}
 
 
 def run_command(command: Callable[[], None], function: str, **given: Any) -> Any:

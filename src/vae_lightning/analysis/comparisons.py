@@ -1,0 +1,301 @@
+"""Compare configurations image by image: the mean difference in log likelihood, with paired errors and intervals.
+
+Two models mostly agree on which images are hard. The difference of an image therefore varies much less than its log
+likelihood, and its mean over the test set has a smaller error than the two means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+from scipy.special import stdtrit
+from tabulate import tabulate
+from torch import Tensor
+
+from vae_lightning import figures
+from vae_lightning.analysis.evaluation import VALUES
+from vae_lightning.analysis.reports import Result, find_results, is_number, linked_figures, make_table, sanitize
+from vae_lightning.config import UserError
+from vae_lightning.files import FileError, read_json, read_text, staging_directory
+from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.loading import open_run
+
+CONDITIONS = ("quantity", "images", "images_sha256")  # keys of an evaluation that must agree
+LARGEST = 200_000_000  # bytes of a file with the values of each image: about 20 an image
+
+
+class Estimate(NamedTuple):
+    """A mean in nats per image, with its standard error and its 95 % interval."""
+
+    mean: float
+    stderr: float
+    low: float
+    high: float
+
+
+@dataclass
+class Evaluation:
+    """Log likelihoods `[images]` of a run and their standard errors, in nats, and the content of their JSON file."""
+
+    run: RunDirectory
+    content: dict[str, Any]
+    log_likelihood: Tensor
+    stderr: Tensor
+
+
+@dataclass
+class Side:
+    """The runs of one configuration, which differ in their seeds."""
+
+    label: str
+    evaluations: list[Evaluation]
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """`[runs, images]`, in nats."""
+        return torch.stack([evaluation.log_likelihood for evaluation in self.evaluations])
+
+    @property
+    def bias(self) -> float:
+        """How much lower the mean estimate is than the log likelihood, in nats per image; NaN for one sample."""
+        return mean_of(torch.stack([evaluation.stderr for evaluation in self.evaluations]).square()) / 2
+
+
+def estimate(mean: float, parts: Sequence[tuple[float, int]]) -> Estimate:
+    """Return `mean` with the interval of Student's t, given the independent parts of its variance.
+
+    Each part is (variance, degrees of freedom); those of the sum are by Welch and Satterthwaite.
+    """
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1.0
+    stderr = math.sqrt(variance)
+    half = float(stdtrit(freedom, 0.975)) * stderr
+    return Estimate(mean, stderr, mean - half, mean + half)
+
+
+def paired_difference(ours: Tensor, baseline: Tensor) -> tuple[Estimate, Estimate | None]:
+    """Estimate the mean of `ours` − `baseline`, both `[runs, images]` in nats, for the same images.
+
+    The first estimate is of these runs: its error is that of a mean over images of the paired differences. The second
+    is of the configurations: it adds the variance over seeds of both sides. None if a side has a single run.
+    """
+    difference = ours.mean(dim=0) - baseline.mean(dim=0)
+    mean = mean_of(difference)
+    parts = [variance_of_mean(difference)]
+    of_runs = estimate(mean, parts)
+    if min(len(ours), len(baseline)) < 2:
+        return of_runs, None
+    return of_runs, estimate(mean, [*parts, *(variance_of_mean(side.mean(dim=1)) for side in (ours, baseline))])
+
+
+def variance_of_mean(values: Tensor) -> tuple[float, int]:
+    """Return the variance of the mean of independent values `[n]`, and its degrees of freedom, n − 1."""
+    return values.var().item() / len(values), len(values) - 1
+
+
+def mean_of(values: Tensor) -> float:
+    return values.mean().item()
+
+
+def find_sides(paths: Iterable[Path]) -> tuple[list[tuple[str, list[Result]]], list[str]]:
+    """Return the configurations in and below each path, each with a label and its runs; and notes on runs left out.
+
+    The configuration of the first run of a path is its first. Raises RunError for a path without a finished run.
+    """
+    sides: list[tuple[str, list[Result]]] = []
+    notes: list[str] = []
+    for path in paths:
+        results, broken = find_results([path])
+        reasons = [f"left out: {sanitize(directory)}: {sanitize(reason)}" for directory, reason in broken.items()]
+        if not results:
+            raise RunError("; ".join([f"{path}: no finished run found", *reasons[:1]]))
+        table = make_table("", results, ())
+        reasons += [f"left out: {sanitize(run)}: a later run has the same seed" for run in table.repeated]
+        for row in table.rows:
+            row.results.sort(key=lambda result: str(result.run))
+        for row in sorted(table.rows, key=lambda row: str(row.results[0].run)):
+            settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items())
+            sides.append((sanitize(f"{path}: {settings}" if settings else path), row.results))
+        notes += reasons
+    return sides, notes
+
+
+def evaluations(run: RunDirectory, split: str) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """Return the evaluations of the best checkpoint that have values of each image, by their number of samples."""
+    found: dict[int, tuple[Path, dict[str, Any]]] = {}
+    for file in (run.evaluation_file, *sorted(run.evaluations.glob("*.json"))):
+        if file.with_suffix(".csv").exists():
+            content = read_json(file)
+            samples = content.get("samples")
+            best = content.get("checkpoint") == run.best_checkpoint.stem
+            if best and f"{split}/nll" in content and isinstance(samples, int):
+                found.setdefault(samples, (file, content))
+    return found
+
+
+def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluation]:
+    """Read an evaluation of each run: those with the largest number of samples that all runs have in common.
+
+    Raises RunError if there is none, with the commands that evaluate the runs, or if the evaluations are of different
+    conditions; FileError for a damaged file.
+    """
+    found = {run.path: evaluations(run, split) for run in runs}
+    contents = {path: content for path, of_run in found.items() for _, content in of_run.values()}
+    for path, content in contents.items():
+        first, reference = next(iter(contents.items()))
+        for key in CONDITIONS:
+            ours, theirs = sanitize(content.get(key))[:40], sanitize(reference.get(key))[:40]
+            if ours != theirs:
+                raise RunError(f"{path}: {key}={ours}, but {first} has {key}={theirs}; the two cannot be compared")
+    common = set.intersection(*(set(of_run) for of_run in found.values()))
+    if not common:
+        samples = max((k for of_run in found.values() for k in of_run), default=None)
+        missing = [path for path, of_run in found.items() if samples not in of_run]
+        options = (" split=val" if split == "val" else "") + (f" samples={samples}" if samples else "")
+        number = f" with {samples} importance samples, as for the others" if samples else ""
+        raise RunError(
+            f"{', '.join(map(str, missing))}: no log likelihoods of each {split} image{number}; run "
+            + " && ".join(f"python evaluate.py run={path}{options}" for path in missing)
+        )
+    read = []
+    for run in runs:
+        file, content = found[run.path][max(common)]
+        read.append(Evaluation(run, content, *read_values(file, content, split)))
+    return read
+
+
+def read_values(file: Path, content: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
+    """Read log likelihoods and standard errors `[images]` from the CSV file that belongs to an evaluation.
+
+    Raises FileError if it is damaged, or disagrees with `content`, the evaluation in `file`.
+    """
+    images, nll, table = content.get("images"), content[f"{split}/nll"], file.with_suffix(".csv")
+    if not (isinstance(images, int) and images > 1 and is_number(nll)):
+        raise FileError(f"{file}: images={sanitize(images)} and {split}/nll={sanitize(nll)} are not allowed")
+    header, _, rows = read_text(table, LARGEST).partition("\n")
+    try:
+        if header != VALUES or rows.count("\n") != images:
+            raise ValueError(f"it should have the columns {VALUES} and {images} rows, and has {rows.count(chr(10))}")
+        values = torch.from_numpy(np.loadtxt(StringIO(rows), delimiter=",", comments=None, ndmin=2))
+        if values.shape != (images, 2) or not values[:, 0].isfinite().all():
+            raise ValueError("it has rows without two numbers")
+        if not math.isclose(mean := -mean_of(values[:, 0]), nll, rel_tol=1e-6, abs_tol=1e-5):
+            raise ValueError(f"its mean nll is {mean:.6f}, but that in {file.name} is {nll:.6f}")
+    except ValueError as error:
+        raise FileError(f"{table}: cannot be used ({' '.join(str(error).split())[:300]})") from error
+    return values[:, 0], values[:, 1]
+
+
+def compare(
+    runs: Annotated[Sequence[str], Field(min_length=1)],
+    split: Literal["test", "val"] = "test",
+    to: str = "outputs/report",
+    trust: Sequence[str] = (),
+) -> str:
+    """Compare the configurations in and below `runs` with the first; return the text to print.
+
+    Writes comparison.md and a picture per comparison to the directory `to`. Raises UserError for runs that cannot be
+    compared.
+    """
+    found, notes = find_sides(map(Path, runs))
+    if len(found) < 2:
+        raise RunError(f"{', '.join(runs)}: one configuration only; name the baseline first, then the runs to compare")
+    every = [result for _, results in found for result in results]
+    protocols = {result.protocol.rpartition(", ")[0]: result.run for result in reversed(every)}  # without likelihoods
+    if len(protocols) > 1:
+        (protocol, run), (other, second) = list(protocols.items())[:2]
+        raise RunError(f"{run}: {protocol}, but {second}: {other}; the two cannot be compared")
+    read = iter(read_evaluations([result.run for result in every], split))
+    baseline, *others = [Side(label, [next(read) for _ in results]) for label, results in found]
+    content = baseline.evaluations[0].content
+    heading = (
+        f"{next(iter(protocols))}: {sanitize(content.get('quantity'))} of {content['images']} {split} images, "
+        f"{content['samples']} importance samples, nats per image"
+    )
+    rows = [side_cells(baseline)]
+    drawn: list[Figure] = []
+    for side in others:
+        rows.append(side_cells(side) | difference_cells(side, baseline))
+        notes += remarks(side, baseline)
+        try:
+            drawn.append(draw(side, baseline, split, trust))
+        except UserError as error:
+            notes.append(f"no picture: {sanitize(error)}")
+
+    destination = Path(to)
+    markdown_file = destination / "comparison.md"
+    previous = linked_figures(markdown_file)
+    with staging_directory(destination) as scratch:
+        markdown = f"## {heading}\n\n{as_table(rows, 'pipe')}\n"
+        for number, figure in enumerate(drawn, start=1):
+            figures.save(figure, scratch / f"comparison_{number}.png")
+            markdown += f"\n![differences](comparison_{number}.png)\n"
+        lines = [markdown, *(f"- {note}" for note in dict.fromkeys(notes))]
+        (scratch / markdown_file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name in previous - linked_figures(markdown_file):
+        (destination / name).unlink(missing_ok=True)
+    return "\n".join([heading, as_table(rows, "simple"), *dict.fromkeys(notes), str(destination)])
+
+
+def side_cells(side: Side) -> dict[str, str]:
+    """Return the cells of a row: label, number of runs, mean ± standard deviation over seeds."""
+    means = side.log_likelihood.mean(dim=1)
+    spread = f" ± {means.std().item():.2f}" if len(means) > 1 else ""
+    return {"": side.label, "runs": str(len(means)), "mean": f"{mean_of(means):.2f}{spread}"}
+
+
+def difference_cells(side: Side, baseline: Side) -> dict[str, str]:
+    """Return the further cells of a row: the paired difference to the baseline, and the share of images that gained."""
+    of_runs, of_configurations = paired_difference(side.log_likelihood, baseline.log_likelihood)
+    gained = (side.log_likelihood.mean(dim=0) > baseline.log_likelihood.mean(dim=0)).double()
+    return {
+        "difference": f"{of_runs.mean:+.3f}",
+        "stderr": f"{of_runs.stderr:.3f}",
+        "95 % interval": interval(of_runs),
+        "95 % over seeds": interval(of_configurations) if of_configurations else "",
+        "gained": f"{100 * mean_of(gained):.0f} %",
+    }
+
+
+def interval(estimate: Estimate) -> str:
+    return f"{estimate.low:+.3f} to {estimate.high:+.3f}"
+
+
+def remarks(side: Side, baseline: Side) -> list[str]:
+    """Return what a reader must know to interpret a difference: missing seeds, and the bias of importance sampling."""
+    found = []
+    if min(len(side.evaluations), len(baseline.evaluations)) < 2:
+        found.append("one seed on a side: the interval is of these runs, and other seeds may differ by more")
+    of_runs, _ = paired_difference(side.log_likelihood, baseline.log_likelihood)
+    if abs(side.bias - baseline.bias) > of_runs.stderr:
+        found.append(
+            f"too few importance samples: estimates are low by about {baseline.bias:.3f} ({baseline.label}) and "
+            f"{side.bias:.3f} ({side.label}); evaluate both with more samples"
+        )
+    return found
+
+
+def draw(side: Side, baseline: Side, split: str, trust: Iterable[str]) -> Figure:
+    """Draw the differences of all images, with those that changed most. Raises UserError if the images are missing."""
+    first = baseline.evaluations[0]
+    data = open_run(first.run, "cpu", trust).data
+    if data.checksums()[split] != first.content.get("images_sha256"):
+        raise RunError(f"{first.run}: its {split} images on this machine are not the evaluated ones")
+    difference = side.log_likelihood.mean(dim=0) - baseline.log_likelihood.mean(dim=0)
+    return figures.differences(difference, getattr(data, f"{split}_images"), f"{side.label}\nminus {baseline.label}")
+
+
+def as_table(rows: Sequence[dict[str, str]], style: str) -> str:
+    names = list(rows[-1])
+    cells = [[row.get(name, "") for name in names] for row in rows]
+    align = ["left"] + ["right"] * (len(names) - 1)
+    return tabulate(cells, names, tablefmt=style, disable_numparse=True, colalign=align)
