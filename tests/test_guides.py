@@ -1,0 +1,153 @@
+"""The mathematics of the models in docs/guides/; test_pages.py runs their commands."""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from linear import LATENT_DIM, SCALE, SHAPE, linear_vae
+from test_pages import blocks
+from torch import Tensor
+
+from vae_lightning.analysis.evaluation import aggregate_posterior
+from vae_lightning.config import ConfigError, build
+from vae_lightning.models.backbones import Backbone
+from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
+
+Guide = Callable[[str], Any]
+
+
+@pytest.fixture
+def guide(monkeypatch: pytest.MonkeyPatch) -> Guide:
+    """`guide("prior")`: the last Python module that docs/guides/prior.md shows; all of them can be imported."""
+
+    def load(page: str) -> ModuleType:
+        shown = [block for block in blocks(f"docs/guides/{page}.md") if (block.file or "").endswith(".py")]
+        modules = [ModuleType(Path(block.file or "").stem) for block in shown]
+        for module, block in zip(modules, shown, strict=True):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            exec(block.text, vars(module))
+        return modules[-1]
+
+    return load
+
+
+def grid(side: float, steps: int) -> tuple[Tensor, float]:
+    """Points of a square grid, `[steps², 2]`, and the logarithm of the area of one."""
+    line = torch.linspace(-side, side, steps)
+    return torch.cartesian_prod(line, line), 2 * math.log(2 * side / (steps - 1))
+
+
+def close_in_expectation(samples: Tensor, expected: Tensor) -> bool:
+    """Whether the mean over the first axis is within five standard errors of `expected`."""
+    error = samples.std(dim=0) / math.sqrt(len(samples))
+    return bool(((samples.mean(dim=0) - expected).abs() < 5 * error + 1e-4).all())
+
+
+def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
+    levels: dict[str, Any] = {"top": 1, "width": 8}
+    vae = guide("two_level").TwoLevel(
+        latent_dim=2,
+        backbone={"_target_": "linear.Linear"},
+        likelihood={"_target_": "vae_lightning.models.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"},
+        prior={"_target_": "two_level.TopDown"} | levels,
+        posterior={"_target_": "two_level.BottomUp"} | levels,
+        image_shape=SHAPE,
+    ).requires_grad_(False)
+    for module in (vae.prior, vae.posterior, vae.decoder):
+        for weights in module.parameters():
+            weights.mul_(2)  # so that the levels depend on each other, and the posterior is wrong
+    x = torch.rand(3, *SHAPE)
+    points, log_area = grid(9, 361)
+    z = points.unsqueeze(1).expand(-1, len(x), -1)
+    q = vae.encode(x)
+    log_q = q.q1.log_prob(z[..., :1]) + q.level(z[..., :1]).log_prob(z[..., 1:])
+    log_joint = vae.log_joint(x, z)
+    log_likelihood = log_joint.logsumexp(dim=0) + log_area
+    elbo = ((log_q + log_area).exp() * (log_joint - log_q)).sum(dim=0)
+    for log_density in (vae.prior(vae.encode).log_prob(points), log_q):
+        total = (log_density + log_area).exp().sum(dim=0)
+        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
+    assert (log_likelihood - elbo > 0.05).all()  # there is a gap to close
+
+    log_weights = vae.log_weights(x, 2**17)
+    assert close_in_expectation(log_weights, elbo)
+    assert close_in_expectation(vae.elbo(x.repeat(5_000, 1, 1, 1))["elbo"].unflatten(0, (-1, len(x))), elbo)
+    groups = [log_weights.unflatten(0, (-1, k)).movedim(1, 0) for k in (1, 4, 32, 2**17)]
+    bounds = [importance_weighted_bound(group).mean(dim=0) for group in groups]
+    assert all((low < high).all() for low, high in itertools.pairwise(bounds))
+    torch.testing.assert_close(bounds[-1], log_likelihood, atol=0.02, rtol=0)
+    samples = vae.prior(vae.encode).sample((100_000,))
+    density = (vae.prior(vae.encode).log_prob(points) + log_area).exp().unsqueeze(1)
+    assert close_in_expectation(samples, (density * points).sum(dim=0))
+    assert close_in_expectation(samples.prod(dim=1), (density * points.prod(dim=1, keepdim=True)).sum())
+
+
+def test_total_correlation_and_its_companions_add_up_to_the_kl(guide: Guide) -> None:
+    objective = guide("tcvae").TCVAE(images=40)
+    vae, x = linear_vae(shift=0.5).requires_grad_(False), torch.rand(40, *SHAPE)
+    terms = [objective(vae, x) for _ in range(1_000)]  # all images in one batch: the estimate of q(z) is exact
+    mean = {name: torch.stack([term[name].mean() for term in terms]) for name in terms[0]}
+    q = vae.encode(x)
+    kl = kl_divergence(q.mean, q.log_variance).sum(dim=-1).mean()
+    assert close_in_expectation(mean["mutual_information"] + mean["total_correlation"] + mean["dimension_kl"], kl)
+    torch.testing.assert_close(mean["loss"], -mean["elbo"])  # with β = 1
+    points, log_area = grid(6, 401)
+    log_joint = q.mixture().log_prob(points).unflatten(0, (401, 401)) + log_area
+    log_product = log_joint.logsumexp(dim=0) + log_joint.logsumexp(dim=1).unsqueeze(1)
+    assert close_in_expectation(mean["total_correlation"], (log_joint.exp() * (log_joint - log_product)).sum())
+    information = [aggregate_posterior(vae, [q], seed)[0] for seed in range(1_000)]
+    difference = mean["mutual_information"] - torch.tensor(information)  # two independent estimates
+    assert close_in_expectation(difference, torch.tensor(0.0))
+
+
+def test_the_density_of_the_aggregate_is_estimated_without_bias(guide: Guide) -> None:
+    tcvae, vae, x = guide("tcvae"), linear_vae(shift=0.5).requires_grad_(False), torch.rand(9, *SHAPE)
+    z = vae.reparameterize(vae.encode(x))
+    found = []
+    for others in itertools.combinations(range(1, len(x)), 3):  # all batches of four with the first image
+        batch = [0, *others]
+        found.append(tcvae.log_aggregate(vae.encode(x[batch]), z[batch], len(x))[0][0].exp())
+    torch.testing.assert_close(torch.stack(found).mean(), vae.encode(x).mixture().log_prob(z[0]).exp())
+
+
+def test_total_correlation_needs_a_diagonal_gaussian_and_a_normal_prior(guide: Guide) -> None:
+    guide("tcvae")
+    prior = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 3}
+    with pytest.raises(ConfigError, match=r"TCVAE needs model/posterior=gaussian and model/prior=normal"):
+        linear_vae(objective={"_target_": "tcvae.TCVAE"}, prior=prior)
+
+
+def test_the_transformer_takes_images_of_every_shape_that_patches_divide(guide: Guide) -> None:
+    guide("transformer")
+    sizes: dict[str, Any] = {"latent_dim": 3, "encoder_outputs": 6, "image_shape": (3, 8, 12)}
+    spec = {"_target_": "transformer.Transformer", "width": 8}
+    networks = build(spec | {"patch": 4}, Backbone, "model.backbone", **sizes)
+    assert networks.encoder(torch.rand(5, 3, 8, 12)).shape == (5, 6)
+    pictures = networks.decoder(torch.randn(5, 3))
+    assert pictures.shape == (5, 3, 8, 12)
+    (pictures[:, :, :4, :4].sum()).backward()
+    assert networks.decoder[2].positions.grad.abs().amin(dim=0).gt(0).all()  # a patch attends to every position
+    with pytest.raises(ConfigError, match=r"model\.backbone\.patch=7: should divide the sides of the image, \[8, 12\]"):
+        build(spec, Backbone, "model.backbone", **sizes)
+
+
+def test_the_autoregressive_prior_is_a_density_and_samples_from_it(guide: Guide) -> None:
+    guide("second_stage")
+    spec = {"_target_": "autoregressive.Autoregressive", "components": 2}
+    vae = linear_vae(prior=spec).requires_grad_(False)
+    vae.prior.shift.mul_(0.5)  # scales that fit the grid
+    vae.prior.last.mul_(5)  # so that the second dimension depends on the first
+    p = vae.prior(vae.encode)
+    points, log_area = grid(20, 401)
+    density = (p.log_prob(points) + log_area).exp().unsqueeze(1)
+    torch.testing.assert_close(density.sum(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    samples = p.sample((50_000,))
+    assert samples.shape == (50_000, LATENT_DIM)
+    assert close_in_expectation(samples, (density * points).sum(dim=0))
+    assert close_in_expectation(samples.prod(dim=1), (density * points.prod(dim=1, keepdim=True)).sum())
