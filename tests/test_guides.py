@@ -51,19 +51,21 @@ def close_in_expectation(samples: Tensor, expected: Tensor) -> bool:
 
 def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
     levels: dict[str, Any] = {"top": 1, "width": 8}
+    likelihood = {"_target_": "vae_lightning.models.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"}
     vae = guide("two_level").TwoLevel(
-        latent_dim=2,
-        backbone={"_target_": "linear.Linear"},
-        likelihood={"_target_": "vae_lightning.models.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"},
+        LATENT_DIM,
+        {"_target_": "linear.Linear"},
+        likelihood,
         prior={"_target_": "two_level.TopDown"} | levels,
         posterior={"_target_": "two_level.BottomUp"} | levels,
         image_shape=SHAPE,
-    ).requires_grad_(False)
+    )
+    vae.requires_grad_(False)
     for module in (vae.prior, vae.posterior, vae.decoder):
         for weights in module.parameters():
-            weights.mul_(2)  # so that the levels depend on each other, and the posterior is wrong
+            weights.mul_(1.5)  # so that the levels depend on each other, and the posterior is wrong
     x = torch.rand(3, *SHAPE)
-    points, log_area = grid(9, 361)
+    points, log_area = grid(12, 401)  # 1e-4 of the prior is outside
     z = points.unsqueeze(1).expand(-1, len(x), -1)
     q = vae.encode(x)
     log_q = q.q1.log_prob(z[..., :1]) + q.level(z[..., :1]).log_prob(z[..., 1:])
@@ -73,7 +75,7 @@ def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
     for log_density in (vae.prior(vae.encode).log_prob(points), log_q):
         total = (log_density + log_area).exp().sum(dim=0)
         torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
-    assert (log_likelihood - elbo > 0.05).all()  # there is a gap to close
+    assert (log_likelihood - elbo > 1).all()  # there is a gap to close
 
     log_weights = vae.log_weights(x, 2**17)
     assert close_in_expectation(log_weights, elbo)
@@ -91,7 +93,7 @@ def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
 def test_total_correlation_and_its_companions_add_up_to_the_kl(guide: Guide) -> None:
     objective = guide("tcvae").TCVAE(images=40)
     vae, x = linear_vae(shift=0.5).requires_grad_(False), torch.rand(40, *SHAPE)
-    terms = [objective(vae, x) for _ in range(1_000)]  # all images in one batch: the estimate of q(z) is exact
+    terms = [objective(vae, x) for _ in range(300)]  # all images in one batch: the estimate of q(z) is exact
     mean = {name: torch.stack([term[name].mean() for term in terms]) for name in terms[0]}
     q = vae.encode(x)
     kl = kl_divergence(q.mean, q.log_variance).sum(dim=-1).mean()
@@ -101,7 +103,7 @@ def test_total_correlation_and_its_companions_add_up_to_the_kl(guide: Guide) -> 
     log_joint = q.mixture().log_prob(points).unflatten(0, (401, 401)) + log_area
     log_product = log_joint.logsumexp(dim=0) + log_joint.logsumexp(dim=1).unsqueeze(1)
     assert close_in_expectation(mean["total_correlation"], (log_joint.exp() * (log_joint - log_product)).sum())
-    information = [aggregate_posterior(vae, [q], seed)[0] for seed in range(1_000)]
+    information = [aggregate_posterior(vae, [q], seed)[0] for seed in range(300)]
     difference = mean["mutual_information"] - torch.tensor(information)  # two independent estimates
     assert close_in_expectation(difference, torch.tensor(0.0))
 
