@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ WORDS = [
     "data._target_=test_distributed.Few", "model.backbone.hidden=[32]", "data.pixels=dynamic", "figures.embedded=10",
     "model/prior=vamp", "model.prior.pseudo_inputs=5", "model.data_bias=true", "trainer.enable_model_summary=false",
 ]  # fmt: skip
+CONDITIONAL = [*(word for word in WORDS if "prior" not in word), "model.conditional=true"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=50"]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -42,8 +44,10 @@ class Few(MNISTDataModule):
         return (train[:2510], labels[:2510]), test
 
 
-def run(directory: Path, *words: str, command: tuple = (sys.executable,)) -> subprocess.Popen:
-    words = (*WORDS, f"data.root={DATA}", f"hydra.run.dir={directory}", *words)
+def run(
+    directory: Path, *words: str, command: tuple = (sys.executable,), base: Sequence[str] = WORDS
+) -> subprocess.Popen:
+    words = (*base, f"data.root={DATA}", f"hydra.run.dir={directory}", *words)
     return subprocess.Popen(
         [*command, ROOT / "train.py", *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=directory.parent
     )
@@ -66,9 +70,10 @@ def same(one: Path, two: Path) -> None:
         assert torch.allclose(value, weights_two[name], atol=2e-4), name
 
 
-def test_two_processes_equal_one_with_twice_the_batch_size(command, tmp_path: Path) -> None:
-    two = run(tmp_path / "two", *TWO)
-    assert command(*WORDS, "data.batch_size=100", "hydra.run.dir=one").code == 0
+@pytest.mark.parametrize("words", [WORDS, pytest.param(CONDITIONAL, marks=pytest.mark.proof, id="conditional")])
+def test_two_processes_equal_one_with_twice_the_batch_size(words: list[str], command, tmp_path: Path) -> None:
+    two = run(tmp_path / "two", *TWO, base=words)
+    assert command(*words, "data.batch_size=100", "hydra.run.dir=one").code == 0
     assert two.wait(300) == 0, two.stderr.read()
     same(tmp_path / "one", tmp_path / "two")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(

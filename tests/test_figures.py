@@ -36,12 +36,15 @@ def test_manifold_latents_are_quantiles_of_the_normal_distribution() -> None:
     assert z[4].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert z[8].tolist() == pytest.approx([quantile, -quantile], abs=1e-5)
 
-    def first_coordinate(z: torch.Tensor) -> torch.Tensor:
-        return ((z[:, 0] + 3) / 6).reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    def first_coordinate(z: torch.Tensor, label: int | None) -> torch.Tensor:
+        return ((z[:, 0] + 3) / 6 + (label or 0)).reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
     grid = figures.manifold_grid(first_coordinate, steps=4)
     assert grid.shape == (3, 4 * 28, 4 * 28)
     assert (grid[0, 0].diff() >= 0).all()
+    of_two_classes = figures.manifold_grid(first_coordinate, steps=4, labels=[0, 1])
+    assert torch.equal(of_two_classes[:, 2:114, 2:114], grid)
+    assert (of_two_classes[:, 2:114, 116:228] == 1).all()
 
 
 def test_scatter_labels_every_digit() -> None:

@@ -57,7 +57,8 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         if cells:
             with Image.open(run / "figures" / name) as image:
                 assert image.size == tuple(3 * (30 * cell + 2) for cell in reversed(cells))
-    assert {words.split()[0].removeprefix("what=") for words, _, _ in PICTURES} == set(generation.PICTURES)
+    drawn = {words.split()[0].removeprefix("what=") for words, _, _ in PICTURES}
+    assert drawn | {"analogies"} == set(generation.PICTURES)  # that one: test_conditional.py
     with Image.open(run / "figures" / "walk_columns=2_images=1,2,3.gif") as image:
         assert image.n_frames == 6
 
@@ -70,7 +71,7 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("what=samples n=0", "what=samples: n=0: should be greater than or equal to 1."),
         (
             "what=samples plane=[1,2]",
-            "what=samples: plane is an option of manifold, scatter only; allowed: n, columns, temperature, seed",
+            "what=samples: plane is an option of manifold, scatter only; allowed: n, columns, y, temperature, seed",
         ),
         ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
         ("what=reconstructions images=[10000]", "images=10000: should be less than 10000, the number of test images"),
@@ -80,8 +81,10 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         ("what=decode z=[0.5,0]", "latents of shape (2,): should end in latent_dim=3"),
         (
             "what=samples z=[0,0,0]",
-            "what=samples: z is an option of decode only; allowed: n, columns, temperature, seed",
+            "what=samples: z is an option of decode only; allowed: n, columns, y, temperature, seed",
         ),
+        ("what=samples y=7", "y=7: the model of"),
+        ("what=analogies", "its model has no classes; train one with model.conditional=true"),
         ("what=decode", "what=decode: z is missing; set the latents to decode: z=[0.5,0]"),
     ],
 )
@@ -151,8 +154,8 @@ def test_samples_depend_on_seed_and_temperature(directory) -> None:
 def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
     run: Run = open_run(directory("model=autoencoder", "model.latent_dim=2", "data.val_size=0"), "cpu")
     for name, function in generation.PICTURES.items():
-        if name in ("samples", "nearest"):
-            with pytest.raises(ConfigError, match="an autoencoder has no prior to sample from"):
+        if name in ("samples", "nearest", "analogies"):
+            with pytest.raises(ConfigError, match=r"an autoencoder has no prior to sample|its model has no classes"):
                 function(run)
         else:
             assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None

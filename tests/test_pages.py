@@ -54,7 +54,7 @@ NOT_RUN = {
 # Further overrides that make a command quick, or its check sharper, by a pattern in it.
 QUICKER = {
     r"data=cifar": ["data.val_size=20"],  # the stand-in has 60 images
-    r"evaluate": ["batch_size=500", "chunk=3", "probes=false"],
+    r"evaluate": ["batch_size=500", "chunk=3", "probes=false", "class_samples=1"],
     r"model/backbone=wide": ["model.backbone.width=30"],
     r"model/backbone=transformer": ["model.backbone.width=16"],
     r"dir=outputs/(first|second)": ["model.backbone.batch_norm=true"],  # the second stage keeps its statistics too
@@ -245,8 +245,9 @@ def test_commands_and_examples_run(page: str, reader: Path, script) -> None:
     for run in runs if modules else ():
         model = load_run(run, trust=modules)
         x = torch.rand(3, *model.image_shape)
-        assert model.reconstruct(x).shape == x.shape
-        assert not hasattr(model, "log_weights") or model.log_weights(x, k=2).isfinite().all()
+        labels = torch.zeros(3, dtype=torch.long)
+        assert model.reconstruct(x, labels).shape == x.shape
+        assert not hasattr(model, "log_weights") or model.log_weights(x, 2, labels).isfinite().all()
     if page.endswith("guides/backbone.md"):
         words = ["model/backbone=wide", "model.backbone.width=wide", f"hydra.searchpath=[file://{reader}/conf]"]
         refused = script("train.py", *words)

@@ -115,7 +115,7 @@ VAMP = [
 ]  # fmt: skip
 LIGHTNING = [
     "trainer.fast_loop=false", "model/schedule=warmup", "trainer.checkpoint_every=5", "trainer.log_every_n_steps=7",
-    "trainer.val_check_interval=15",
+    "trainer.val_check_interval=15", "model.conditional=true",
 ]  # fmt: skip
 EMA = [
     "trainer=ema", "data.val_size=0", "trainer.accumulate_grad_batches=3", "trainer.checkpoint_every=4",

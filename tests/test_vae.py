@@ -245,7 +245,7 @@ def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None
         (vae.elbo, x), (vae.log_weights, x, 5), (vae.reconstruct, x), (vae.sample, 4), (vae.terms, x),
         *((functools.partial(objective, vae), x) for objective in objectives.values()),
     ]:  # fmt: skip
-        place = [*arguments, 1.0] if call == vae.sample else arguments
+        place = [*arguments, 1.0] if call == vae.sample else arguments  # y: its third argument
         with_labels, shifted = drawn(call, *place, labels), drawn(call, *place, labels + 1)
         assert not torch.allclose(with_labels, shifted)
     vae.training_step((x, labels), 0)

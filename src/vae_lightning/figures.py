@@ -57,9 +57,15 @@ def manifold_latents(steps: int = 20) -> Tensor:
     return torch.stack([right, up], dim=-1).reshape(-1, 2)
 
 
-def manifold_grid(decode: Callable[[Tensor], Tensor], steps: int = 20) -> Tensor:
-    """Return the decoded 2-D manifold as a grid; `decode` maps latents `[n, 2]` to images."""
-    return image_grid(decode(manifold_latents(steps)), steps, padding=0)
+def manifold_grid(
+    decode: Callable[[Tensor, int | None], Tensor], steps: int = 20, labels: Sequence[int | None] = (None,)
+) -> Tensor:
+    """Return the decoded 2-D manifold as a grid; `decode` maps latents `[n, 2]` and a label to images.
+
+    With several labels, the grids of all labels are side by side, five in a row.
+    """
+    z = manifold_latents(steps)
+    return image_grid(torch.stack([image_grid(decode(z, label), steps, padding=0) for label in labels]), columns=5)
 
 
 def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_1$", "$z_2$")) -> Figure:

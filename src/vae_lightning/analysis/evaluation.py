@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, PositiveInt, Seed
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed
 from vae_lightning.data.pixels import described, stream_seed
 from vae_lightning.files import atomic_write, read_json, write_json
 from vae_lightning.models.estimators import (
@@ -169,6 +169,30 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
 
 
 @torch.inference_mode()
+def bayes_classifier(
+    vae: VAE,
+    images: Tensor,
+    labels: Tensor,
+    train_labels: Tensor,
+    samples: int,
+    seed: int = 0,
+    batch_size: int = 100,
+    chunk: int = 20,
+) -> dict[str, float]:
+    """Classify images with a conditional model by Bayes' rule, p(y|x) = p(y) p(x|y) / p(x).
+
+    p(x|y) is estimated for every class y with the same noise, and p(y) are the frequencies of `train_labels`. Return
+    the accuracy, and the mean of −log p(x) = −log Σ p(y) p(x|y) in nats, which compares to models without labels.
+    """
+    of_classes = [torch.full((len(images),), y) for y in range(vae.classes)]
+    sampled = [importance_sampling(vae, images, y, samples, seed, batch_size, chunk).log_likelihood for y in of_classes]
+    frequencies = torch.bincount(train_labels, minlength=vae.classes).to(vae.device) / len(train_labels)
+    log_joint = torch.stack(sampled, dim=1).double() + frequencies.log()  # log p(x, y), [images, classes]
+    accuracy = (log_joint.argmax(dim=1) == labels.to(vae.device)).double().mean().item()
+    return {"class_accuracy": accuracy, "marginal_nll": -log_joint.logsumexp(dim=1).mean().item()}
+
+
+@torch.inference_mode()
 def evaluate(
     vae: VAE,
     images: Tensor,
@@ -238,6 +262,7 @@ def evaluate_run(
     chunk: PositiveInt = 10,
     probes: bool = True,
     compile: bool = False,
+    class_samples: NonNegativeInt = 20,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
     trust: Sequence[str] = (),
@@ -263,8 +288,11 @@ def evaluate_run(
     if probes:
         train = vae.all_codes(data.train_images, data.train_labels)
         results |= probe_accuracy(train, data.train_labels, codes, labels)
+    if vae.classes and class_samples:
+        results |= bayes_classifier(vae, images, labels, data.train_labels, class_samples, seed, batch_size, chunk)
     warning = remark(vae.likelihood, data.pixels)
     quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else "log density"
+    quantity += " given the label" if vae.classes else ""
     content = {f"{split}/{key}": value for key, value in results.items()} | {
         f"{split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
         "samples": samples,
@@ -280,11 +308,12 @@ def evaluate_run(
     }
     values = torch.stack([sampled.log_likelihood, sampled.stderr], dim=-1)
     pixels = f"{described(data.pixels, data.image_shape[0])} pixels"
-    curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {pixels}")
+    given = "given the label, " if vae.classes else ""
+    curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {given}{pixels}")
     try:
         file = write_evaluation(opened.directory, opened.checkpoint, split, content, values, curve)
     finally:  # a full disk must not lose the results
-        print(format_results(results, f"{split} set, {pixels}, {samples} samples", warning), flush=True)
+        print(format_results(results, f"{split} set, {given}{pixels}, {samples} samples", warning), flush=True)
     print(file)
     return content
 

@@ -107,7 +107,8 @@ def make_application(run: Run, host: str) -> web.Application:
     @routes.post("/decode")
     async def decode(request: web.Request) -> web.Response:
         z = await numbers(request, "z", model.latent_dim)
-        return web.Response(body=as_bytes(model.pictures(z)), content_type="application/octet-stream")
+        y = (await request.json()).get("y")  # the chosen class of a conditional model
+        return web.Response(body=as_bytes(model.pictures(z, y)), content_type="application/octet-stream")
 
     @routes.get("/image/{index}")
     async def image(request: web.Request) -> web.Response:
@@ -123,13 +124,14 @@ def make_application(run: Run, host: str) -> web.Application:
     async def encode(request: web.Request) -> web.Response:
         drawn = await numbers(request, "image", math.prod(model.image_shape))
         x = model.images(normalize_drawing(drawn.reshape(model.image_shape).clamp(0, 1)))
-        z = model.codes(x)[0]
+        y = (await request.json()).get("y")
+        z = model.codes(x, y)[0]
         nearest = (codes - z).square().sum(dim=1).topk(5, largest=False).indices.tolist()
         return web.json_response(
             {
                 "z": z.tolist(),
                 "seen": as_base64(x[0]),
-                "reconstruction": as_base64(model.pictures(z)),
+                "reconstruction": as_base64(model.pictures(z, y)),
                 "nearest": [{"image": as_base64(images[i]), "label": int(labels[i])} for i in nearest],
             }
         )
@@ -179,6 +181,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         "title": f"{run.directory.path.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
         f"{run.data.dataset}, {described(run.data.pixels, run.data.image_shape[0])} pixels",
         "shape": list(run.model.image_shape),
+        "classes": run.model.classes,  # to choose from; 0 if the model is not conditional
         "bases": bases,
         "codes": [[round(value, 4) for value in code] for code in codes[:MAP_IMAGES].tolist()],
         "labels": run.data.test_labels[:MAP_IMAGES].tolist(),

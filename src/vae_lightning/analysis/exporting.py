@@ -31,35 +31,39 @@ class ExportError(UserError):
 class Encoder(nn.Module):
     """Map images `[batch, *image_shape]` in [0, 1] to codes `[batch, latent_dim]`.
 
-    With a diagonal Gaussian posterior, to its mean and log variance.
+    With a diagonal Gaussian posterior, to its mean and log variance. A conditional model takes labels `[batch]`, too.
     """
 
     def __init__(self, model: ImageModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.model, VAE) and isinstance(q := self.model.encode(images), DiagonalGaussian):
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        if isinstance(self.model, VAE) and isinstance(q := self.model.encode(images, labels), DiagonalGaussian):
             return q.mean, q.log_variance
-        return (self.model.codes(images),)
+        return (self.model.codes(images, labels),)
 
 
 class Decoder(nn.Module):
-    """Map latents `[batch, latent_dim]` to images `[batch, *image_shape]` in [0, 1]; of a VAE, the mean of p(x|z)."""
+    """Map latents `[batch, latent_dim]` to images `[batch, *image_shape]` in [0, 1]; of a VAE, the mean of p(x|z).
+
+    A conditional model takes labels `[batch]`, too.
+    """
 
     def __init__(self, model: ImageModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.model.pictures(latents)
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.model.pictures(latents, labels)
 
 
 def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None = None) -> Path:
     """Write encoder and decoder into the run's `export/`, as .onnx and .safetensors, and return that directory.
 
-    The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`. The
-    safetensors have the weights of the networks under their PyTorch names, and the configuration as metadata.
+    The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`.
+    Those of a conditional model have a second input, labels `[batch]`, int64. The safetensors have the weights of the
+    networks under their PyTorch names, and the configuration as metadata.
     Raises ExportError if the extra is not installed, or if the files differ from the model.
     """
     try:
@@ -83,22 +87,25 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
             if not all(torch.equal(saved[key], value) for key, value in weights.items()):
                 raise ExportError(f"{file.name}: the weights in the file differ from those of the model")
         encoder = Encoder(model).eval()
-        codes = ["mean", "log_variance"] if len(encoder(images)) == 2 else ["codes"]
-        write_graph(scratch / "encoder.onnx", encoder, "images", images, codes)
-        write_graph(scratch / "decoder.onnx", Decoder(model).eval(), "latents", latents, ["images"])
+        labels = {"labels": data.test_labels[:7]} if model.classes else {}
+        codes = ["mean", "log_variance"] if len(encoder(images, *labels.values())) == 2 else ["codes"]
+        write_graph(scratch / "encoder.onnx", encoder, {"images": images} | labels, codes)
+        write_graph(scratch / "decoder.onnx", Decoder(model).eval(), {"latents": latents} | labels, ["images"])
     return directory
 
 
-def write_graph(file: Path, module: nn.Module, input_name: str, x: Tensor, output_names: Sequence[str]) -> None:
+def write_graph(file: Path, module: nn.Module, inputs: dict[str, Tensor], output_names: Sequence[str]) -> None:
     """Write `module` as an ONNX graph for any batch size. Raises ExportError if it fails or its outputs differ."""
     import onnxruntime
 
+    batches = [inputs, {name: value[:1] for name, value in inputs.items()}]
+    batch_axis = {0: torch.export.Dim("batch")}
     try:
         program = torch.onnx.export(
             module,
-            (x,),
-            input_names=[input_name],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            dynamic_shapes=(batch_axis,) * len(inputs),
             external_data=False,
             verbose=False,
         )
@@ -107,14 +114,14 @@ def write_graph(file: Path, module: nn.Module, input_name: str, x: Tensor, outpu
         with errors_name(file):
             program.save(file, external_data=False)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        found_outputs = [session.run(None, {input_name: batch.numpy()}) for batch in (x, x[:1])]
+        found_outputs = [session.run(None, {name: x.numpy() for name, x in batch.items()}) for batch in batches]
     except OSError:
         raise
     except Exception as error:  # torch's exporter and onnxruntime raise many kinds for what they do not support
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:300]
         raise ExportError(f"{file.name}: this network cannot be written as ONNX ({reason})") from error
-    for batch, found_of_batch in zip((x, x[:1]), found_outputs, strict=True):
-        outputs = module(batch)
+    for batch, found_of_batch in zip(batches, found_outputs, strict=True):
+        outputs = module(*batch.values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for array, expected in zip(found_of_batch, outputs, strict=True):
             found = torch.from_numpy(array)

@@ -35,11 +35,22 @@ Points = Annotated[Sequence[float | Sequence[float]], Field(min_length=1)]
 
 
 def samples(
-    run: Run, n: PositiveInt = 64, columns: PositiveInt = 8, temperature: Positive = 1.0, seed: Seed = 0
+    run: Run,
+    n: PositiveInt | None = None,
+    columns: PositiveInt = 8,
+    y: NonNegativeInt | None = None,
+    temperature: Positive = 1.0,
+    seed: Seed = 0,
 ) -> Tensor:
-    """Draw a grid of n samples from the prior. `temperature` scales the prior's standard deviations."""
+    """Draw a grid of n samples from the prior, by default 64; of a conditional model, a row of n samples per class.
+
+    `y` is the only class to draw. `temperature` scales the prior's standard deviations.
+    """
     torch.manual_seed(seed)
-    return figures.image_grid(prior_samples(run, n, temperature), columns)
+    labels = labels_to_draw(run, y)
+    if len(labels) > 1:
+        n = columns = n or columns
+    return figures.image_grid(torch.cat([prior_samples(run, n or 64, temperature, y) for y in labels]), columns)
 
 
 def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
@@ -48,10 +59,16 @@ def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None)
     return figures.reconstruction_grid(x, run.model.reconstruct(x, labels))
 
 
-def manifold(run: Run, columns: PositiveInt = 20, plane: Plane | None = None) -> Tensor:
-    """Draw a decoded latent plane, at equally probable quantiles. With two latent dimensions it is the latent space."""
+def manifold(
+    run: Run, columns: PositiveInt = 20, plane: Plane | None = None, y: NonNegativeInt | None = None
+) -> Tensor:
+    """Draw a decoded latent plane, at equally probable quantiles. With two latent dimensions it is the latent space.
+
+    Of a conditional model, draw the plane of the class y, or of each class.
+    """
+    labels = labels_to_draw(run, y)
     center, axes, _ = latent_plane(run, plane)
-    return figures.manifold_grid(lambda z: run.model.pictures(z.to(axes) @ axes + center), columns)
+    return figures.manifold_grid(lambda z, y: run.model.pictures(z.to(axes) @ axes + center, y), columns, labels)
 
 
 def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
@@ -67,21 +84,38 @@ def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Fi
     return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
 
 
-def traversals(run: Run, n: PositiveInt = 10, columns: PositiveInt = 11, images: Image | None = None) -> Figure:
+def traversals(
+    run: Run,
+    n: PositiveInt = 10,
+    columns: PositiveInt = 11,
+    images: Image | None = None,
+    y: NonNegativeInt | None = None,
+) -> Figure:
     """Draw one latent dimension per row, from −3 to 3 standard deviations; the n most active dimensions.
 
-    The other dimensions keep the value of the center of latent space, or of the code of the given test image.
+    The other dimensions keep the value of the center of latent space, or of the code of the given test image. A
+    conditional model decodes with the class y, by default that of the image, or the classes in turn, one per row.
     """
+    labels = labels_to_draw(run, y)
     codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     center, deviation = latent_center_and_deviation(run, codes)
-    start = run.model.codes(*select_test_images(run, images))[0] if images else center
+    start = center
+    if images:
+        x, of_image = select_test_images(run, images)
+        start = run.model.codes(x, of_image)[0]
+        labels = of_image.tolist() if y is None and run.model.classes else labels
     dimensions = by_activity(codes)[:n]
+    of_rows = [labels[row % len(labels)] for row in range(len(dimensions))]
     steps = torch.linspace(-3, 3, columns, device=codes.device)
     z = start.repeat(len(dimensions), columns, 1)
     for row, dimension in enumerate(dimensions):
         z[row, :, dimension] = center[dimension] + steps * deviation[dimension]
-    rows = [f"$z_{{{dimension + 1}}}$" for dimension in dimensions]
-    return figures.labelled_rows(run.model.pictures(z), rows, [f"{round(step, 1) + 0.0:g}" for step in steps.tolist()])
+    rows = [
+        f"$z_{{{dimension + 1}}}$" + ("" if label is None else f", y = {label}")
+        for dimension, label in zip(dimensions, of_rows, strict=True)
+    ]
+    pictures = torch.stack([run.model.pictures(*row) for row in zip(z, of_rows, strict=True)])
+    return figures.labelled_rows(pictures, rows, [f"{round(step, 1) + 0.0:g}" for step in steps.tolist()])
 
 
 def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
@@ -107,20 +141,45 @@ def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, imag
     return figures.labelled_rows(rows, ["line", "arc"] * (len(indices) // 2), names)
 
 
-def decode(run: Run, z: Points, columns: PositiveInt = 10) -> Tensor:
-    """Draw the decoded images of one latent, [0.5, 0], or of several, [[0.5, 0], [2, 0]]."""
-    points = run.model.latents(z)
-    pictures = run.model.pictures(points.reshape(-1, run.model.latent_dim))
-    return figures.image_grid(pictures, min(columns, len(pictures)))
+def analogies(run: Run, n: PositiveInt = 10, images: Images | None = None) -> Figure:
+    """Draw test images, and in each row the codes of one decoded as every class: z is kept, and y changes.
+
+    They are the first n images, or those with the given indices. Raises ConfigError unless the model is conditional.
+    """
+    if not run.model.classes:
+        raise ConfigError(f"run={run.directory}: its model has no classes; train one with model.conditional=true")
+    x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
+    z = run.model.codes(x, labels)
+    classes = run.model.every_label()
+    rows = torch.stack([x, *(run.model.pictures(z, y) for y in classes)], dim=1)
+    return figures.labelled_rows(rows, [str(label) for label in labels.tolist()], ["image", *map(str, classes)])
 
 
-def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Seed = 0) -> Figure:
+def decode(run: Run, z: Points, columns: PositiveInt = 10, y: NonNegativeInt | None = None) -> Tensor:
+    """Draw the decoded images of one latent, [0.5, 0], or of several, [[0.5, 0], [2, 0]].
+
+    Of a conditional model, draw them as the class y, or as each class in a row.
+    """
+    labels = labels_to_draw(run, y)
+    points = run.model.latents(z).reshape(-1, run.model.latent_dim)
+    columns = len(points) if len(labels) > 1 else min(columns, len(points))
+    return figures.image_grid(torch.cat([run.model.pictures(points, y) for y in labels]), columns)
+
+
+def nearest(
+    run: Run,
+    n: PositiveInt = 10,
+    y: NonNegativeInt | None = None,
+    temperature: Positive = 1.0,
+    seed: Seed = 0,
+) -> Figure:
     """Draw n samples from the prior above their three nearest training images, to see whether digits are memorized.
 
-    Above each sample is its Euclidean distance to the nearest.
+    Above each sample is its Euclidean distance to the nearest. Of a conditional model, the samples are of the class y,
+    or of the classes in turn.
     """
     torch.manual_seed(seed)
-    x = prior_samples(run, n, temperature)
+    x = prior_samples(run, n, temperature, y)
     distances, neighbours = nearest_images(x, run.data.train_images, k=3)
     rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (3, n))])
     names = ["sample", "nearest", "second", "third"]
@@ -128,16 +187,32 @@ def nearest(run: Run, n: PositiveInt = 10, temperature: Positive = 1.0, seed: Se
 
 
 def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
-    """Draw the frames of a closed path through test images along arcs, `columns` frames from each to the next."""
-    codes = run.model.codes(*select_test_images(run, images or first_of_each_digit(run)))
+    """Draw the frames of a closed path through test images along arcs, `columns` frames from each to the next.
+
+    A conditional model decodes them with the label of the image where the arc starts.
+    """
+    x, labels = select_test_images(run, images or first_of_each_digit(run))
+    codes = run.model.codes(x, labels)
     legs = [arc(start, end, columns + 1)[:-1] for start, end in pairwise([*codes, codes[0]])]
-    return [figures.image_grid(image.unsqueeze(0), 1) for image in run.model.pictures(torch.cat(legs))]
+    frames = run.model.pictures(torch.cat(legs), labels.repeat_interleave(columns))
+    return [figures.image_grid(image.unsqueeze(0), 1) for image in frames]
 
 
 Picture = Tensor | Figure | list[Tensor]
 PICTURES: dict[str, Callable[..., Picture]] = {
     function.__name__: function
-    for function in (samples, reconstructions, manifold, scatter, traversals, interpolations, decode, nearest, walk)
+    for function in (
+        samples,
+        reconstructions,
+        manifold,
+        scatter,
+        traversals,
+        interpolations,
+        analogies,
+        decode,
+        nearest,
+        walk,
+    )
 }
 
 
@@ -183,11 +258,20 @@ def generate_run(
     return path
 
 
-def prior_samples(run: Run, n: int, temperature: float) -> Tensor:
+def prior_samples(run: Run, n: int, temperature: float, y: int | None = None) -> Tensor:
     """Return n images decoded from samples of the prior. Raises ConfigError for an autoencoder."""
     if not isinstance(run.model, VAE):
         raise ConfigError(f"run={run.directory}: an autoencoder has no prior to sample from")
-    return run.model.sample(n, temperature)
+    return run.model.sample(n, temperature, y=y)
+
+
+def labels_to_draw(run: Run, y: int | None) -> list[int] | list[None]:
+    """Return `[y]`, or the label of each class; `[None]` for a model without classes. Raises ConfigError for its y."""
+    if y is not None and not run.model.classes:
+        raise ConfigError(f"y={y}: the model of {run.directory} is not conditional; leave y out")
+    if y is not None and y >= run.model.classes:
+        raise ConfigError(f"y={y}: should be a class from 0 to {run.model.classes - 1}")
+    return run.model.every_label() if y is None else [y]
 
 
 def select_test_images(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

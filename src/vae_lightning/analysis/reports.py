@@ -29,7 +29,9 @@ from vae_lightning.files import FileError, read_json, read_text, staging_directo
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
 
-EVALUATION_METRICS = ("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy")
+EVALUATION_METRICS = (
+    *("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy", "class_accuracy", "marginal_nll"),
+)
 IGNORED_KEYS = (
     *("seed", "name", "figures.", "logger.", "data.root"),
     *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
@@ -131,6 +133,7 @@ def read_result(run: RunDirectory) -> Result:
     shape = measured.get("image_shape")
     channels = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 1
     protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels, {class_name(target)}"
+    protocol += ", given the label" if model.get("conditional") else ""
     return Result(run, flatten(config), metrics, protocol)
 
 

@@ -79,6 +79,14 @@ class ImageDataModule(LightningDataModule, ABC):
         """The shape `(channels, height, width)` of an image, after `setup`."""
         return tuple(self.train_images.shape[1:])
 
+    @property
+    def classes(self) -> int:
+        """The number of classes of a conditional model, after `setup`: 1 + the largest label. Raises ConfigError."""
+        labels = torch.cat([self.train_labels, self.val_labels, self.test_labels])
+        if labels.is_floating_point() or labels.min() < 0:
+            raise ConfigError(f"model.conditional=true: the labels of {self.dataset} should be integers from 0")
+        return int(labels.max()) + 1
+
     def checksums(self) -> dict[str, str]:
         """Return the SHA-256 checksum of each split's images, after the pixel protocol."""
         images = {"train": self.train_images, "val": self.val_images, "test": self.test_images}

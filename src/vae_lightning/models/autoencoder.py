@@ -34,7 +34,7 @@ class Autoencoder(ImageModel):
         self.save_hyperparameters(logger=False)
         self.output = output
 
-    def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
+    def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1]."""
         return self.encoded(self._scaled(self.images(x)))
 
@@ -48,7 +48,7 @@ class Autoencoder(ImageModel):
         error = (self.decode(self.codes(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}
 
-    def pictures(self, z: Array, labels: Tensor | None = None) -> Tensor:
+    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
         decoded = self.decode(z)
         return decoded if self.output == "sigmoid" else (decoded + 1) / 2
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vae_lightning.config import ConfigError, ImageShape, PositiveInt, Spec, UserError, build
 from vae_lightning.data.pixels import Share
 from vae_lightning.models.backbones import Backbone
+from vae_lightning.models.conditional import ConditionalDecoder, ConditionalEncoder
 from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.models.optimization import make_optimizer, make_schedule
@@ -27,7 +29,7 @@ Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 
 
 
 class ShapeError(UserError):
-    """Images or latents of a shape or type that the model does not accept."""
+    """Images, latents or labels of a shape or type that the model does not accept."""
 
 
 def as_tensor(values: Array, what: str) -> Tensor:
@@ -55,9 +57,10 @@ def check_counts(**counts: object) -> None:
 class ImageModel(LightningModule, ABC):
     """A model of images, trained on `terms(…)["loss"]`. Each epoch it logs the mean over images of every term.
 
-    `backbone` is a spec, `{"_target_": class, argument: value}`; its encoder has `encoder_outputs` outputs. A subclass
-    calls `save_hyperparameters` with plain values, from which a checkpoint rebuilds the model. The hyperparameters of
-    the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
+    `backbone` is a spec, `{"_target_": class, argument: value}`; its encoder has `encoder_outputs` outputs. With
+    `classes`, the model is conditional: both networks get the label of the image, an integer from 0 to `classes` − 1.
+    A subclass calls `save_hyperparameters` with plain values, from which a checkpoint rebuilds the model. The
+    hyperparameters of the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
     Raises ConfigError if a spec is invalid.
     """
 
@@ -71,22 +74,28 @@ class ImageModel(LightningModule, ABC):
         encoder_outputs: PositiveInt,
         backbone: Spec,
         image_shape: ImageShape,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
+        self.classes = classes or 0
         networks = build(
             backbone,
             Backbone,
             "model.backbone",
-            latent_dim=latent_dim,
+            latent_dim=latent_dim + self.classes,
             encoder_outputs=encoder_outputs,
             image_shape=self.image_shape,
         )
         self.encoder: nn.Module = networks.encoder
         self.decoder: nn.Module = networks.decoder
+        if classes:
+            self.encoder = ConditionalEncoder(networks.encoder, classes, image_shape)
+            self.decoder = ConditionalDecoder(networks.decoder)
         self.encoder_outputs = encoder_outputs
-        self.example_input_array = torch.zeros(1, *image_shape)  # for the model summary
+        example = torch.zeros(1, *image_shape)
+        self.example_input_array = (example, torch.zeros(1)) if classes else example  # for the model summary
         # A plain dictionary keeps them out of checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.batch_index = 0  # in the current epoch
@@ -105,9 +114,8 @@ class ImageModel(LightningModule, ABC):
         Raises ShapeError for another shape, and for floats outside [0, 1].
         """
         x = as_tensor(x, "images")
-        known = self._trainer is not None or torch.compiler.is_compiling()
-        if known and x.shape[1:] == self.image_shape and x.is_floating_point():
-            return x  # in training and tracing: no check of values, which would synchronize the device
+        if self._skips_checks() and x.shape[1:] == self.image_shape and x.is_floating_point():
+            return x
         shapes = [self.image_shape, *([self.image_shape[1:]] if self.image_shape[0] == 1 else [])]
         if not any(x.shape[-len(s) :] == s and x.ndim <= len(s) + 1 for s in shapes):
             raise ShapeError(f"images of shape {tuple(x.shape)}: should be {self.image_shape} or a batch of it")
@@ -128,9 +136,37 @@ class ImageModel(LightningModule, ABC):
             raise ShapeError(f"latents of shape {tuple(z.shape)}: should end in latent_dim={self.latent_dim}")
         return z
 
-    def encoded(self, x: Tensor) -> Tensor:
+    def label_inputs(self, labels: Array | None, shape: Sequence[int]) -> list[Tensor]:
+        """Return the further input of the networks, one-hot labels `[*shape, classes]`; none without classes.
+
+        `labels` may be one label for all, or anything that broadcasts to `shape`. Raises ShapeError for missing labels,
+        another shape, and labels that are not integers from 0 to `classes` − 1.
+        """
+        if not self.classes:
+            return []
+        allowed = f"a class from 0 to {self.classes - 1} for each image"
+        if labels is None:
+            raise ShapeError(f"labels: missing; a conditional model needs {allowed}")
+        y = as_tensor(labels, "labels").to(self.device)
+        one_hot = (y.unsqueeze(-1) == torch.arange(self.classes, device=self.device)).float()
+        if not self._skips_checks():
+            if y.ndim > len(shape) or any(n not in (1, m) for n, m in zip(y.shape[::-1], shape[::-1], strict=False)):
+                raise ShapeError(f"labels of shape {tuple(y.shape)}: should be {tuple(shape)}, {allowed}")
+            if not one_hot.any(dim=-1).all():
+                raise ShapeError(f"labels from {y.min():g} to {y.max():g}: should be {allowed}")
+        return [one_hot.expand(*shape, self.classes)]
+
+    def every_label(self) -> list[int] | list[None]:
+        """Return the label of each class; `[None]` if the model has no classes, so that one loop serves both."""
+        return list(range(self.classes)) or [None]
+
+    def _skips_checks(self) -> bool:
+        """Return whether this is training or tracing, where a check of values would synchronize the device."""
+        return self._trainer is not None or torch.compiler.is_compiling()
+
+    def encoded(self, x: Tensor, labels: Array | None = None) -> Tensor:
         """Return encoder outputs `[batch, encoder_outputs]` of images `[batch, *image_shape]`. Raises ConfigError."""
-        outputs = self.encoder(x)
+        outputs = self.encoder(x, *self.label_inputs(labels, x.shape[:1]))
         if outputs.shape[1:] != (self.encoder_outputs,):
             raise ConfigError(
                 f"model.backbone: its encoder returns {list(outputs.shape)} for {len(x)} images; "
@@ -138,10 +174,11 @@ class ImageModel(LightningModule, ABC):
             )
         return outputs
 
-    def decoded(self, z: Array) -> Tensor:
+    def decoded(self, z: Array, labels: Array | None = None) -> Tensor:
         """Return decoder outputs `[..., *image_shape]`, float32, of z `[..., latent_dim]`. Raises ConfigError."""
         z = self.latents(z)
-        outputs = self.decoder(z.reshape(-1, self.latent_dim)).float()
+        inputs = [z, *self.label_inputs(labels, z.shape[:-1])]
+        outputs = self.decoder(*(part.reshape(-1, part.shape[-1]) for part in inputs)).float()
         if outputs.ndim != 4 or outputs.shape[2:] != self.image_shape[1:]:
             raise ConfigError(
                 f"model.backbone: its decoder returns {list(outputs.shape)} for {len(outputs)} latents; "
@@ -150,7 +187,7 @@ class ImageModel(LightningModule, ABC):
         return outputs.reshape(*z.shape[:-1], *outputs.shape[1:])
 
     @abstractmethod
-    def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
+    def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return the latent codes of images, `[batch, latent_dim]`: the posterior means of a VAE."""
 
     @torch.no_grad()
@@ -161,27 +198,30 @@ class ImageModel(LightningModule, ABC):
         return torch.cat([self.codes(self.images(batch), part) for batch, part in pairs])
 
     @abstractmethod
-    def pictures(self, z: Array, labels: Tensor | None = None) -> Tensor:
+    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
         """Decode z `[..., latent_dim]` to images `[..., *image_shape]` in [0, 1]: the mean of p(x|z) of a VAE."""
 
-    def forward(self, x: Array, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return reconstructions of images, `[batch, *image_shape]` in [0, 1]."""
         return self.pictures(self.codes(x, labels), labels)
 
     @torch.no_grad()
-    def reconstruct(self, x: Array, labels: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return reconstructions of images, `[batch, *image_shape]` in [0, 1], without gradients."""
         return self(x, labels)
 
     @torch.no_grad()
-    def interpolate(self, start: Array, end: Array, steps: int = 10, spherical: bool = False) -> Tensor:
+    def interpolate(
+        self, start: Array, end: Array, steps: int = 10, spherical: bool = False, labels: Array | None = None
+    ) -> Tensor:
         """Decode the path from image `start` to image `end`: `[steps, batch, *image_shape]`.
 
-        The path between their codes is a straight line, or the arc of `latents.arc` if `spherical`.
+        The path between their codes is a straight line, or the arc of `latents.arc` if `spherical`. A conditional model
+        encodes and decodes with `labels` `[batch]`.
         """
         check_counts(steps=steps)
         path = arc if spherical else line
-        return self.pictures(path(self.codes(start), self.codes(end), steps))
+        return self.pictures(path(self.codes(start, labels), self.codes(end, labels), steps), labels)
 
     def share(self) -> Share | None:
         """Return this process's share of the current batch; None if there is only one process."""

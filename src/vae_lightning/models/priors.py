@@ -16,7 +16,8 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-from vae_lightning.config import PositiveInt
+from vae_lightning.config import ConfigError, PositiveInt
+from vae_lightning.models.base import ShapeError
 from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, PosteriorDistribution
 
 Encode = Callable[[Tensor], PosteriorDistribution]
@@ -96,3 +97,12 @@ class MixturePrior(Prior):
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
         log_variances = self.log_variances + 2 * math.log(temperature)
         return GaussianMixture(DiagonalGaussian(self.means, log_variances), self.logits)
+
+
+def check_needs_no_labels(prior: Prior, encode: Encode) -> None:
+    """Raise ConfigError if the prior of a conditional model encodes images: `encode` would need their labels."""
+    try:
+        prior(encode)
+    except ShapeError:
+        name = type(prior).__name__
+        raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior") from None

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.models.backbones import set_output_bias
-from vae_lightning.models.base import Array, ImageModel, check_counts
+from vae_lightning.models.base import Array, ImageModel, ShapeError, check_counts
 from vae_lightning.models.estimators import kl_divergence, with_free_bits
 from vae_lightning.models.likelihoods import Likelihood
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
-from vae_lightning.models.priors import Prior
+from vae_lightning.models.priors import Prior, check_needs_no_labels
 
 
 class VAE(ImageModel):
@@ -32,8 +32,8 @@ class VAE(ImageModel):
 
     `backbone`, `likelihood`, `prior`, `posterior` and `objective` are specs, as for `ImageModel`. `beta` weights the KL
     in the loss. `data_bias` initializes the decoder's output bias so that p(x|z) has the mean training image as mean.
-    `encode` and `decode` take the labels of the batch, for conditional models.
-    Raises ConfigError if a spec is invalid.
+    A `conditional` model of images in `classes` classes has p(x|z, y) and q(z|x, y), with labels y (Sohn et al. 2015);
+    its numbers are those of p(x|y). Raises ConfigError if a spec is invalid.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class VAE(ImageModel):
         objective: Spec = {"_target_": "vae_lightning.models.objectives.ELBO"},  # noqa: B006
         beta: NonNegative = 1.0,
         data_bias: bool = False,
+        conditional: bool = False,
         image_shape: ImageShape = (1, 28, 28),
+        classes: PositiveInt | None = None,
         optimizer: Spec = {"_target_": "torch.optim.Adam"},  # noqa: B006
         schedule: Spec | None = None,
         learning_rate: Positive = 1e-3,
@@ -54,7 +56,9 @@ class VAE(ImageModel):
         decay_biases: bool = True,
     ) -> None:
         q = build(posterior, Posterior, "model.posterior", latent_dim=latent_dim)
-        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape)
+        if conditional and not classes:
+            raise ConfigError("model.conditional=true: needs the number of classes, such as classes=10")
+        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, classes if conditional else None)
         self.save_hyperparameters(logger=False)
         self.beta = beta
         self.data_bias = data_bias
@@ -63,13 +67,16 @@ class VAE(ImageModel):
         self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
+        if conditional:
+            check_needs_no_labels(self.prior, self.encode)
 
-    def encode(self, x: Array, labels: Tensor | None = None) -> PosteriorDistribution:
+    def encode(self, x: Array, labels: Array | None = None) -> PosteriorDistribution:
         """Return q(z|x) for images `[batch, *image_shape]` in [0, 1]. Its `mean` is `[batch, latent_dim]`.
 
-        In all methods, `x` may be any input that `images` accepts, and `z` any input that `latents` accepts.
+        In all methods, `x` may be any input that `images` accepts, `z` any input that `latents` accepts, and `labels`
+        one class or `[batch]`.
         """
-        return self.posterior(self.encoded(self.images(x)))
+        return self.posterior(self.encoded(self.images(x), labels))
 
     def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
         """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
@@ -80,14 +87,14 @@ class VAE(ImageModel):
         """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
         return q.transform(self.noise_for(q, samples))
 
-    def decode(self, z: Array, labels: Tensor | None = None) -> td.Distribution:
+    def decode(self, z: Array, labels: Array | None = None) -> td.Distribution:
         """Return p(x|z) for z `[..., latent_dim]`: `log_prob(x)` is `[...]`, `mean` is `[..., *image_shape]`."""
-        return self.likelihood(self.decoded(z))
+        return self.likelihood(self.decoded(z, labels))
 
     def elbo(
         self,
         x: Array,
-        labels: Tensor | None = None,
+        labels: Array | None = None,
         kl: Literal["analytic", "monte_carlo"] = "analytic",
         epoch: float = math.inf,
         warmup_epochs: float = 0.0,
@@ -126,11 +133,11 @@ class VAE(ImageModel):
         """Whether KL(q ‖ p) has a closed form: the posterior is a diagonal Gaussian and the prior is N(0, I)."""
         return type(self.posterior) is Gaussian and self.prior.has_analytic_kl
 
-    def log_joint(self, x: Array, z: Array, labels: Tensor | None = None) -> Tensor:
+    def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
         """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
         return self.prior(self.encode).log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
 
-    def log_weights(self, x: Array, k: int, labels: Tensor | None = None) -> Tensor:
+    def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
         """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
         check_counts(k=k)
         q = self.encode(x, labels)
@@ -150,19 +157,24 @@ class VAE(ImageModel):
             mean = images.float().mean(dim=0).div(255)
             set_output_bias(self.decoder, self.likelihood.outputs_with_mean(mean))
 
-    def codes(self, x: Array, labels: Tensor | None = None) -> Tensor:
+    def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         return self.encode(x, labels).mean
 
-    def pictures(self, z: Array, labels: Tensor | None = None) -> Tensor:
+    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
         return self.decode(z, labels).mean
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, labels: Tensor | None = None) -> Tensor:
+    def sample(self, n: int, temperature: float = 1.0, y: Array | None = None) -> Tensor:
         """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
 
         `temperature` scales the standard deviations of the prior. Below 1, images are more typical and less varied.
+        `y` is a class of a conditional model, or a list of n; by default the classes in turn, 0, 1, …, 0, 1, …. Raises
+        ShapeError for a y of another model.
         """
         check_counts(n=n)
+        if y is not None and not self.classes and type(self).decode is VAE.decode:
+            raise ShapeError(f"y={y}: the model is not conditional; train one with model.conditional=true")
+        labels = torch.arange(n) % self.classes if y is None and self.classes else y
         return self.decode(self.prior(self.encode, temperature).sample((n,)), labels).mean
 
     @torch.no_grad()

@@ -29,10 +29,16 @@ def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
     config = trusted_config(run, trust)
     content = load_checkpoint(checkpoint)
     hyperparameters = content.get("hyper_parameters")
-    shape = hyperparameters.get("image_shape") if isinstance(hyperparameters, dict) else None
+    saved = hyperparameters if isinstance(hyperparameters, dict) else {}
+    shape, classes = saved.get("image_shape"), saved.get("classes")
     if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
         raise RunError(f"{checkpoint}: has no image_shape of three positive integers; it was not loaded")
-    model = build(config["model"], ImageModel, "model", image_shape=tuple(shape))
+    of_data: dict[str, Any] = {"image_shape": tuple(shape)}
+    if config["model"].get("conditional"):
+        if type(classes) is not int or classes < 1:
+            raise RunError(f"{checkpoint}: is of a conditional model, but has no number of classes; it was not loaded")
+        of_data["classes"] = classes
+    model = build(config["model"], ImageModel, "model", **of_data)
     load_weights(content["state_dict"], model, checkpoint)
     data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
     model.protocol = {key: value for key, value in data.items() if key.startswith("data.")}

@@ -183,7 +183,8 @@ class Figures(Callback):
     directory: Path
     every: NonNegativeInt = 5  # 0: only at the end
     pairs: PositiveInt = 8  # originals above their reconstructions
-    samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)  # rows, columns; z is fixed
+    # Rows and columns of samples, always of the same z. A conditional model has a row per class.
+    samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)
     points: Sequence[Sequence[float]] = ()  # latents to decode
     embedded: NonNegativeInt = 1_000  # test images whose codes are shown in TensorBoard's projector
 
@@ -214,7 +215,7 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         was_training = module.training
         module.eval()
-        x, labels = module.images(images[: self.pairs]), labels.to(module.device)
+        x, labels, every_label = module.images(images[: self.pairs]), labels.to(module.device), module.every_label()
         pictures: dict[str, Tensor | Figure] = {
             "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x, labels[: self.pairs]))
         }
@@ -222,16 +223,20 @@ class Figures(Callback):
             rows, columns = self.samples
             with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
                 torch.manual_seed(0)
-                pictures["samples"] = figures.image_grid(module.sample(rows * columns), columns)
+                of_rows = [module.sample(columns if module.classes else rows * columns, y=y) for y in every_label]
+                pictures["samples"] = figures.image_grid(torch.cat(of_rows), columns)
         if self.points:
-            pictures["points"] = figures.image_grid(module.pictures(self.points), len(self.points))
+            decoded = torch.cat([module.pictures(self.points, y) for y in every_label])
+            pictures["points"] = figures.image_grid(decoded, len(self.points))
         if module.latent_dim == 2:
             codes = module.all_codes(images[:10_000], labels[:10_000])
             pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
             if isinstance(module, VAE):
                 center, spread = module.prior_moments()
                 pictures["manifold"] = figures.manifold_grid(
-                    lambda z: module.pictures(center + spread * z.to(center.device))
+                    lambda z, y: module.pictures(center + spread * z.to(center.device), y),
+                    steps=10 if module.classes else 20,
+                    labels=every_label,
                 )
         module.train(was_training)
         return pictures

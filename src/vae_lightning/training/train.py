@@ -67,7 +67,8 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
 
     data = build(c.data, ImageDataModule, "data", seed=c.seed)
     data.setup()  # now, to find a wrong file or split before anything is written
-    model = build(c.model, ImageModel, "model", image_shape=data.image_shape)
+    of_data = {"image_shape": data.image_shape} | ({"classes": data.classes} if c.model.get("conditional") else {})
+    model = build(c.model, ImageModel, "model", **of_data)
 
     validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
     options = c.trainer | ({} if validates else {"limit_val_batches": 0})
