@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -63,6 +64,10 @@ def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return steps
 
 
+needs_compiler = pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "overrides",
     [BASIC, *(pytest.param(words, id=name, marks=pytest.mark.proof) for name, words in VARIANTS.items())],
@@ -75,6 +80,7 @@ def test_compiled_training_differs_by_rounding_only(config, tmp_path, compiled_s
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
+@needs_compiler
 def test_a_stopped_compiled_run_resumes_to_the_bit(config, tmp_path: Path) -> None:
     stop = ["trainer.callbacks=[{_target_: test_resuming.Signal, at: batch, step: 30}]", "trainer.compile=true"]
     train(config(*SMALL, *BASIC, *stop), tmp_path / "whole")
