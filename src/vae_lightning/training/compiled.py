@@ -46,6 +46,7 @@ class Compile(Callback):
             log.info("trainer.compile: the first step takes up to a minute, and a few seconds in later runs")
             data = trainer.datamodule  # type: ignore[attr-defined]
             batch_size = min(data.batch_size, len(data.train_images))
+            torch.compiler.reset()  # models trained before in this process would count towards a limit of eight
             module.loss_and_terms = CompiledLoss(module, batch_size)  # type: ignore[method-assign]
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
