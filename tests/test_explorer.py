@@ -40,11 +40,11 @@ def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
 
 
 @pytest.fixture
-def served(config, tmp_path: Path) -> Iterator[str]:
-    """Serve a small trained run; yield the address."""
+def served(request: pytest.FixtureRequest, config, tmp_path: Path) -> Iterator[str]:
+    """Serve a small run, trained with the words of an indirect parameter; yield the address."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1"]
     words = ["model.latent_dim=3", "model.backbone.hidden=[64]", "figures.every=0", *limits]
-    train(config(*words, "trainer.limit_test_batches=1"), tmp_path / "run")
+    train(config(*words, *getattr(request, "param", []), "trainer.limit_test_batches=1"), tmp_path / "run")
     process, address = start(tmp_path / "run")
     yield address
     process.terminate()
@@ -113,6 +113,25 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     assert problems == []
     if "EXPLORER_SCREENSHOT" in os.environ:
         browser.save_screenshot(os.environ["EXPLORER_SCREENSHOT"])
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+@pytest.mark.parametrize("served", [["model.conditional=true"]], indirect=True)
+def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
+    browser.get(served)
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#classes button")) == 10)
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#classes button")
+    wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
+    assert [button.text for button in buttons] == [str(label) for label in range(10)]
+    assert buttons[0].get_attribute("aria-pressed") == "true"
+    pictures = {picture(browser, "decoded")}
+    for button in buttons[1:4]:
+        button.click()
+        wait.until(lambda b: picture(b, "decoded") not in pictures)  # the same z, another digit
+        assert button.get_attribute("aria-pressed") == "true"
+        pictures.add(picture(browser, "decoded"))
+    assert browser.find_element(By.ID, "problem").text == ""
 
 
 def request(url: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:

@@ -26,6 +26,27 @@ def test_iwae_with_one_sample_is_the_monte_carlo_elbo() -> None:
     torch.testing.assert_close(one, monte_carlo, rtol=1e-4, atol=1e-5)
 
 
+def test_the_path_derivative_is_the_expected_gradient_and_vanishes_at_the_exact_posterior() -> None:
+    vae, x = linear_vae(shift=0.3).train(), torch.rand(20, *SHAPE)
+    values = []
+    for kl in ("path", "monte_carlo"):
+        torch.manual_seed(1)
+        values.append(vae.elbo(x, kl=kl)["loss"])
+    torch.testing.assert_close(*values)
+    many = x.repeat(50, 1, 1, 1)
+    analytic, path, whole = (
+        torch.stack([gradients(vae, many, ELBO(kl=kl)) for _ in range(200)])
+        for kl in ("analytic", "path", "monte_carlo")
+    )
+    for sampled in (path, whole):
+        error = (sampled.var(0) / 200 + analytic.var(0) / 200).sqrt()
+        assert ((sampled.mean(0) - analytic.mean(0)).abs() < 5 * error + 1e-5).all()
+        assert analytic.mean(0).abs().max() > 10 * error.max()  # there is a gradient to agree on
+    at_the_optimum = linear_vae().train()
+    assert gradients(at_the_optimum, x, ELBO(kl="path")).abs().max() < 1e-4
+    assert gradients(at_the_optimum, x, ELBO(kl="monte_carlo")).abs().max() > 1e-2
+
+
 def test_dreg_has_the_value_and_expected_gradient_of_iwae_at_lower_variance() -> None:
     vae, x = linear_vae(shift=0.3).train(), torch.rand(20, *SHAPE)
     torch.manual_seed(1)

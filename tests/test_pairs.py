@@ -40,6 +40,7 @@ SETTINGS = {
                    "model/likelihood=gaussian model.likelihood.learn_scale=true model.likelihood.mean=identity"],
     "backbone": ["model/backbone=conv model.backbone.channels=[4]", "model.backbone.batch_norm=true"],
     "bias": ["model.data_bias=true"],
+    "labels": ["model.conditional=true"],
     "dimension": ["model.latent_dim=1", "model.latent_dim=2"],
     "pixels": ["data.pixels=dynamic", "data.pixels=fixed"],
     "held out": ["data.val_size=0"],

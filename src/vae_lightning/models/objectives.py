@@ -7,27 +7,28 @@ conf/model/objective/.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt
 from vae_lightning.models.estimators import importance_weighted_bound
-from vae_lightning.models.vae import VAE, Objective
+from vae_lightning.models.vae import KL, VAE, Objective
 
 
 class ELBO(Objective):
     """The negative ELBO with the KL weighted by β (Kingma & Welling 2014, eq. 3; Higgins et al. 2017).
 
-    `kl="analytic"` uses the closed form of KL(q ‖ p) if there is one; `"monte_carlo"` samples log q(z|x) − log p(z).
-    The weight of the KL rises linearly from 0 over the first `warmup_epochs` (Bowman et al. 2016; Sønderby et al.
-    2016). The KL of each latent dimension counts at least `free_bits` nats. `VAE.elbo` computes the terms.
+    `kl="analytic"` uses the closed form of KL(q ‖ p) if there is one, and `"path"` otherwise: log q(z|x) − log p(z) at
+    the sample, with the path derivative as its gradient (Roeder et al. 2017). `"monte_carlo"` has the complete gradient
+    of the same value, with a much higher variance. The weight of the KL rises linearly from 0 over the first
+    `warmup_epochs` (Bowman et al. 2016; Sønderby et al. 2016). The KL of each latent dimension counts at least
+    `free_bits` nats. `VAE.elbo` computes the terms.
     """
 
     def __init__(
         self,
-        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        kl: KL = "analytic",
         warmup_epochs: NonNegative = 0.0,
         free_bits: NonNegative = 0.0,
     ) -> None:

@@ -26,6 +26,8 @@ from vae_lightning.models.likelihoods import Likelihood
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
 from vae_lightning.models.priors import Prior, check_needs_no_labels
 
+KL = Literal["analytic", "path", "monte_carlo"]
+
 
 class VAE(ImageModel):
     """Encoder, decoder, reparameterization and ELBO.
@@ -95,7 +97,7 @@ class VAE(ImageModel):
         self,
         x: Array,
         labels: Array | None = None,
-        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        kl: KL = "analytic",
         epoch: float = math.inf,
         warmup_epochs: float = 0.0,
         free_bits: float = 0.0,
@@ -103,8 +105,8 @@ class VAE(ImageModel):
         """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z per image.
 
         loss = reconstruction + β · warm-up · kl, where the KL of each dimension counts at least `free_bits` nats.
-        Without a closed form, or with `kl="monte_carlo"`, the KL is log q(z|x) − log p(z) at the sample. Raises
-        ConfigError for free bits without a closed form.
+        Without a closed form, or with `kl="path"`, the KL is log q(z|x) − log p(z) at the sample, and its gradient the
+        path derivative; with `"monte_carlo"` the complete one. Raises ConfigError for free bits without a closed form.
         """
         x = self.images(x)
         q = self.encode(x, labels)
@@ -114,7 +116,8 @@ class VAE(ImageModel):
         elif free_bits:
             raise ConfigError(f"model.objective.free_bits={free_bits}: needs a closed-form KL; allowed: 0")
         else:
-            z, log_q = q.transform_and_log_prob(self.noise_for(q))
+            sample = q.transform_and_log_prob if kl == "monte_carlo" else q.transform_and_path_log_prob
+            z, log_q = sample(self.noise_for(q))
             divergence = (log_q - self.prior(self.encode).log_prob(z)).unsqueeze(-1)  # [batch, 1]
         p = self.decode(z, labels)
         reconstruction = -p.log_prob(x)
