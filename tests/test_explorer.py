@@ -115,6 +115,7 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
         browser.save_screenshot(os.environ["EXPLORER_SCREENSHOT"])
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 @pytest.mark.parametrize("served", [["model.conditional=true"]], indirect=True)
 def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) -> None:

@@ -65,6 +65,7 @@ def test_a_custom_logger(config, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+@pytest.mark.proof
 def test_a_resumed_run_continues_in_mlflow_and_csv(config, tmp_path: Path, monkeypatch) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -88,6 +89,7 @@ def test_a_resumed_run_continues_in_mlflow_and_csv(config, tmp_path: Path, monke
     assert len(list(Path("run").glob("csv/*/metrics.csv"))) == 2
 
 
+@pytest.mark.proof
 def test_wandb_offline_runs_are_separate(config, tmp_path: Path) -> None:
     c = config(*WANDB, *BRIEF)
     ids = []

@@ -103,6 +103,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.proof
 def test_the_wheel_works_without_its_checkout(site: Path, tmp_path: Path) -> None:
     (tmp_path / "my_conf" / "model" / "backbone").mkdir(parents=True)
     (tmp_path / "my_conf" / "data").mkdir()

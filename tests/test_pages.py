@@ -27,8 +27,12 @@ from vae_lightning.runs.directory import runs_in
 from vae_lightning.runs.loading import load_run
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LONG = ("docs/quickstart.md", "docs/running.md")  # run by make proof
 WORKED_OUT = ("two_level", "transformer", "second_stage")  # guides to whole models, which take more lines than a part
+# Run by make proof.
+LONG = (
+    *("docs/quickstart.md", "docs/running.md", "docs/guides/conditional.md"),
+    *(f"docs/guides/{name}.md" for name in WORKED_OUT),
+)
 GENERATED = ("docs/configuration.md",)  # written by a script; its commands are checked but not run
 COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|compare|explore|export)"
 

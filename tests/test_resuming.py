@@ -126,7 +126,7 @@ EMA = [
 @pytest.mark.parametrize(
     ("overrides", "kills"),
     [
-        pytest.param(VAMP, 6, id="few"),
+        pytest.param(VAMP, 3, id="few"),
         pytest.param(VAMP, 20, id="vamp", marks=pytest.mark.proof),
         pytest.param(LIGHTNING, 20, id="lightning", marks=pytest.mark.proof),
         pytest.param(EMA, 20, id="ema", marks=pytest.mark.proof),
@@ -397,7 +397,7 @@ DOZEN = [1, 1_000, 2_000, 5_000, 8_000, 16_000, 30_000, 45_000, 80_000, 100_000,
 @pytest.mark.parametrize(
     ("width", "sizes", "wanted"),
     [
-        pytest.param(32, [100, 3_000, 200_000], ["config.yaml", ".ckpt"], id="few"),
+        pytest.param(32, [100, 3_000, 200_000], ["config.yaml", ".ckpt"], id="few", marks=pytest.mark.proof),
         pytest.param(32, DOZEN, ["config.yaml", ".ckpt"], id="many", marks=pytest.mark.proof),
         pytest.param(1, DOZEN, ["config.yaml", "100000 (File"], id="tensorboard", marks=pytest.mark.proof),
     ],
