@@ -36,7 +36,7 @@ train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2" pa
 test: lint types tests  ## run lint, types and tests, offline (3 minutes on two cores)
 
 tests: $(STAMP)  ## run only the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 versions:  ## run the tests with the oldest and the newest allowed versions of all packages (10 GB)
 	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

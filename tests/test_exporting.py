@@ -20,8 +20,13 @@ from vae_lightning.training.train import train
     "words",
     [
         "model/backbone=conv model.latent_dim=3 data.pixels=dynamic",
-        "model/likelihood=gaussian model/prior=vamp model.prior.pseudo_inputs=5 model.backbone.hidden=[16]",
-        "model=autoencoder model.output=tanh model.backbone.hidden=[16]",
+        *(
+            pytest.param(words, marks=pytest.mark.proof)
+            for words in (
+                "model/likelihood=gaussian model/prior=vamp model.prior.pseudo_inputs=5 model.backbone.hidden=[16]",
+                "model=autoencoder model.output=tanh model.backbone.hidden=[16]",
+            )
+        ),
     ],
 )
 def test_exported_graphs_match_the_model(words: str, config, tmp_path: Path, mnist) -> None:
