@@ -42,7 +42,7 @@ versions:  ## run the tests with the oldest and the newest allowed versions of a
 	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
 
-proof: $(STAMP)  ## run the slow tests: launchers, several processes, a search, fuzzing (25 minutes on two cores)
+proof: $(STAMP)  ## run the slow tests: launchers, several processes, a search, fuzzing (half an hour on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
