@@ -44,9 +44,9 @@ class PosteriorDistribution(td.Distribution, ABC):
     def transform_and_path_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and log q(z|x) like `transform_and_log_prob`, but log q(z|x) has gradients through z alone.
 
-        The gradient of a Monte-Carlo ELBO is then the path derivative (Roeder et al. 2017, eq. 8). It leaves out the
-        score ∂ log q(z|x)/∂φ, with expectation zero, so that its variance vanishes where q(z|x) is exact. Without
-        `detach`, the score is included.
+        The gradient of a Monte-Carlo ELBO is then the path derivative (Roeder et al. 2017). It leaves out the score
+        ∂ log q(z|x)/∂φ, with expectation zero, so that its variance vanishes where q(z|x) is exact. It is unbiased for
+        a loss that is linear in log q(z|x). Without `detach`, the score is included.
         """
         if type(self).detach is PosteriorDistribution.detach:
             return self.transform_and_log_prob(noise)
