@@ -37,7 +37,7 @@ def test_every_experiment_builds(experiment: str, config) -> None:
 @pytest.mark.proof
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains(experiment: str, config, tmp_path: Path) -> None:
-    composed = config(f"experiment={experiment}", *BRIEF)
+    composed = config(f"experiment={experiment}", *BRIEF, "data.batch_size=4")  # 50 samples of each take memory
     metrics = train(composed, tmp_path / "run")
     assert metrics["steps"] == 2
     assert metrics["checkpoint"] == ("last" if is_tutorial(composed) else "best")
