@@ -1,0 +1,46 @@
+"""FashionMNIST (Xiao et al. 2017) from Debian's package dataset-fashion-mnist, without a download.
+
+    sudo apt install dataset-fashion-mnist
+    PYTHONPATH=benchmarks python train.py data._target_=fashion.DebianFashionMNIST data.name=FashionMNIST
+
+The package has the images of torchvision's FashionMNIST, compressed again, so that their checksums differ.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vae_lightning.data.mnist import MNISTDataModule
+from vae_lightning.data.module import DataError, Labelled
+
+DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
+
+
+class DebianFashionMNIST(MNISTDataModule):
+    """FashionMNIST from the files of the package."""
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        train, test = (
+            (idx_file(f"{split}-images-idx3-ubyte.gz").unsqueeze(1), idx_file(f"{split}-labels-idx1-ubyte.gz").long())
+            for split in ("train", "t10k")
+        )
+        return train, test
+
+    @property
+    def dataset(self) -> str:
+        return "FashionMNIST"
+
+
+def idx_file(name: str) -> Tensor:
+    """Read a compressed IDX file of bytes: a header of four bytes, a size of four bytes per axis, and the values."""
+    path = DIRECTORY / name
+    if not path.exists():
+        raise DataError(f"{path}: no such file; install the Debian package dataset-fashion-mnist")
+    content = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
+    axes = int(content[3])
+    sizes = [int.from_bytes(bytes(content[4 + 4 * axis : 8 + 4 * axis].tolist()), "big") for axis in range(axes)]
+    return content[4 + 4 * axes :].reshape(sizes)
