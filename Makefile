@@ -14,10 +14,10 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test tests versions proof audit lint types reproduce published benchmark docs tensorboard new clean
+.PHONY: help setup train test tests versions proof audit lint types reproduce published release-models benchmark docs tensorboard new clean
 
 help:  ## list all targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## build .venv with the pinned versions, once
 
@@ -60,8 +60,11 @@ types: $(STAMP)  ## check types with mypy
 reproduce: $(STAMP)  ## train the systems of tutorials and write docs/results.md (20 minutes on two cores)
 	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
-published: $(STAMP)  ## train the systems of papers and write docs/published.md (5 hours on two cores)
+published: $(STAMP)  ## train the systems of papers and write docs/published.md; ARGS="--jobs 2" for two at a time
 	@$(BIN)/python benchmarks/published.py $(ARGS)
+
+release-models: $(STAMP)  ## pack the three best models of docs/published.md into dist/models/
+	@$(BIN)/python scripts/release_models.py
 
 benchmark: $(STAMP)  ## compare the time per epoch with other implementations (30 minutes)
 	@$(BIN)/python benchmarks/speed.py $(ARGS)

@@ -18,6 +18,7 @@ DROPPED = [
     *("docs/index.md", "docs/guides/project.md"),
     *("benchmarks", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "conf/experiment", "docs/results.md"),
     *("docs/published.md", "docs/speed.md", "docs/pictures", "tests/test_experiments.py", "tests/test_readme.py"),
+    *("docs/published.json", "docs/speed_cpu.json", "docs/growth.json"),
     *("tests/test_new_project.py", "scripts", "zensical.toml", "docs/configuration.md", "docs/site.css"),
     *("tests/test_docs.py", ".github/workflows/docs.yml", ".github/ISSUE_TEMPLATE"),
     ".github/pull_request_template.md",
@@ -25,6 +26,7 @@ DROPPED = [
 TARGETS = (
     "reproduce",
     "published",
+    "release-models",
     "benchmark",
     "docs",
     "new",
