@@ -155,7 +155,7 @@ class Result:
             f"{head} {bold}{self.nll:.2f} ± {self.mean('test/nll_stderr'):.2f}{bold} | {len(runs)}{spread} "
             f"| {rate + distortion:.2f} | {rate:.2f} | {distortion:.2f} "
             f"| {self.mean('test/active_units'):.0f} of {runs[0]['latent_dim']} "
-            f"| {self.mean('epochs'):.0f} | {self.mean('minutes'):.0f} | `{row.words}` |"
+            f"| {self.mean('epochs'):.0f} | {self.mean('minutes'):.0f} | `{runs[0]['words']}` |"
         )
 
 
@@ -202,6 +202,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time; more than one: a thread each")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: should be at least 1")
     overrides = [word for word in options.words if "=" in word]
     names = [word for word in options.words if "=" not in word] or [row.name for row in ROWS if not row.needs_gpu]
     if unknown := set(names) - {row.name for row in ROWS}:
