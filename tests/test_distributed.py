@@ -70,7 +70,8 @@ def same(one: Path, two: Path) -> None:
         assert torch.allclose(value, weights_two[name], atol=2e-4), name
 
 
-@pytest.mark.parametrize("words", [WORDS, pytest.param(CONDITIONAL, marks=pytest.mark.proof, id="conditional")])
+@pytest.mark.proof
+@pytest.mark.parametrize("words", [WORDS, CONDITIONAL], ids=["vamp", "conditional"])
 def test_two_processes_equal_one_with_twice_the_batch_size(words: list[str], command, tmp_path: Path) -> None:
     two = run(tmp_path / "two", *TWO, base=words)
     assert command(*words, "data.batch_size=100", "hydra.run.dir=one").code == 0

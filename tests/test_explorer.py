@@ -144,6 +144,7 @@ def request(url: str, body: str | None = None, **headers: str) -> tuple[int, byt
         return error.code, error.read()
 
 
+@pytest.mark.parametrize("served", [["trainer.limit_train_batches=2"]], indirect=True)
 def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str, script, tmp_path: Path) -> None:
     assert request(f"{served}/")[0] == 200
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')

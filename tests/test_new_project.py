@@ -34,7 +34,7 @@ def run(copy: Path, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True)
 
 
-def test_a_new_project_trains_under_its_own_name(copy: Path) -> None:
+def test_a_new_project_has_its_own_name(copy: Path) -> None:
     made = make_new(copy, "shape_study")
     assert made.returncode == 0, made.stderr
     for command in (["check", "."], ["format", "--check", "."]):
@@ -42,14 +42,14 @@ def test_a_new_project_trains_under_its_own_name(copy: Path) -> None:
         assert linted.returncode == 0, linted.stdout
     left = [path for path in copy.rglob("*") if path.is_file() and path.suffix in (".py", ".yaml", ".toml", ".md")]
     assert [path for path in left if "vae_lightning" in path.read_text()] == []
-    trained = run(copy, "train.py", *BRIEF, "model.backbone.hidden=[8]", "trainer.accelerator=cpu")
-    assert trained.returncode == 0, trained.stderr
-    assert list(copy.glob("outputs/vae/*/metrics.json"))
 
 
 @pytest.mark.proof
-def test_all_tests_of_a_new_project_pass(copy: Path) -> None:
+def test_a_new_project_trains_and_passes_all_its_tests(copy: Path) -> None:
     assert make_new(copy, "shape_study").returncode == 0
+    trained = run(copy, "train.py", *BRIEF, "model.backbone.hidden=[8]", "trainer.accelerator=cpu")
+    assert trained.returncode == 0, trained.stderr
+    assert list(copy.glob("outputs/vae/*/metrics.json"))
     tested = run(copy, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider")
     assert tested.returncode == 0, tested.stdout[-3000:]
 

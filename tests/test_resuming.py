@@ -126,7 +126,7 @@ EMA = [
 @pytest.mark.parametrize(
     ("overrides", "kills"),
     [
-        pytest.param(VAMP, 3, id="few"),
+        pytest.param(VAMP, 2, id="few"),
         pytest.param(VAMP, 20, id="vamp", marks=pytest.mark.proof),
         pytest.param(LIGHTNING, 20, id="lightning", marks=pytest.mark.proof),
         pytest.param(EMA, 20, id="ema", marks=pytest.mark.proof),
