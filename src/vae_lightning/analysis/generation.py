@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed, check_arguments
-from vae_lightning.models.latents import arc, by_activity, line, principal_directions
+from vae_lightning.models.latents import arc, by_activity, line, moments, principal_directions
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import Run, open_run
 
@@ -291,7 +291,7 @@ def first_of_each_digit(run: Run) -> list[int]:
 def latent_center_and_deviation(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of `codes`."""
     if isinstance(run.model, VAE):
-        return run.model.prior_moments()
+        return moments(run.model.prior(run.model.encode))
     return codes.mean(dim=0), codes.std(dim=0)
 
 

@@ -1,8 +1,9 @@
-"""Paths and directions in latent space: pure functions on latents `[..., latent_dim]`."""
+"""Paths, directions and moments in latent space: pure functions on latents `[..., latent_dim]`."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributions as td
 from torch import Tensor
 
 
@@ -48,3 +49,15 @@ def principal_directions(means: Tensor) -> tuple[Tensor, Tensor]:
 def by_activity(means: Tensor) -> list[int]:
     """Return the latent dimensions sorted by Var_x(E_q[z]), largest first, from posterior means `[n, d]`."""
     return means.var(dim=0).argsort(descending=True).tolist()
+
+
+@torch.no_grad()
+def moments(p: td.Distribution) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each dimension, `[latent_dim]`; without a formula, of 10,000 samples."""
+    try:
+        return p.mean.detach(), p.stddev.detach()
+    except NotImplementedError:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            z = p.sample((10_000,))
+        return z.mean(dim=0), z.std(dim=0)

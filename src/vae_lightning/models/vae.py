@@ -180,18 +180,6 @@ class VAE(ImageModel):
         labels = torch.arange(n) % self.classes if y is None and self.classes else y
         return self.decode(self.prior(self.encode, temperature).sample((n,)), labels).mean
 
-    @torch.no_grad()
-    def prior_moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the prior, `[latent_dim]` each; if unknown, of 10,000 samples."""
-        p = self.prior(self.encode)
-        try:
-            return p.mean, p.stddev
-        except NotImplementedError:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(0)
-                z = p.sample((10_000,))
-            return z.mean(dim=0), z.std(dim=0)
-
 
 class Objective(ABC):
     """The loss of a VAE; objectives.py has the subclasses."""

@@ -20,6 +20,7 @@ from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
+from vae_lightning.models.latents import moments
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
@@ -232,7 +233,7 @@ class Figures(Callback):
             codes = module.all_codes(images[:10_000], labels[:10_000])
             pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
             if isinstance(module, VAE):
-                center, spread = module.prior_moments()
+                center, spread = moments(module.prior(module.encode))
                 pictures["manifold"] = figures.manifold_grid(
                     lambda z, y: module.pictures(center + spread * z.to(center.device), y),
                     steps=10 if module.classes else 20,
