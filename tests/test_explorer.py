@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, ROOT
+from conftest import BRIEF, ROOT, composed
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -39,13 +39,20 @@ def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
     return process, line.split()[0]
 
 
-@pytest.fixture
-def served(request: pytest.FixtureRequest, config, tmp_path: Path) -> Iterator[str]:
-    """Serve a small run, trained with the words of an indirect parameter; yield the address."""
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run, trained with the words of an indirect parameter."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1"]
     words = ["model.latent_dim=3", "model.backbone.hidden=[64]", "figures.every=0", *limits]
-    train(config(*words, *getattr(request, "param", []), "trainer.limit_test_batches=1"), tmp_path / "run")
-    process, address = start(tmp_path / "run")
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    train(composed(*words, *getattr(request, "param", []), "trainer.limit_test_batches=1"), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(trained: Path) -> Iterator[str]:
+    """Serve the run; yield the address."""
+    process, address = start(trained)
     yield address
     process.terminate()
     process.communicate(timeout=20)
@@ -117,7 +124,7 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
 
 @pytest.mark.proof
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-@pytest.mark.parametrize("served", [["model.conditional=true"]], indirect=True)
+@pytest.mark.parametrize("trained", [["model.conditional=true"]], indirect=True)
 def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
     browser.get(served)
     wait = WebDriverWait(browser, 20)
@@ -144,8 +151,7 @@ def request(url: str, body: str | None = None, **headers: str) -> tuple[int, byt
         return error.code, error.read()
 
 
-@pytest.mark.parametrize("served", [["trainer.limit_train_batches=2"]], indirect=True)
-def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str, script, tmp_path: Path) -> None:
+def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str, trained: Path, script) -> None:
     assert request(f"{served}/")[0] == 200
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
     assert (status, len(image)) == (200, 784)
@@ -173,10 +179,10 @@ def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str
 
     port = served.rpartition(":")[2]
     for words, line in (
-        ([f"run={tmp_path / 'run'}", f"port={port}"], "cannot listen there"),
+        ([f"run={trained}", f"port={port}"], "cannot listen there"),
         (["run=no"], "not a run directory"),
-        ([f"run={tmp_path / 'run'}", "port=99999"], "port=99999: should be less than or equal to 65535"),
-        ([f"run={tmp_path / 'run'}", "host=.."], "host=.. port=8000: cannot listen there"),
+        ([f"run={trained}", "port=99999"], "port=99999: should be less than or equal to 65535"),
+        ([f"run={trained}", "host=.."], "host=.. port=8000: cannot listen there"),
     ):
         refused = script("explore.py", *words)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
