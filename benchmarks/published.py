@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 from reproduce import ROOT, machine, write_between
 
@@ -54,6 +55,13 @@ class Row:
 
     def directory(self, seed: int) -> Path:
         return RUNS / f"{self.name}_{seed}"
+
+    @property
+    def settings(self) -> str:
+        """What the experiment sets, so that a recorded result is known to be of these settings."""
+        experiment = self.words.split()[0].partition("=")[2]
+        settings = yaml.safe_load((ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text())
+        return json.dumps({key: settings[key] for key in ("defaults", "model", "data", "trainer")})
 
 
 GATED = "experiment=gated_40"
@@ -106,6 +114,8 @@ def make(row: Row, seed: int, overrides: list[str], threads: int | None) -> dict
     keys = ("test/nll", "test/nll_stderr", "test/kl", "test/reconstruction", "test/active_units", "samples")
     return {
         "words": " ".join([*row.words.split(), *overrides]),
+        "settings": row.settings,
+        "data": row.data,
         "machine": machine(found["environment"]),
         "latent_dim": found["metrics"]["latent_dim"],
         "epochs": found["metrics"]["epochs"],
@@ -116,11 +126,13 @@ def make(row: Row, seed: int, overrides: list[str], threads: int | None) -> dict
 def read_results() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the recorded results of each row by seed, without those of other settings than the row's."""
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    words = {row.name: row.words for row in ROWS}
+
+    def belongs(row: Row, result: dict[str, Any]) -> bool:
+        return result["words"].startswith(row.words) and result["settings"] == row.settings
+
     return {
-        name: {seed: result for seed, result in runs.items() if result["words"].startswith(words[name])}
-        for name, runs in recorded.items()
-        if name in words
+        row.name: {seed: result for seed, result in recorded.get(row.name, {}).items() if belongs(row, result)}
+        for row in ROWS
     }
 
 
@@ -222,7 +234,7 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         threads = 1 if options.jobs > 1 else None
         chosen = [row for row in ROWS if row.name in names and not options.table]
-        missing = [(row, seed) for row in chosen for seed in row.seeds if str(seed) not in recorded.get(row.name, {})]
+        missing = [(row, seed) for row in chosen for seed in row.seeds if str(seed) not in recorded[row.name]]
         missing.sort(key=lambda run: run[0].seeds.index(run[1]))  # one run of each row comes before further seeds
         jobs = {pool.submit(make, row, seed, overrides, threads): (row, seed) for row, seed in missing}
         for job in as_completed(jobs):
@@ -233,9 +245,9 @@ def main() -> int:
                 print(f"{row.name}, seed {seed}: {error}; see {log}", file=sys.stderr)
             else:
                 recorded = read_results()  # again: another process may have finished a row
-                recorded.setdefault(row.name, {})[str(seed)] = job.result()
+                recorded[row.name][str(seed)] = job.result()
                 RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
-    results = [Result(row, list(recorded.get(row.name, {}).values())) for row in ROWS]
+    results = [Result(row, list(recorded[row.name].values())) for row in ROWS]
     write_tables(results)
     return int(failed or any(result.missed for result in results))
 

@@ -27,28 +27,28 @@ def best_runs() -> list[str]:
         f"{row}_{seed}": result["test/nll"]
         for row, runs in recorded.items()
         for seed, result in [min(runs.items(), key=lambda item: item[1]["test/nll"])]
-        if "fashion" not in row
+        if result["data"] == "MNIST"
     }
     return sorted(best, key=lambda name: best[name])[:MANY]
 
 
 def pack(name: str) -> Path:
-    """Write the archive of a run. Exits with a message if the run is not on this machine."""
+    """Write the archive of a run and return its path."""
     archive = TARGET / f"{name}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for file in FILES:
-            path = RUNS / name / file
-            if not path.exists():
-                sys.exit(
-                    f"{path}: no such file; train it with python benchmarks/published.py {name.rpartition('_')[0]}"
-                )
-            tar.add(path, f"{name}/{file}")
+            tar.add(RUNS / name / file, f"{name}/{file}")
     return archive
 
 
 def main() -> None:
+    names = best_runs()
+    for path in (RUNS / name / file for name in names for file in FILES):
+        if not path.exists():
+            row = path.relative_to(RUNS).parts[0].rpartition("_")[0]
+            sys.exit(f"{path}: no such file; train it with python benchmarks/published.py {row}")
     TARGET.mkdir(parents=True, exist_ok=True)
-    archives = [pack(name) for name in best_runs()]
+    archives = [pack(name) for name in names]
     sums = [f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}" for archive in archives]
     (TARGET / "SHA256SUMS").write_text("\n".join(sums) + "\n")
     for archive, line in zip(archives, sums, strict=True):
