@@ -221,7 +221,7 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="rows, or overrides of train.py")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time; more than one: a thread each")
     parser.add_argument("--table", action="store_true", help="train nothing")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # rows and overrides on both sides of --jobs
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: should be at least 1")
     overrides = [word for word in options.words if "=" in word]
