@@ -9,6 +9,8 @@ The package has the images of torchvision's FashionMNIST, compressed again, so t
 from __future__ import annotations
 
 import gzip
+import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -40,7 +42,9 @@ def idx_file(name: str) -> Tensor:
     path = DIRECTORY / name
     if not path.exists():
         raise DataError(f"{path}: no such file; install the Debian package dataset-fashion-mnist")
-    content = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    axes = int(content[3])
-    sizes = [int.from_bytes(bytes(content[4 + 4 * axis : 8 + 4 * axis].tolist()), "big") for axis in range(axes)]
-    return content[4 + 4 * axes :].reshape(sizes)
+    try:
+        content = gzip.decompress(path.read_bytes())
+        sizes = struct.unpack_from(f">{content[3]}I", content, 4)
+        return torch.frombuffer(bytearray(content[4 + 4 * len(sizes) :]), dtype=torch.uint8).reshape(sizes)
+    except (OSError, EOFError, zlib.error, IndexError, struct.error, RuntimeError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
