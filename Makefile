@@ -64,7 +64,7 @@ published: $(STAMP)  ## train the systems of papers and write docs/published.md;
 	@$(BIN)/python benchmarks/published.py $(ARGS)
 
 release-models: $(STAMP)  ## pack the three best models of docs/published.md into dist/models/
-	@$(BIN)/python scripts/release_models.py
+	@$(BIN)/python benchmarks/release_models.py
 
 benchmark: $(STAMP)  ## compare the time per epoch with other implementations (30 minutes)
 	@$(BIN)/python benchmarks/speed.py $(ARGS)

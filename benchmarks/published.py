@@ -1,21 +1,19 @@
 """Train systems of papers that print log likelihoods, estimate them in the same way, and write docs/published.md.
 
     python benchmarks/published.py                              # all rows, one after the other
-    python benchmarks/published.py --jobs 2                     # two at a time, with one thread each: fastest
+    python benchmarks/published.py --jobs 2                     # two at a time: fastest on two cores
     python benchmarks/published.py davidson_2 burda_vae         # only these rows
     python benchmarks/published.py --table                      # only write the tables, from docs/published.json
-    python benchmarks/published.py residual_iwae trainer.accelerator=gpu        # overrides apply to every run
 
-The runs are in outputs/published/, and their results in docs/published.json, from which the tables are written. The
-same command resumes a run that was stopped, and does not repeat a finished one, so rows can be made in any order.
-Training does not use the test set (`test=false`): a run reads it once, in its evaluation. Exits with 1 if a row misses
-the value that it must reach.
+The runs are in outputs/published/, with one thread each, and their results in docs/published.json, from which the
+tables are written. The same command resumes a run that was stopped, and does not repeat a finished one, so rows can be
+made in any order. Training does not use the test set (`test=false`): a run reads it once, in its evaluation. Exits with
+1 if a run failed, or if a row misses the value that it must reach.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -32,13 +30,14 @@ from matplotlib.figure import Figure
 from reproduce import ROOT, machine, write_between
 
 from vae_lightning import figures
+from vae_lightning.config import UserError
+from vae_lightning.files import read_json, write_json
 
 RUNS = ROOT / "outputs" / "published"
 PAGE, RESULTS = ROOT / "docs" / "published.md", ROOT / "docs" / "published.json"
 START, END = "<!-- published: written by make published -->", "<!-- end of published -->"  # around the tables
 SAMPLES = 5_000  # importance samples per image
-FILES = ("environment", "metrics", "evaluation")  # of a run
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+VALUES = ("test/nll", "test/nll_stderr", "test/kl", "test/reconstruction", "test/active_units", "data")
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ class Row:
         return RUNS / f"{self.name}_{seed}"
 
     @property
-    def settings(self) -> str:
-        """What the experiment sets, so that a recorded result is known to be of these settings."""
+    def settings(self) -> dict[str, Any]:
+        """What the file of the experiment sets, so that a recorded result is known to be of these settings."""
         experiment = self.words.split()[0].partition("=")[2]
         settings = yaml.safe_load((ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text())
-        return json.dumps({key: settings[key] for key in ("defaults", "model", "data", "trainer")})
+        return {key: settings[key] for key in ("defaults", "model", "data", "trainer")}
 
 
 GATED = "experiment=gated_40"
@@ -84,56 +83,44 @@ ROWS = [
     Row("gated_vamp", f"{GATED} model/prior=vamp", 82.43, 83.9),
     Row("gated_flow", f"{GATED} model/prior=flow", 82.09, 82.0, (0, 1, 2)),
     Row("gated_flow_flow", f"{GATED} model/prior=flow model/posterior=flow", 82.09, 81.6),
-    Row("residual_iwae", "experiment=residual_iwae", 81.08, 81.08, needs_gpu=True),
+    Row("residual_iwae", "experiment=residual_iwae", None, 81.08, needs_gpu=True),
     Row("fashion_normal", f"{GATED} model.objective.kl=path {FASHION}", 228.70, data="FashionMNIST"),
     Row("fashion_vamp", f"{GATED} model/prior=vamp {FASHION}", 227.35, data="FashionMNIST"),
     Row("fashion_flow", f"{GATED} model/prior=flow {FASHION}", 226.75, data="FashionMNIST"),
 ]
 
 
-def make(row: Row, seed: int, overrides: list[str], threads: int | None) -> dict[str, Any]:
+def make(row: Row, seed: int) -> dict[str, Any]:
     """Train and evaluate one run, as far as it is not done, and return its result. Raises CalledProcessError."""
-    directory = row.directory(seed)
+    directory, settings = row.directory(seed), row.settings
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path} | {name: str(threads) for name in THREADS if threads}
-    words = [*row.words.split(), f"seed={seed}", "test=false", *overrides]
-    run = [f"hydra.run.dir={directory}", "resume=auto", TRUST]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    evaluated = directory / "evaluations" / f"test_best_k{SAMPLES}_seed0.json"
     RUNS.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".log").open("a") as log:
-        evaluated = directory / "evaluations" / f"test_best_k{SAMPLES}_seed0.json"
-        steps = [["train.py", *words, *run]]
-        if not evaluated.exists():
-            steps.append(
-                ["evaluate.py", f"run={directory}", f"samples={SAMPLES}", "probes=false", "compile=true", TRUST]
-            )
-        for step in steps:
-            print(f"{row.name}, seed {seed}: {step[0]}", flush=True)
-            command = [sys.executable, *step]
+
+    def run(*words: str) -> None:
+        print(f"{row.name}, seed {seed}: {words[0]}", flush=True)
+        with directory.with_suffix(".log").open("a") as log:
+            command = [sys.executable, *words]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    found = {name: json.loads((directory / f"{name}.json").read_text()) for name in FILES}
-    keys = ("test/nll", "test/nll_stderr", "test/kl", "test/reconstruction", "test/active_units", "samples")
+
+    run("train.py", *row.words.split(), f"seed={seed}", "test=false", f"hydra.run.dir={directory}", "resume=auto")
+    if not evaluated.exists():
+        run("evaluate.py", f"run={directory}", f"samples={SAMPLES}", "probes=false", "compile=true", TRUST)
+    evaluation, metrics = read_json(evaluated), read_json(directory / "metrics.json")
     return {
-        "words": " ".join([*row.words.split(), *overrides]),
-        "settings": row.settings,
-        "data": row.data,
-        "machine": machine(found["environment"]),
-        "latent_dim": found["metrics"]["latent_dim"],
-        "epochs": found["metrics"]["epochs"],
-        "minutes": found["metrics"]["seconds"] / 60,
-    } | {key: found["evaluation"][key] for key in keys}
+        "words": row.words,
+        "settings": settings,
+        "machine": machine(read_json(directory / "environment.json")),
+        "latent_dim": metrics["latent_dim"],
+        "epochs": metrics["epochs"],
+        "minutes": metrics["seconds"] / 60,
+    } | {key: evaluation[key] for key in VALUES}
 
 
 def read_results() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the recorded results of each row by seed, without those of other settings than the row's."""
-    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-    def belongs(row: Row, result: dict[str, Any]) -> bool:
-        return result["words"].startswith(row.words) and result["settings"] == row.settings
-
-    return {
-        row.name: {seed: result for seed, result in recorded.get(row.name, {}).items() if belongs(row, result)}
-        for row in ROWS
-    }
+    """Return the recorded result of each row and seed. Raises FileError."""
+    return read_json(RESULTS) if RESULTS.exists() else {}
 
 
 @dataclass
@@ -141,10 +128,19 @@ class Result:
     """The results of a row, one for each seed."""
 
     row: Row
-    runs: list[dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, row: Row, recorded: dict[str, dict[str, dict[str, Any]]]) -> Result:
+        """Take the recorded results of a row, without those of earlier settings."""
+        runs, wanted = recorded.get(row.name, {}), (row.words, row.settings)
+        return cls(row, {seed: run for seed, run in runs.items() if (run["words"], run["settings"]) == wanted})
+
+    def values(self, key: str) -> list[Any]:
+        return [run[key] for run in self.runs.values()]
 
     def mean(self, key: str) -> float:
-        return mean(run[key] for run in self.runs)
+        return mean(self.values(key))
 
     @property
     def nll(self) -> float:
@@ -162,13 +158,13 @@ class Result:
         if not runs:
             return f"{head} not run{' (needs a GPU)' if row.needs_gpu else ' yet'} | | | | | | | | `{row.words}` |"
         bold = "**" if self.missed else ""
-        spread = f", spread {stdev(run['test/nll'] for run in runs):.2f}" if len(runs) > 1 else ""
+        spread = f", spread {stdev(self.values('test/nll')):.2f}" if len(runs) > 1 else ""
         rate, distortion = self.mean("test/kl"), self.mean("test/reconstruction")
         return (
             f"{head} {bold}{self.nll:.2f} ± {self.mean('test/nll_stderr'):.2f}{bold} | {len(runs)}{spread} "
             f"| {rate + distortion:.2f} | {rate:.2f} | {distortion:.2f} "
-            f"| {self.mean('test/active_units'):.0f} of {runs[0]['latent_dim']} "
-            f"| {self.mean('epochs'):.0f} | {self.mean('minutes'):.0f} | `{runs[0]['words']}` |"
+            f"| {self.mean('test/active_units'):.0f} of {self.values('latent_dim')[0]} "
+            f"| {self.mean('epochs'):.0f} | {self.mean('minutes'):.0f} | `{row.words}` |"
         )
 
 
@@ -206,7 +202,7 @@ def write_tables(results: list[Result]) -> None:
     lines: list[str] = []
     for data in dict.fromkeys(result.row.data for result in results):
         lines += ["", f"{data}:", "", *table([result for result in results if result.row.data == data])]
-    machines = {run["machine"] for result in results for run in result.runs}
+    machines = {name for result in results for name in result.values("machine")}
     lines += ["", f"Machine: {'; '.join(sorted(machines)) or 'none yet'}."]
     write_between(PAGE, START, END, lines)
     # Rows of two and five latents are far above the others.
@@ -218,39 +214,45 @@ def write_tables(results: list[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="rows, or overrides of train.py")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; more than one: a thread each")
+    parser.add_argument("rows", nargs="*", help="all but those that need a GPU, if none is given")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--table", action="store_true", help="train nothing")
-    options = parser.parse_intermixed_args()  # rows and overrides on both sides of --jobs
+    options = parser.parse_intermixed_args()  # rows on both sides of --jobs
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: should be at least 1")
-    overrides = [word for word in options.words if "=" in word]
-    names = [word for word in options.words if "=" not in word] or [row.name for row in ROWS if not row.needs_gpu]
+    names = options.rows or [row.name for row in ROWS if not row.needs_gpu]
     if unknown := set(names) - {row.name for row in ROWS}:
         parser.error(f"{', '.join(sorted(unknown))}: no such row. Allowed: {', '.join(row.name for row in ROWS)}")
+    read_results()  # a damaged file is reported before the training, not after it
 
     failed = False
-    recorded = read_results()
+    runs = [(row, seed) for row in ROWS if row.name in names and not options.table for seed in row.seeds]
+    runs.sort(key=lambda run: run[0].seeds.index(run[1]))  # one run of each row comes before further seeds
     with ThreadPoolExecutor(options.jobs) as pool:
-        threads = 1 if options.jobs > 1 else None
-        chosen = [row for row in ROWS if row.name in names and not options.table]
-        missing = [(row, seed) for row in chosen for seed in row.seeds if str(seed) not in recorded[row.name]]
-        missing.sort(key=lambda run: run[0].seeds.index(run[1]))  # one run of each row comes before further seeds
-        jobs = {pool.submit(make, row, seed, overrides, threads): (row, seed) for row, seed in missing}
-        for job in as_completed(jobs):
-            row, seed = jobs[job]
-            if error := job.exception():
-                failed = True
-                log = row.directory(seed).with_suffix(".log")
-                print(f"{row.name}, seed {seed}: {error}; see {log}", file=sys.stderr)
-            else:
-                recorded = read_results()  # again: another process may have finished a row
-                recorded[row.name][str(seed)] = job.result()
-                RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
-    results = [Result(row, list(recorded[row.name].values())) for row in ROWS]
+        jobs = {pool.submit(make, row, seed): (row, seed) for row, seed in runs}
+        try:
+            for job in as_completed(jobs):
+                row, seed = jobs[job]
+                if error := job.exception():
+                    failed = True
+                    log = row.directory(seed).with_suffix(".log")
+                    print(f"{row.name}, seed {seed}: {error}; see {log}", file=sys.stderr)
+                else:
+                    recorded = read_results()  # another process may have finished a row
+                    recorded.setdefault(row.name, {})[str(seed)] = job.result()
+                    write_json(RESULTS, recorded)
+        except KeyboardInterrupt:  # the running ones have received it, too
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command resumes the runs", file=sys.stderr)
+            return 130
+    recorded = read_results()
+    results = [Result.of(row, recorded) for row in ROWS]
     write_tables(results)
     return int(failed or any(result.missed for result in results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,71 @@
+"""Pack the three best runs of docs/published.json for a release: `make release-models`.
+
+    python benchmarks/release_models.py            # writes dist/models/NAME.tar.gz and dist/models/SHA256SUMS
+
+An archive has the best checkpoint, the configuration, the metrics and the evaluation of a run. After unpacking it,
+`load_run("NAME")` loads the model, and `evaluate.py run=NAME` gives the number in the table again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+from published import ROOT, ROWS, RUNS, Result, read_results
+
+from vae_lightning.config import UserError
+
+TARGET = ROOT / "dist" / "models"
+FILES = ("checkpoints/best.ckpt", "config.yaml", "metrics.json", "evaluation.json", "history.csv")
+MANY = 3
+
+
+def best_runs() -> list[Path]:
+    """Return the run with the lowest −log p(x) of each of the best rows on MNIST, the best first. Raises FileError."""
+    recorded = read_results()
+    best: dict[Path, float] = {}
+    for row in ROWS:
+        runs = Result.of(row, recorded).runs
+        if row.data == "MNIST" and runs:
+            seed, run = min(runs.items(), key=lambda item: item[1]["test/nll"])
+            best[row.directory(int(seed))] = run["test/nll"]
+    return sorted(best, key=lambda directory: best[directory])[:MANY]
+
+
+def pack(run: Path) -> Path:
+    """Write the archive of a run and return its path."""
+    archive = TARGET / f"{run.name}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in FILES:
+            tar.add(run / file, f"{run.name}/{file}", filter=anonymous)
+    return archive
+
+
+def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Leave out the user and the group."""
+    return member.replace(uid=0, gid=0, uname="", gname="")
+
+
+def main() -> None:
+    runs = best_runs()
+    for path in (run / file for run in runs for file in FILES):
+        if not path.exists():
+            row = path.relative_to(RUNS).parts[0].rpartition("_")[0]
+            raise UserError(f"{path}: no such file; train it with python benchmarks/published.py {row}")
+    shutil.rmtree(TARGET, ignore_errors=True)
+    TARGET.mkdir(parents=True)
+    archives = [pack(run) for run in runs]
+    sums = [f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}" for archive in archives]
+    (TARGET / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    for archive, line in zip(archives, sums, strict=True):
+        print(f"{line}  {archive.stat().st_size / 2**20:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
