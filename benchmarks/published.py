@@ -20,7 +20,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -170,20 +169,25 @@ class Result:
 
 def plot(results: list[Result]) -> Figure:
     """Plot −log p(x) against the minutes of one thread, one point per row, and each printed value as a line."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
+    points = [(result.mean("minutes"), result.nll) for result in results]
+    longest = max(minutes for minutes, _ in points)
     printed: dict[float, list[str]] = {}
-    for result, colour in zip(results, cycle(figures.COLOURS)):
-        axes.plot(result.mean("minutes"), result.nll, "o", color=colour, label=result.row.name, zorder=3)
+    for result, (x, y) in zip(results, points, strict=True):
+        axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt="o", color=figures.COLOURS[0], zorder=3)
+        close = [abs(minutes - x) < longest / 20 and abs(nll - y) < 0.3 for minutes, nll in points]
+        near = [other.row.name for other, is_close in zip(results, close, strict=True) if is_close]
+        if near[0] == result.row.name:  # close points share a label
+            axes.annotate(", ".join(near), (x, y), (12, 0), textcoords="offset points", va="center", fontsize=8)
         if result.row.printed:
             printed.setdefault(result.row.printed, []).append(result.row.name)
     for value, names in printed.items():
         axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
         label = f" {value:.2f} {', '.join(names)}"
         axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.4")
-    longest = max(result.mean("minutes") for result in results)
     labels = {"xlabel": "minutes of training, one thread", "ylabel": "−log p(x), nats per image"}
-    figures.finish(axes, **labels, xlim=(0, 1.05 * longest))
+    figures.finish(axes, **labels, xlim=(0, 1.2 * longest))
     return figure
 
 
