@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from vae_lightning import figures
-from vae_lightning.data.mnist import load_images
+from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.launch.cli import plain
+from vae_lightning.runs import environment
 from vae_lightning.runs.resume import run_config
 from vae_lightning.training.trainer import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
 
@@ -32,6 +34,7 @@ BRIEF = [
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
     "figures.embedded=0",
+    "figures.samples=[2,2]",
 ]
 
 
@@ -53,12 +56,24 @@ def _clean_state() -> Iterator[None]:
     logging.root.handlers[:] = handlers  # Hydra's handlers write to this test's streams and run directory
 
 
-@pytest.fixture(autouse=True)
-def _no_loss_curves(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Skip the plot of losses in most tests: it takes longer than two steps of training."""
+@pytest.fixture(autouse=True, scope="session")
+def _quick_ends_of_runs() -> Iterator[None]:
+    """Do once what each run does in the same way, and takes longer than two steps of training."""
+    checksums: dict[tuple[object, ...], dict[str, str]] = {}
+    original = MNISTDataModule.checksums
+
+    def remembered(self: MNISTDataModule) -> dict[str, str]:
+        if type(self) is not MNISTDataModule or self.pixels != "grey":
+            return original(self)
+        key = (self.dataset, self.root, *(len(x) for x in (self.train_images, self.val_images, self.test_images)))
+        if key not in checksums:
+            checksums[key] = original(self)
+        return checksums[key].copy()
+
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in ("test_figures", "test_training"):
-            patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
+        patch.setattr(MNISTDataModule, "checksums", remembered)
+        patch.setattr(environment, "describe_code", cache(environment.describe_code))
+        patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
         yield
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vae_lightning import figures
+from vae_lightning.figures import loss_curves  # the fixtures of other tests replace it in the module
 
 
 def test_reconstructions_are_below_their_originals() -> None:
@@ -64,20 +65,20 @@ def test_labels_are_spread() -> None:
 def test_loss_curves_have_one_panel_per_term_and_one_line_per_split() -> None:
     rows = [{"epoch": 1, "train/loss": 3.0, "train/kl": 1.0}, {"epoch": 2, "train/loss": 2.0, "train/kl": 1.5}]
     rows[1] |= {"val/loss": 2.5}
-    figure = figures.loss_curves(rows)
+    figure = loss_curves(rows)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "kl"]
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [2.5]]
 
 
 def test_elbo_has_a_panel_only_if_it_differs_from_the_negative_loss() -> None:
     row = {"epoch": 1, "train/loss": 3.0, "train/elbo": -3.0}
-    assert [axes.get_title() for axes in figures.loss_curves([row]).axes] == ["loss"]
-    assert [axes.get_title() for axes in figures.loss_curves([row | {"train/elbo": -2.0}]).axes] == ["loss", "elbo"]
+    assert [axes.get_title() for axes in loss_curves([row]).axes] == ["loss"]
+    assert [axes.get_title() for axes in loss_curves([row | {"train/elbo": -2.0}]).axes] == ["loss", "elbo"]
 
 
 def test_save_writes_the_format_of_the_suffix(tmp_path) -> None:
     figures.save(figures.image_grid(torch.rand(4, 1, 28, 28), 2), tmp_path / "grid.png")
-    figures.save(figures.loss_curves([{"epoch": 1, "train/loss": 1.0}]), tmp_path / "figure.png")
+    figures.save(loss_curves([{"epoch": 1, "train/loss": 1.0}]), tmp_path / "figure.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("grid.png", "figure.png"))
     figures.save(figures.image_grid(torch.rand(4, 1, 28, 28), 2), tmp_path / "grid.pdf")
     pdf = (tmp_path / "grid.pdf").read_bytes()
