@@ -197,7 +197,7 @@ def test_output_without_a_terminal_has_one_line_per_epoch(command) -> None:
 
 
 def test_a_failed_job_does_not_stop_a_sweep(command, tmp_path: Path) -> None:
-    result = command("-m", "model.latent_dim=0,2", *BRIEF)
+    result = command("-m", "model.latent_dim=0,3", *BRIEF)
     assert result.code == 2
     assert "job 0: model.latent_dim=0" in result.out
     assert result.err.splitlines()[-1].startswith("job 0 (model.latent_dim=0 ")

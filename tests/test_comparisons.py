@@ -183,7 +183,7 @@ def test_wrong_input_gets_one_clear_line(words: list[str], line: str, compare_py
 
 
 def test_evaluated_runs_get_a_picture(compare_py, config, tmp_path: Path) -> None:
-    train(config("model.latent_dim=2", "model.backbone.hidden=[16]", "data.val_size=60", *BRIEF), tmp_path / "a")
+    train(config("model.latent_dim=3", "model.backbone.hidden=[16]", "data.val_size=60", *BRIEF), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     nll = [
         evaluate_run(str(tmp_path / name), "val", samples=3, seed=seed, probes=False, accelerator="cpu")["val/nll"]

@@ -24,11 +24,6 @@ from vae_lightning.data.module import DataError
 from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
-@pytest.fixture(autouse=True)
-def _clear_cache() -> None:
-    load_images.cache_clear()
-
-
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """A copy of the data directory that a test may change."""

@@ -19,7 +19,7 @@ from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
 
 SMALL = [
     "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
-    "trainer.max_epochs=2", "figures.every=0", "figures.embedded=0",
+    "trainer.max_epochs=2", "figures.every=0", "figures.embedded=0", "figures.samples=[2,2]",
 ]  # fmt: skip
 
 
@@ -95,17 +95,17 @@ def differences(a, b, where: str = "") -> list[str]:
 )
 def test_fast_steps_give_the_same_bits(config, tmp_path: Path, lightning_steps: list[int], overrides) -> None:
     found, counts = [], []
-    for fast, together in (("false", 50), ("true", 1), ("true", 50)):
-        run = tmp_path / f"{fast}{together}"
-        train(config(*SMALL, *overrides, f"trainer.fast_loop={fast}", f"trainer.log_every_n_steps={together}"), run)
+    for fast in ("false", "true"):
+        run = tmp_path / fast
+        train(config(*SMALL, *overrides, f"trainer.fast_loop={fast}"), run)
         found.append(read_results(run))
         counts.append(len(lightning_steps))
         lightning_steps.clear()
-    for checkpoint, rows in found[1:]:
-        assert rows == found[0][1]
-        assert differences(found[0][0], checkpoint) == []
-    assert found[0][0]["global_step"] == counts[0] == counts[1] in (46, 31)
-    assert counts[2] < 10  # Lightning's hooks ran only a few times
+    (slow, slow_rows), (fast, fast_rows) = found
+    assert fast_rows == slow_rows
+    assert differences(slow, fast) == []
+    assert slow["global_step"] == counts[0] in (46, 31)
+    assert counts[1] < 10  # Lightning's hooks ran only a few times
 
 
 def deleted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,15 +128,6 @@ def test_unknown_lightning_loop_falls_back_with_one_log_line(change, caplog, mon
     assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
     (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
     assert line.startswith("trainer.fast_loop: every step runs through Lightning's own loop: ")
-
-
-def test_a_run_without_the_file_has_the_same_bits(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(config(*SMALL), tmp_path / "fast")
-    deleted(monkeypatch)
-    train(config(*SMALL), tmp_path / "deleted")
-    (fast, rows), (without, rows_without) = read_results(tmp_path / "fast"), read_results(tmp_path / "deleted")
-    assert rows == rows_without
-    assert differences(fast, without) == []
 
 
 def test_quick_step_is_for_fused_adam_without_hooks() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vae_lightning.config import flatten
 from vae_lightning.runs.resume import set_key
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "6"))  # make proof has hundreds
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2"))  # make proof has hundreds
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,

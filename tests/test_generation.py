@@ -3,12 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, DATA, Finished
+from conftest import BRIEF, DATA, Finished, composed
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -23,15 +23,23 @@ def generate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
     return partial(script, "generate.py")
 
 
-@pytest.fixture
-def directory(config, tmp_path: Path):
-    """Return `directory("model.latent_dim=2", …)`, which trains a small model and returns its run directory."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function of overrides that trains a small model once and returns its run directory."""
 
+    @cache
     def trained(*words: str) -> Path:
-        train(config("model.backbone.hidden=[16]", "figures.every=0", *words, *BRIEF), tmp_path / "run")
-        return tmp_path / "run"
+        directory = tmp_path_factory.mktemp("runs") / "run"
+        train(composed("model.backbone.hidden=[16]", "figures.every=0", *words, *BRIEF), directory)
+        return directory
 
     return trained
+
+
+@pytest.fixture
+def directory(trained, tmp_path: Path):
+    """Return `directory("model.latent_dim=2", …)`, which returns a copy of such a run."""
+    return lambda *words: Path(shutil.copytree(trained(*words), tmp_path / "run"))
 
 
 PICTURES = [
@@ -143,7 +151,7 @@ def test_nearest_training_images_are_the_nearest() -> None:
 
 
 def test_samples_depend_on_seed_and_temperature(directory) -> None:
-    run = open_run(directory("model.latent_dim=2"), "cpu")
+    run = open_run(directory("model.latent_dim=3"), "cpu")
     assert torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=3))
     assert not torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=4))
     torch.manual_seed(0)
@@ -162,7 +170,7 @@ def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
 
 
 def test_a_moved_run_finds_its_data(directory, tmp_path: Path) -> None:
-    run = directory("model.latent_dim=2", "data.pixels=threshold")
+    run = directory("model.latent_dim=3", "data.pixels=threshold")
     shutil.move(run, tmp_path / "elsewhere")
     moved = open_run(tmp_path / "elsewhere", "cpu")
     assert moved.data.pixels == "threshold"
@@ -176,7 +184,7 @@ def test_a_moved_run_finds_its_data(directory, tmp_path: Path) -> None:
 def test_user_code_needs_trust(generate_py, directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text("from vae_lightning.models.backbones import MLP as Own\n")
     monkeypatch.syspath_prepend(tmp_path)
-    run = directory("model.latent_dim=2")
+    run = directory("model.latent_dim=3")
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("vae_lightning.models.backbones.MLP", "own.Own"))
     refused = generate_py(f"run={run}", "what=samples")

@@ -202,12 +202,12 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     assert {"1_test_loss_against_model.latent_dim.png", "1_learning_curves.png", "1_rate_distortion.png"} <= pictures
     assert all(f"({name})" in markdown for name in pictures)
     assert "no picture of reconstructions" in result.out  # these runs have no checkpoints
-    for style in ("markdown", "latex", "csv"):
-        assert report_py("sweep", "to=out", f"style={style}", "metrics=[test/kl]").code == 0
+    for style in ("latex", "csv"):
+        assert report_py("sweep/MLP_2_0", "to=out", f"style={style}", "metrics=[test/kl]").code == 0
 
 
 def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_path: Path) -> None:
-    for d in (2, 5):
+    for d in (3, 5):
         train(config(f"model.latent_dim={d}", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF),
               tmp_path / "runs" / str(d))  # fmt: skip
     result = report_py("runs", "to=out")
@@ -237,15 +237,15 @@ def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report_py,
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
-    for i in range(1_000):
-        run = fake_run(tmp_path / str(i // 100) / str(i), 100.0 + i, seed=i % 5, latent_dim=1 + i // 5)
+def test_hundreds_of_runs_take_seconds(tmp_path: Path) -> None:
+    for i in range(200):
+        run = fake_run(tmp_path / str(i // 20) / str(i), 100.0 + i, seed=i % 5, latent_dim=1 + i // 5)
         (run / "history.csv").unlink()
     started = time.monotonic()
     results, broken = find_results([tmp_path])
     (table,) = tables(results)
-    assert (len(results), len(table.rows), broken) == (1_000, 200, {})
-    assert time.monotonic() - started < 30  # 2 s on two cores; a search that opened every file below would take minutes
+    assert (len(results), len(table.rows), broken) == (200, 40, {})
+    assert time.monotonic() - started < 6  # half a second on two cores
 
 
 def test_text_from_the_files_of_a_run_is_harmless(report_py, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from vae_lightning.training.train import train
 SMALL = [
     "trainer.max_epochs=3", "data.batch_size=100", "trainer.limit_train_batches=40", "trainer.limit_val_batches=2",
     "trainer.limit_test_batches=2", "figures.every=2", "figures.embedded=10", "model.backbone.hidden=[32]",
-    "trainer.enable_model_summary=false", "trainer.accelerator=auto",
+    "trainer.enable_model_summary=false", "trainer.accelerator=auto", "figures.samples=[2,2]",
 ]  # fmt: skip
 EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
 
@@ -151,7 +151,7 @@ def test_a_killed_run_has_the_same_results(tmp_path: Path, overrides: list[str],
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was not stopped."""
     directory = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    train(composed(*SMALL, signal_at("batch")), directory)
+    train(composed(*SMALL, signal_at("batch", 57)), directory)
     return directory
 
 
@@ -179,12 +179,12 @@ def signal_at(place: str, step: int = 0, name: str = "SIGTERM") -> str:
     ("at", "step", "name"),
     [
         ("batch", 57, "SIGTERM"),
-        ("batch", 33, "SIGINT"),
         ("validation", 40, "SIGTERM"),
         ("end", 0, "SIGTERM"),
         *(
             pytest.param(*case, marks=pytest.mark.proof)
             for case in (
+                ("batch", 33, "SIGINT"),
                 ("batch", 50, "SIGUSR1"),
                 ("epoch_end", 80, "SIGTERM"),
                 ("test", 0, "SIGTERM"),
@@ -287,31 +287,25 @@ def test_a_configuration_without_arguments_that_have_a_default(config, tmp_path:
     assert train(handed, tmp_path / "run", resume=True)["steps"] == 5
 
 
-def test_a_finished_run_is_extended(config, command, tmp_path: Path) -> None:
-    assert command(*SMALL, "hydra.run.dir=uninterrupted", "trainer.max_epochs=5").code == 0
-    assert command(*SMALL, "hydra.run.dir=run").code == 0
-    (tmp_path / "run" / "evaluation.json").write_text("{}")
-    assert command("resume=run", "trainer.max_epochs=5").code == 0
-    longer = read_results(tmp_path / "run")
-    longer["files"].remove("evaluation_3_epochs.json")  # the earlier evaluation is kept under another name
-    assert differences(read_results(tmp_path / "uninterrupted"), longer) == []
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert len(environment["resumed"]) == 1
-    assert len(environment["data_checksums"]["train"]) == 64
-
-
-def test_an_extended_run_that_was_stopped_keeps_its_metrics(uninterrupted: Path, command, tmp_path: Path) -> None:
+def test_a_finished_run_is_extended(uninterrupted: Path, command, tmp_path: Path) -> None:
     run = RunDirectory(shutil.copytree(uninterrupted, tmp_path / "run"))
+    run.evaluation_file.write_text("{}")
     before = json.loads(run.metrics_file.read_text())
     Signal.armed = "once"
-    assert command("resume=run", "trust=[test_resuming]", "trainer.max_epochs=4").code == 75
+    assert command("resume=run", "trust=[test_resuming]", "trainer.max_epochs=5").code == 75
     assert run.state == "unfinished"
     assert json.loads(run.metrics_file.read_text()) == before | {"unfinished": True}
     with pytest.raises(RunError, match=r"not finished, its metrics.json is of the first 3 epochs"):
         read_result(run)
     assert command("resume=run", "trust=[test_resuming]").code == 0
     assert run.state == "finished"
-    assert json.loads(run.metrics_file.read_text())["epochs"] == 4
+    longer = read_results(run.path)
+    longer["files"].remove("evaluation_3_epochs.json")  # the earlier evaluation is kept under another name
+    assert command(*SMALL, signal_at("batch", 57), "hydra.run.dir=fresh", "trainer.max_epochs=5").code == 0
+    assert differences(read_results(tmp_path / "fresh"), longer) == []
+    environment = run.read_environment()
+    assert len(environment["resumed"]) == 2
+    assert len(environment["data_checksums"]["train"]) == 64
 
 
 def test_a_run_needs_its_own_directory(command, tmp_path: Path) -> None:
@@ -326,12 +320,16 @@ def test_a_run_needs_its_own_directory(command, tmp_path: Path) -> None:
     assert command(*BRIEF, "hydra.run.dir=full").code == 0
 
 
-def test_a_moved_run_is_resumed(stopped: Path, command, tmp_path: Path) -> None:
+def test_a_run_is_resumed_in_another_place_and_with_an_earlier_clock(stopped: Path, command, tmp_path: Path) -> None:
+    (events,) = (stopped / "tensorboard").glob("events*")
+    events.rename(events.with_name(f"events.out.tfevents.4000000000.{events.name.split('.', 4)[4]}"))
     shutil.move(stopped, tmp_path / "elsewhere")
     assert command("resume=elsewhere", "trust=[test_resuming]").code == 0
     content = torch.load(tmp_path / "elsewhere" / "checkpoints" / "last.ckpt", weights_only=True)
     (best,) = [state for key, state in content["callbacks"].items() if "ModelCheckpoint" in key]
     assert best["best_model_path"] == str(tmp_path / "elsewhere" / "checkpoints" / "best.ckpt")
+    board = EventAccumulator(str(tmp_path / "elsewhere" / "tensorboard"), EVERYTHING).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
 
 
 def test_other_data_are_refused(stopped: Path, command) -> None:
@@ -343,13 +341,11 @@ def test_other_data_are_refused(stopped: Path, command) -> None:
     assert "was trained on other images" in refused.err
 
 
-def test_resume_auto_repeats_the_same_command(command, tmp_path: Path) -> None:
+def test_resume_auto_repeats_the_same_command(stopped_at_58: Path, command, tmp_path: Path) -> None:
     """A scheduler can start a command with `resume=auto` any number of times."""
-    callback = signal_at("batch", 57)
-    Signal.armed = "once"
-    words = [*SMALL, callback, "resume=auto"]
-    assert command(*words).code == 75
-    (run,) = tmp_path.glob("outputs/vae/*")
+    run = tmp_path / "outputs" / "vae" / "first"
+    shutil.copytree(stopped_at_58, run)
+    words = [*SMALL, signal_at("batch", 57), "resume=auto"]
     second = command(*words)
     assert second.code == 0
     assert second.out.splitlines()[-1] == str(run)
@@ -359,16 +355,16 @@ def test_resume_auto_repeats_the_same_command(command, tmp_path: Path) -> None:
     assert third.out.splitlines()[-1] == str(run)
     assert "finished already; nothing to do" in third.err + third.out
     assert (run / "metrics.json").stat().st_mtime_ns == before
-    assert command(*words, "model.latent_dim=3").code == 0  # another configuration is another run
+    assert command(*words, "trainer.max_epochs=1").code == 0  # another configuration is another run
     assert len(list(tmp_path.glob("outputs/vae/*"))) == 2
 
 
-def test_an_unfinished_run_is_not_overwritten(stopped: Path, command) -> None:
+def test_an_unfinished_run_is_not_overwritten(stopped: Path, uninterrupted: Path, command, tmp_path: Path) -> None:
     callback = signal_at("batch", 57)
     refused = command(*SMALL, callback, "hydra.run.dir=run")
     assert refused.code == 2
     assert f"is not finished; use resume={stopped} or resume=auto" in refused.err
-    assert command(*SMALL, callback, "hydra.run.dir=other").code == 0  # the same run, finished, beside it
+    shutil.copytree(uninterrupted, tmp_path / "other")  # the same run, finished, beside it
     assert command(*SMALL, callback, "hydra.run.dir=run", "resume=auto").code == 0
     assert (stopped / "metrics.json").exists(), "the given directory is used"
 
@@ -380,15 +376,6 @@ def test_a_run_without_checkpoint_starts_again(config, tmp_path: Path) -> None:
         train(config(*SMALL, callback), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert train(config(*SMALL, callback), tmp_path / "run", resume=True)["epochs"] == 3
-
-
-def test_a_clock_that_was_set_back(stopped: Path, command) -> None:
-    (events,) = (stopped / "tensorboard").glob("events*")
-    later = events.with_name(f"events.out.tfevents.4000000000.{events.name.split('.', 4)[4]}")
-    events.rename(later)
-    assert command("resume=run", "trust=[test_resuming]").code == 0
-    board = EventAccumulator(str(stopped / "tensorboard"), EVERYTHING).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == [39, 79, 119]
 
 
 DOZEN = [1, 1_000, 2_000, 5_000, 8_000, 16_000, 30_000, 45_000, 80_000, 100_000, 200_000, 400_000]
@@ -469,22 +456,11 @@ def test_runs_are_found_by_their_configuration(tmp_path: Path, config) -> None:
     assert find_run(moved_data | {"data": moved_data["data"] | {"batch_size": 7}}, places) is None
 
 
-def test_a_run_without_progress_in_its_checkpoint(config, stopped: Path) -> None:
-    for name in ("last", "previous"):
-        file = stopped / "checkpoints" / f"{name}.ckpt"
-        content = torch.load(file, weights_only=True)
-        del content["progress"]
-        torch.save(content, file)
-    with pytest.raises(RunError, match="could not resume"):
-        train(config(*SMALL), stopped, resume=True)
-
-
-def test_a_repeated_run_gets_the_same_numbers(command, tmp_path: Path) -> None:
-    words = [*SMALL, "model.beta=2", "hydra.run.dir=run"]
-    assert command(*words).code == 0
-    again = command("repeat=run", "hydra.run.dir=again")
+def test_a_repeated_run_gets_the_same_numbers(uninterrupted: Path, command, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    again = command("repeat=run", "hydra.run.dir=again", "trust=[test_resuming]")
     assert again.code == 0, again.err
-    assert differences(read_results(tmp_path / "run"), read_results(tmp_path / "again")) == []
+    assert differences(read_results(uninterrupted), read_results(tmp_path / "again")) == []
     for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "resume=auto")):
         assert refused.code == 2
         assert len(refused.err.splitlines()) == 1

@@ -27,6 +27,7 @@ OPTIONS = {
     "warmup_epochs": 1,
     "timeout": None,
 }
+SHORT = OPTIONS | {"trials": 6}
 
 
 class Trials:
@@ -91,28 +92,28 @@ def test_a_search_tests_only_the_best_trial(config, trials: Trials, tmp_path: Pa
 def test_a_stopped_search_is_resumed(config, trials: Trials, tmp_path: Path) -> None:
     trials.interrupts.add(4)
     with pytest.raises(Interrupted):
-        search(config(), tmp_path / "search", **OPTIONS)
-    search(config(), tmp_path / "search", **OPTIONS)
+        search(config(), tmp_path / "search", **SHORT)
+    search(config(), tmp_path / "search", **SHORT)
     assert [number for number, _ in trials.seen].count(4) == 2, "the stopped trial was resumed in its directory"
-    assert len({number for number, _ in trials.seen}) == 12
+    assert len({number for number, _ in trials.seen}) == 6
     found = json.loads((tmp_path / "search" / "search.json").read_text())["trials"]
-    assert (found["fail"], sum(found.values())) == (1, 12), "a resumed trial counts once"
+    assert (found["fail"], sum(found.values())) == (1, 6), "a resumed trial counts once"
     seen = len(trials.seen)
-    search(config(), tmp_path / "search", **OPTIONS)  # finished: no new trials
+    search(config(), tmp_path / "search", **SHORT)  # finished: no new trials
     assert len(trials.seen) == seen
-    search(config(), tmp_path / "search", **OPTIONS | {"trials": 14})  # more trials
-    assert len({number for number, _ in trials.seen}) == 14
+    search(config(), tmp_path / "search", **SHORT | {"trials": 8})  # more trials
+    assert len({number for number, _ in trials.seen}) == 8
     with pytest.raises(RunError, match=r"holds another search \(config.model.beta=1.0, not 2\)"):
-        search(config("model.beta=2"), tmp_path / "search", **OPTIONS)
+        search(config("model.beta=2"), tmp_path / "search", **SHORT)
 
 
 def test_a_killed_trial_is_resumed_by_the_same_command(config, trials: Trials, tmp_path: Path) -> None:
     trials.interrupts.add(4)
     trials.interruption = JobError("killed by SIGKILL", interrupted=True)
     for times in (1, 2):
-        search(config(), tmp_path / "search", **OPTIONS)
+        search(config(), tmp_path / "search", **SHORT)
         assert [number for number, tested in trials.seen if not tested].count(4) == times
-    assert len({number for number, _ in trials.seen}) == 12
+    assert len({number for number, _ in trials.seen}) == 6
 
 
 def test_two_stopped_trials_are_resumed_side_by_side(config, trials: Trials, tmp_path: Path) -> None:

@@ -84,15 +84,15 @@ def test_each_failed_job_has_its_own_reason(command, tmp_path: Path) -> None:
 
 
 def test_a_job_whose_directory_is_taken_gets_another(command, tmp_path: Path) -> None:
-    assert command("-m", "model.latent_dim=2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
-    assert command("-m", "model.latent_dim=3,2", "hydra.sweep.dir=sweep", *BRIEF).code == 0
+    assert command("-m", "model.latent_dim=4", "hydra.sweep.dir=sweep", *BRIEF).code == 0
+    assert command("-m", "model.latent_dim=3,4", "hydra.sweep.dir=sweep", *BRIEF).code == 0
     assert sorted(path.name for path in (tmp_path / "sweep").glob("[0-9]*")) == ["0", "0_2"]
-    assert finished(tmp_path / "sweep") == [2, 3]
+    assert finished(tmp_path / "sweep") == [3, 4]
 
 
 def test_resume_auto_finds_the_jobs_of_an_earlier_sweep(command, tmp_path: Path) -> None:
     for _ in range(2):
-        assert command("-m", "model.latent_dim=2,3", "resume=auto", *BRIEF).code == 0
+        assert command("-m", "model.latent_dim=3,4", "resume=auto", *BRIEF).code == 0
     assert len(list(tmp_path.glob("outputs/sweeps/*/*/metrics.json"))) == 2
 
 

@@ -10,13 +10,18 @@ from conftest import BRIEF, DATA
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vae_lightning import figures
 from vae_lightning.config import ConfigError
 from vae_lightning.data.mnist import MNISTDataModule, load_images
+from vae_lightning.figures import loss_curves
 from vae_lightning.models.vae import VAE
 from vae_lightning.training.callbacks import TrainingError
 from vae_lightning.training.train import train
 
-QUICK = ["trainer.limit_train_batches=5", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2"]
+QUICK = [
+    *("trainer.limit_train_batches=5", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2"),
+    *("model.backbone.hidden=[16]", "figures.embedded=0", "figures.samples=[2,2]"),
+]
 
 
 def events(directory: Path) -> EventAccumulator:
@@ -37,9 +42,11 @@ def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
     assert metrics["steps"] == math.ceil(60_000 / 128)
 
 
-def test_the_run_directory_is_complete(config, tmp_path: Path) -> None:
+def test_the_run_directory_is_complete(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "loss_curves", loss_curves)  # without the short cut of conftest.py
     directory = tmp_path / "run"
     overrides = ["model.latent_dim=2", "trainer.max_epochs=2", "figures.every=1", "figures.points=[[0.5, 0]]", *QUICK]
+    overrides += ["figures.embedded=1000", "figures.samples=[8,8]"]
     composed = config(*overrides)
     returned = train(composed, directory)
 
@@ -122,7 +129,7 @@ def test_health_is_logged_each_epoch_with_one_warning_of_a_collapse(config, tmp_
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_warm_up_follows_the_epochs(accumulated: int, config, tmp_path: Path) -> None:
     overrides = ["model.objective.warmup_epochs=4", "trainer.max_epochs=2", *QUICK]
-    overrides += [f"trainer.accumulate_grad_batches={accumulated}"]
+    overrides += [f"trainer.accumulate_grad_batches={accumulated}", "model.backbone.hidden=[400,400]"]
     train(config(*overrides), tmp_path / "run")
     with (tmp_path / "run" / "history.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -178,13 +185,14 @@ def test_the_same_seed_gives_the_same_bits(config, tmp_path: Path) -> None:
 
 def test_options_of_lightnings_trainer(config, tmp_path: Path) -> None:
     early_stopping = "_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, stopping_threshold: 1e9"
-    stop = f"trainer.callbacks=[{{{early_stopping}}}]"
-    metrics = train(config("trainer.max_epochs=9", "trainer.precision=bf16-mixed", stop, *QUICK), tmp_path / "stopped")
+    words = [f"trainer.callbacks=[{{{early_stopping}}}]", "trainer.gradient_clip_val=1e-6"]
+    metrics = train(
+        config("trainer.max_epochs=9", "trainer.precision=bf16-mixed", *words, *QUICK), tmp_path / "stopped"
+    )
     assert metrics["epochs"] == 1
     metrics = train(config("trainer.max_steps=7", "trainer.enable_checkpointing=false", *QUICK), tmp_path / "steps")
     assert (metrics["steps"], metrics["checkpoint"]) == (7, "last")
     assert not (tmp_path / "steps" / "checkpoints").exists()
-    train(config("trainer.fast_dev_run=true"), tmp_path / "dev")
 
 
 def checkpoint(directory: Path, name: str) -> dict:
@@ -205,11 +213,6 @@ def test_a_run_too_short_for_a_validation_is_saved(words: str, config, tmp_path:
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_clipping_works_with_mixed_precision(config, tmp_path: Path) -> None:
-    overrides = ["trainer.gradient_clip_val=1e-6", "trainer.precision=bf16-mixed", *BRIEF]
-    assert train(config(*overrides), tmp_path / "clipped")["steps"] == 2
-
-
 def test_overfit_batches_are_the_same_each_epoch(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, step = [], VAE.training_step
 
@@ -218,7 +221,7 @@ def test_overfit_batches_are_the_same_each_epoch(config, tmp_path: Path, monkeyp
         return step(self, batch, i)
 
     monkeypatch.setattr(VAE, "training_step", noted)
-    train(config("trainer.max_epochs=3", "trainer.overfit_batches=1"), tmp_path / "run")
+    train(config("trainer.max_epochs=3", "trainer.overfit_batches=1", *QUICK[2:]), tmp_path / "run")
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
 
@@ -226,7 +229,6 @@ def test_overfit_batches_are_the_same_each_epoch(config, tmp_path: Path, monkeyp
 def test_a_run_without_test_batches(config, tmp_path: Path) -> None:
     metrics = train(config(*BRIEF, "trainer.limit_test_batches=0"), tmp_path / "run")
     assert "test/loss" not in metrics
-    assert (tmp_path / "run" / "figures" / "loss_curves.png").exists()
 
 
 def test_non_finite_weights_after_the_last_step_stop_the_run(config, tmp_path: Path) -> None:
@@ -244,30 +246,22 @@ def test_divergence_is_an_error_of_one_line(config, tmp_path: Path) -> None:
     assert metrics["test/loss"] > 1e6, "huge and finite: Health has a KL for which there is no histogram"
 
 
-@pytest.mark.parametrize("broken", ["kl", "reconstruction"])
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
-    broken: str, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(config, tmp_path: Path, monkeypatch) -> None:
     elbo, calls = VAE.elbo, 0
 
     def fails(self: VAE, *arguments) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += self.training
         terms = elbo(self, *arguments)
-        return terms | {name: terms[name] * math.nan for name in (broken, "loss")} if calls == 8 else terms
+        return terms | {name: terms[name] * math.nan for name in ("kl", "loss")} if calls == 8 else terms
 
     monkeypatch.setattr(VAE, "elbo", fails)
     directory = tmp_path / "run"
-    with pytest.raises(TrainingError, match=rf"train/{broken} became NaN or infinite at step 8 \(epoch 2\)") as error:
+    with pytest.raises(TrainingError, match=r"train/kl became NaN or infinite at step 8 \(epoch 2\)") as error:
         train(config("trainer.max_epochs=4", *QUICK), directory)
     assert str(directory / "checkpoints" / "last.ckpt") in str(error.value)
     assert all(value.isfinite().all() for value in weights(directory).values())
     assert not (directory / "metrics.json").exists()
-
-
-def test_a_loss_that_overflows_stops_the_run(config, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="became NaN or infinite at step 2"):
-        train(config("model.learning_rate=1e30", *BRIEF), tmp_path / "run")
 
 
 def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,5 +288,6 @@ def test_a_checkpoint_is_not_used_under_another_protocol(config, tmp_path: Path)
 
 def test_denormal_numbers_are_flushed_to_zero(config, tmp_path: Path) -> None:
     """Without flushing, training this model on a CPU becomes five times slower."""
+    torch.set_flush_denormal(False)  # an earlier run in this process has switched it on
     train(config("model=autoencoder", *BRIEF), tmp_path / "run")
     assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
