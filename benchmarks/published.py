@@ -176,7 +176,7 @@ def plot(results: list[Result]) -> Figure:
     printed: dict[float, list[str]] = {}
     for result, (x, y) in zip(results, points, strict=True):
         axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt="o", color=figures.COLOURS[0], zorder=3)
-        close = [abs(minutes - x) < longest / 20 and abs(nll - y) < 0.3 for minutes, nll in points]
+        close = [abs(minutes - x) < longest / 10 and abs(nll - y) < 0.3 for minutes, nll in points]
         near = [other.row.name for other, is_close in zip(results, close, strict=True) if is_close]
         if near[0] == result.row.name:  # close points share a label
             axes.annotate(", ".join(near), (x, y), (12, 0), textcoords="offset points", va="center", fontsize=8)
