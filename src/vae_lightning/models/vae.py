@@ -105,8 +105,10 @@ class VAE(ImageModel):
         """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z per image.
 
         loss = reconstruction + β · warm-up · kl, where the KL of each dimension counts at least `free_bits` nats.
-        Without a closed form, or with `kl="path"`, the KL is log q(z|x) − log p(z) at the sample, and its gradient the
-        path derivative; with `"monte_carlo"` the complete one. Raises ConfigError for free bits without a closed form.
+        Without a closed form, or with `kl="path"`, the KL is log q(z|x) − log p(z) at the sample. Its gradient is the
+        path derivative, or with `"monte_carlo"` the complete one.
+
+        Raises ConfigError for free bits without a closed form.
         """
         x = self.images(x)
         q = self.encode(x, labels)
