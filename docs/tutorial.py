@@ -7,8 +7,8 @@
 # %% [markdown]
 # # What a variational autoencoder learns
 #
-# This tutorial trains variational autoencoders on MNIST and shows what they learn: how the latent dimension matters,
-# the two terms of the ELBO, the latent space, and samples.
+# This tutorial trains variational autoencoders on MNIST. It shows the effect of the latent dimension, the two terms of
+# the ELBO, the latent space, and samples.
 #
 # An autoencoder encodes an image as a few numbers, the latent vector z, and decodes the image from z. A *variational*
 # autoencoder (Kingma & Welling 2014) turns this into a generative model: draw z from a prior p(z), then draw an image
@@ -80,9 +80,9 @@ autoencoder = open_run(HERE / "autoencoder_2", "cpu")
 # %% [markdown]
 # ## The latent dimension
 #
-# The first test image of each digit, and its reconstructions. Two dimensions encode the digit and its slant, 20 encode
-# nearly everything. 200 are no better than 20, because a VAE does not use dimensions whose KL costs more than they
-# gain.
+# The figure shows the first test image of each digit and its reconstructions. Two dimensions encode the digit and its
+# slant, 20 encode nearly everything. 200 are no better than 20: a VAE does not use a dimension if its KL costs more
+# than the reconstruction gains.
 
 # %%
 run = vaes[2]
@@ -99,7 +99,7 @@ show(figures.labelled_rows(rows, ["test images", *(f"d = {d}" for d in vaes)]))
 # log p(x) ≥ E[log p(x|z)] − KL(q(z|x) ‖ p(z))
 #
 # The *reconstruction* term, −E log p(x|z), measures in nats how badly z predicts the image. The *KL* term measures how
-# much information about the image z carries. With more dimensions the reconstruction improves and the KL grows.
+# much information z carries about the image. From 2 to 20 dimensions, the reconstruction improves and the KL grows.
 
 # %%
 for d, run in vaes.items():
@@ -111,7 +111,7 @@ for d, run in vaes.items():
     )
 
 # %% [markdown]
-# The KL of each dimension shows which ones are used. With 200 dimensions, many stay at the prior, with a KL near 0.
+# The KL of each dimension shows whether it is used. Of 200 dimensions, many stay at the prior, with a KL near 0.
 
 # %%
 with torch.no_grad():
@@ -121,8 +121,8 @@ print("nats, largest first:", [round(value, 2) for value in per_dimension[:25].t
 print("dimensions with more than 0.01 nats:", int((per_dimension > 0.01).sum()), "of 200")
 
 # %% [markdown]
-# Importance samples make the bound tighter: log (1/k) Σ p(x,z)/q(z|x) rises towards log p(x) with k. (These are grey
-# pixels, so the Bernoulli term is a cross-entropy. docs/numbers.md says which numbers may be compared.)
+# More importance samples make the bound tighter: as k grows, log (1/k) Σ p(x,z)/q(z|x) rises towards log p(x). The
+# pixels are grey, so the Bernoulli term is a cross-entropy. docs/numbers.md says which numbers may be compared.
 
 # %%
 with torch.no_grad():
@@ -133,8 +133,8 @@ for k in (1, 5, 50, 500):
 # %% [markdown]
 # ## The latent space
 #
-# Two latent dimensions can be drawn: the posterior means of the test images, the decoded latent plane, and two decoded
-# points.
+# Two latent dimensions can be plotted. The figures show the posterior means of the test images, the decoded latent
+# plane, and two decoded points.
 
 # %%
 show(generation.scatter(vaes[2]))
@@ -171,8 +171,8 @@ print("autoencoder: codes have mean", codes.mean(dim=0).tolist(), "and standard 
 # %% [markdown]
 # ## Interpolations and traversals
 #
-# Decoded latents between two codes show a gradual change. Traversals change one latent dimension at a time, the most
-# active ones first, and show what each of them encodes.
+# Interpolations decode points between two codes: the image changes gradually. Traversals change one latent dimension
+# each, the most active first, and show what it encodes.
 
 # %%
 show(generation.interpolations(vaes[20]))
