@@ -48,7 +48,7 @@ class Logging(VAE):
     """A model that logs its own metric at each step."""
 
     def training_step(self, batch, batch_index):
-        self.log("mine", float(self.trainer.global_step), on_step=True, on_epoch=True)
+        self.log("train/mine", float(self.trainer.global_step), on_step=True, on_epoch=True)
         return {"loss": super().training_step(batch, batch_index)}
 
 
@@ -177,8 +177,10 @@ def test_metrics_that_a_model_logs_itself(config, tmp_path: Path) -> None:
             tmp_path / str(together),
         )
     alone, many = (events(tmp_path / run) for run in ("1", "10"))
-    assert [(e.step, e.value) for e in many.Scalars("mine_step")] == [(n, n) for n in (9, 19, 29, 39)]
-    assert [e.value for e in many.Scalars("mine_epoch")] == [e.value for e in alone.Scalars("mine_epoch")] == [11, 34]
+    assert [(e.step, e.value) for e in many.Scalars("train/mine_step")] == [(n, n) for n in (9, 19, 29, 39)]
+    assert [e.value for e in many.Scalars("train/mine_epoch")] == [11, 34]
+    assert [e.value for e in alone.Scalars("train/mine_epoch")] == [11, 34]
+    assert [float(row["train/mine_epoch"]) for row in read_results(tmp_path / "10")[1]] == [11, 34]
 
 
 @pytest.mark.parametrize(

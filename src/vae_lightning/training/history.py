@@ -37,11 +37,11 @@ class History(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the current row. The training means are logged last and complete the row."""
+        """Add metrics to the current row. The means of training are logged last and complete it."""
         self.row |= {
             key: value for key, value in metrics.items() if key.startswith(("train/", "val/", "health/", "lr-"))
         }
-        if any(key.startswith("train/") for key in metrics):
+        if "train/loss" in metrics:  # a model or callback may log its own train/… at each step
             terms = dict(sorted(self.row.items(), key=lambda item: not item[0].startswith("train/")))  # train first
             self.rows.append(
                 {"epoch": int(metrics["epoch"]) + 1, "step": (step or 0) + 1, "seconds": self.seconds} | terms
