@@ -33,7 +33,7 @@ class Prior(nn.Module, ABC):
         """Return p(z). `temperature` scales the standard deviations of samples; 1 gives the prior."""
 
     def initialize(self, images: Tensor) -> None:
-        """Initialize from the training images `[n, channels, height, width]`, uint8, once before training."""
+        """Initialize before training, from the training images `[n, channels, height, width]`, uint8 on the CPU."""
 
 
 class StandardNormal(Prior):
@@ -75,10 +75,10 @@ class VampPrior(Prior):
     def initialize(self, images: Tensor) -> None:
         k = len(self.pseudo_inputs)
         if self.start == "images":
-            chosen = images[torch.randint(len(images), (k,), device=images.device)].float() / 255
+            chosen = images[torch.randint(len(images), (k,))].float() / 255
         else:
             mean = images.float().mean(dim=0, keepdim=True) / 255
-            chosen = mean + 0.01 * torch.randn(k, *mean.shape[1:], device=mean.device)
+            chosen = mean + 0.01 * torch.randn(k, *mean.shape[1:])
         self.pseudo_inputs.data.copy_(chosen)
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:

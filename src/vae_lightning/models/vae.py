@@ -157,7 +157,7 @@ class VAE(ImageModel):
         if self.trainer.ckpt_path:
             return
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
-        self.prior.initialize(images.to(self.device))
+        self.prior.initialize(images)
         if self.data_bias:
             mean = images.float().mean(dim=0).div(255)
             set_output_bias(self.decoder, self.likelihood.outputs_with_mean(mean))
