@@ -4,7 +4,7 @@
                 TensorBoard scalars per step
     textbook_4  the same, with four worker processes
     plain       a fast loop by hand: images in memory, selected by index, fused Adam, no logging
-    train.py    this project, with metrics, TensorBoard, history, health, checkpoints and pictures
+    train.py    this project, with metrics, TensorBoard, history, health and a checkpoint per epoch
     compiled    the same with `trainer.compile=true`
     jax         one epoch in one jitted scan, if jax is installed
     pythae      Pythae's trainer, if pythae is installed
