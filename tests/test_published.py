@@ -1,0 +1,35 @@
+"""The rows of docs/published.md: their commands, and the page that is written from the recorded results."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT, composed
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from published import END, PAGE, ROWS, START, Result, read_results, tables
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_valid_command(row) -> None:
+    config = composed(*row.words.split(), "test=false")
+    assert config["data"]["pixels"] == "dynamic", "log likelihoods of other pixels cannot be compared"
+
+
+def test_the_page_has_the_recorded_results() -> None:
+    results = [Result.of(row, read_results()) for row in ROWS]
+    _, _, rest = PAGE.read_text().partition(f"{START}\n")
+    assert rest.partition(f"\n{END}")[0].splitlines() == tables(results)
+
+
+def test_results_of_earlier_settings_are_left_out_and_misses_are_bold() -> None:
+    (row,) = (row for row in ROWS if row.name == "davidson_2")
+    recorded = read_results()
+    assert Result.of(row, recorded).runs == recorded["davidson_2"]
+    assert not Result.of(replace(row, words=f"{row.words} seed=1"), recorded).runs
+    run = recorded["davidson_2"]["0"]
+    earlier = {"davidson_2": {"0": run | {"settings": run["settings"] | {"trainer": {"max_epochs": 3}}}}}
+    assert "not run yet" in Result.of(row, earlier).line()
+    worse = Result.of(row, {"davidson_2": {"0": run | {"test/nll": 135.71}, "1": run | {"test/nll": 135.75}}})
+    assert worse.missed
+    assert "| **135.73 ± 0.46** | 2, spread 0.03 |" in worse.line()
