@@ -63,6 +63,20 @@ def test_vamp_initializes_at_training_images_or_their_mean() -> None:
     assert prior.pseudo_inputs.requires_grad
 
 
+def test_pseudo_inputs_outside_of_the_range_of_pixels_get_gradients() -> None:
+    vae = linear_vae(prior=VAMP)
+    vae.prior.pseudo_inputs.data.copy_(
+        torch.linspace(-1, 5, vae.prior.pseudo_inputs.numel()).view_as(vae.prior.pseudo_inputs)
+    )
+    vae.eval()  # checks that pixels are in [0, 1]
+    p = vae.prior(vae.encode)
+    clamped = vae.encode(vae.prior.pseudo_inputs.detach().clamp(0, 1)).mixture()
+    z = torch.randn(5, 2)
+    torch.testing.assert_close(p.log_prob(z), clamped.log_prob(z))
+    p.log_prob(z).sum().backward()
+    assert (vae.prior.pseudo_inputs.grad != 0).all()
+
+
 def test_the_model_samples_from_its_prior() -> None:
     vae = linear_vae(prior=VAMP)
     vae.prior.initialize(torch.full((1, *SHAPE), 255, dtype=torch.uint8))  # all components at one place

@@ -58,7 +58,8 @@ class VampPrior(Prior):
     """The mixture of posteriors (1/K) Σₖ q(z|uₖ) at K learnt pseudo-inputs uₖ (Tomczak & Welling 2018, eq. 9).
 
     `start` initializes the pseudo-inputs: `images` at K random training images, `mean` at the mean image plus noise.
-    They are clamped to [0, 1].
+    They are clamped to [0, 1], with the gradient of the identity (straight-through, Bengio et al. 2013): a clamp has no
+    gradient outside, so that black pixels, which start at the bound, would stay black.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class VampPrior(Prior):
         self.pseudo_inputs.data.copy_(chosen)
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
-        return encode(self.pseudo_inputs.clamp(0, 1)).mixture(temperature)
+        u = self.pseudo_inputs
+        bounded = u.clamp(0, 1).detach() + (u - u.detach())
+        return encode(bounded).mixture(temperature)
 
 
 class MixturePrior(Prior):
