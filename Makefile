@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2" passes overrides to train.py
 	@$(BIN)/python train.py $(ARGS)
 
-test: lint types tests  ## run lint, types and tests, offline (3 to 4 minutes on two cores)
+test: lint types tests  ## run lint, types and tests, offline (three minutes on two cores)
 
 tests: $(STAMP)  ## run only the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
