@@ -9,7 +9,6 @@ An archive has the best checkpoint, the configuration, the metrics and the evalu
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from published import ROOT, ROWS, RUNS, Result, read_results
 
 from vae_lightning.config import UserError
+from vae_lightning.files import staging_directory
 
 TARGET = ROOT / "dist" / "models"
 FILES = ("checkpoints/best.ckpt", "config.yaml", "metrics.json", "evaluation.json", "history.csv")
@@ -35,9 +35,9 @@ def best_runs() -> list[Path]:
     return sorted(best, key=lambda directory: best[directory])[:MANY]
 
 
-def pack(run: Path) -> Path:
-    """Write the archive of a run and return its path."""
-    archive = TARGET / f"{run.name}.tar.gz"
+def pack(run: Path, directory: Path) -> Path:
+    """Write the archive of a run into a directory and return its path."""
+    archive = directory / f"{run.name}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for file in FILES:
             tar.add(run / file, f"{run.name}/{file}", filter=anonymous)
@@ -46,7 +46,7 @@ def pack(run: Path) -> Path:
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Leave out the user and the group."""
-    return member.replace(uid=0, gid=0, uname="", gname="")
+    return member.replace(uid=0, gid=0, uname="", gname="", deep=False)
 
 
 def main() -> None:
@@ -55,13 +55,15 @@ def main() -> None:
         if not path.exists():
             row = path.relative_to(RUNS).parts[0].rpartition("_")[0]
             raise UserError(f"{path}: no such file; train it with python benchmarks/published.py {row}")
-    shutil.rmtree(TARGET, ignore_errors=True)
-    TARGET.mkdir(parents=True)
-    archives = [pack(run) for run in runs]
-    sums = [f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}" for archive in archives]
-    (TARGET / "SHA256SUMS").write_text("\n".join(sums) + "\n")
-    for archive, line in zip(archives, sums, strict=True):
-        print(f"{line}  {archive.stat().st_size / 2**20:.1f} MB")
+    with staging_directory(TARGET) as scratch:
+        archives = [pack(run, scratch) for run in runs]
+        sums = {archive.name: hashlib.sha256(archive.read_bytes()).hexdigest() for archive in archives}
+        (scratch / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    for archive in TARGET.glob("*.tar.gz"):
+        if archive.name in sums:
+            print(f"{sums[archive.name]}  {archive.name}  {archive.stat().st_size / 2**20:.1f} MB")
+        else:
+            archive.unlink()  # of an earlier release
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The rows of docs/published.md: their commands, and the page that is written from the recorded results."""
 
 import sys
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, composed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from published import END, PAGE, ROWS, START, Result, read_results, tables
+from release_models import FILES, pack
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -33,3 +36,12 @@ def test_results_of_earlier_settings_are_left_out_and_misses_are_bold() -> None:
     worse = Result.of(row, {"davidson_2": {"0": run | {"test/nll": 135.71}, "1": run | {"test/nll": 135.75}}})
     assert worse.missed
     assert "| **135.73 ± 0.46** | 2, spread 0.03 |" in worse.line()
+
+
+def test_an_archive_has_the_files_of_a_run_without_the_user(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for file in FILES:
+        (tmp_path / "run" / file).write_text(file)
+    with tarfile.open(pack(tmp_path / "run", tmp_path)) as archive:
+        assert archive.getnames() == [f"run/{file}" for file in FILES]
+        assert {(member.uid, member.uname) for member in archive} == {(0, "")}
