@@ -55,6 +55,10 @@ class Row:
         return RUNS / f"{self.name}_{seed}"
 
     @property
+    def label(self) -> str:
+        return f"{self.name} (GPU)" if self.needs_gpu else self.name
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the file of the experiment sets, so that a recorded result is known to be of these settings."""
         experiment = self.words.split()[0].partition("=")[2]
@@ -153,9 +157,9 @@ class Result:
         """Return the row of the table."""
         row, runs = self.row, self.runs
         printed, reach = ("—" if value is None else f"{value:.2f}" for value in (row.printed, row.reach))
-        head = f"| {row.name} | {printed} | {reach} |"
+        head = f"| {row.label} | {printed} | {reach} |"
         if not runs:
-            return f"{head} not run{' (needs a GPU)' if row.needs_gpu else ' yet'} | | | | | | | | `{row.words}` |"
+            return f"{head} not run yet | | | | | | | | `{row.words}` |"
         bold = "**" if self.missed else ""
         spread = f", spread {stdev(self.values('test/nll')):.2f}" if len(runs) > 1 else ""
         rate, distortion = self.mean("test/kl"), self.mean("test/reconstruction")
@@ -168,17 +172,18 @@ class Result:
 
 
 def plot(results: list[Result]) -> Figure:
-    """Plot −log p(x) against the minutes of one thread, one point per row, and each printed value as a line."""
+    """Plot −log p(x) against the minutes of training, one point per row, and each printed value as a line."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     points = [(result.mean("minutes"), result.nll) for result in results]
     longest = max(minutes for minutes, _ in points)
     printed: dict[float, list[str]] = {}
     for result, (x, y) in zip(results, points, strict=True):
-        axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt="o", color=figures.COLOURS[0], zorder=3)
+        marker = "s" if result.row.needs_gpu else "o"
+        axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt=marker, color=figures.COLOURS[0], zorder=3)
         close = [abs(minutes - x) < longest / 10 and abs(nll - y) < 0.3 for minutes, nll in points]
-        near = [other.row.name for other, is_close in zip(results, close, strict=True) if is_close]
-        if near[0] == result.row.name:  # close points share a label
+        near = [other.row.label for other, is_close in zip(results, close, strict=True) if is_close]
+        if near[0] == result.row.label:  # close points share a label
             axes.annotate(", ".join(near), (x, y), (12, 0), textcoords="offset points", va="center", fontsize=8)
         if result.row.printed:
             printed.setdefault(result.row.printed, []).append(result.row.name)
@@ -186,7 +191,7 @@ def plot(results: list[Result]) -> Figure:
         axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
         label = f" {value:.2f} {', '.join(names)}"
         axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.4")
-    labels = {"xlabel": "minutes of training, one thread", "ylabel": "−log p(x), nats per image"}
+    labels = {"xlabel": "minutes of training, one thread or one GPU", "ylabel": "−log p(x), nats per image"}
     figures.finish(axes, **labels, xlim=(0, 1.2 * longest))
     return figure
 
