@@ -125,6 +125,13 @@ def test_runs_that_cannot_be_compared_are_refused(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_the_conditions_of_the_compared_evaluations_count(compare_py, tmp_path: Path) -> None:
+    for samples in (5, 50):
+        evaluated(tmp_path / "a", [-80.0, -90.0], samples=samples)
+        evaluated(tmp_path / "b", B, samples=samples, images_sha256="a1" if samples == 5 else "b2")
+    assert compare_py("a", "b").err.startswith("b: images_sha256=b2, but a has images_sha256=a1; the two cannot")
+
+
 def test_another_data_set_is_refused(compare_py, tmp_path: Path) -> None:
     for name in ("a", "b"):
         evaluated(tmp_path / name, B)

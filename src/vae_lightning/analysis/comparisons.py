@@ -149,13 +149,6 @@ def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluatio
     conditions; FileError for a damaged file.
     """
     found = {run.path: evaluations(run, split) for run in runs}
-    contents = {path: content for path, of_run in found.items() for _, content in of_run.values()}
-    for path, content in contents.items():
-        first, reference = next(iter(contents.items()))
-        for key in CONDITIONS:
-            ours, theirs = sanitize(content.get(key))[:40], sanitize(reference.get(key))[:40]
-            if ours != theirs:
-                raise RunError(f"{path}: {key}={ours}, but {first} has {key}={theirs}; the two cannot be compared")
     common = set.intersection(*(set(of_run) for of_run in found.values()))
     if not common:
         samples = max((k for of_run in found.values() for k in of_run), default=None)
@@ -166,11 +159,14 @@ def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluatio
             f"{', '.join(map(str, missing))}: no log likelihoods of each {split} image{number}; run "
             + " && ".join(f"python evaluate.py run={path}{options}" for path in missing)
         )
-    read = []
-    for run in runs:
-        file, content = found[run.path][max(common)]
-        read.append(Evaluation(run, content, *read_values(file, content, split)))
-    return read
+    chosen = [(run, *found[run.path][max(common)]) for run in runs]
+    first, _, reference = chosen[0]
+    for run, _, content in chosen:
+        for key in CONDITIONS:
+            ours, theirs = sanitize(content.get(key))[:40], sanitize(reference.get(key))[:40]
+            if ours != theirs:
+                raise RunError(f"{run}: {key}={ours}, but {first} has {key}={theirs}; the two cannot be compared")
+    return [Evaluation(run, content, *read_values(file, content, split)) for run, file, content in chosen]
 
 
 def read_values(file: Path, content: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
