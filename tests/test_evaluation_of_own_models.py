@@ -135,11 +135,15 @@ def test_evaluation_agrees_with_log_weights_and_with_the_run_s_test(kind: str, t
         assert getattr(generation, name)(run) is not None
 
 
-def test_an_elbo_that_contradicts_the_run_s_own_test_is_refused(tmp_path: Path) -> None:
+def test_an_elbo_that_contradicts_the_run_s_own_test_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(["model._target_=test_evaluation_of_own_models.Inconsistent"], tmp_path / "run")
     refused = r"elbo=-[0-9.]+, but metrics\.json has -[0-9.]+: more than sampling noise .*; nothing was written"
-    with pytest.raises(RunError, match=refused):
-        evaluate_run(str(tmp_path / "run"), **QUICK)
+    monkeypatch.chdir(tmp_path)
+    for path in ("run", "run/checkpoints/best.ckpt"):
+        with pytest.raises(RunError, match=refused):
+            evaluate_run(path, **QUICK)
     assert not (tmp_path / "run" / "evaluation.json").exists()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"test/elbo": metrics["test/elbo"] + 50}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,6 @@ from vae_lightning.models.posteriors import DiagonalGaussian, PosteriorDistribut
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
-from vae_lightning.training.compiled import Compiled
 
 VALUES = "log_likelihood,stderr"  # columns of the CSV file of an evaluation, in nats
 
@@ -81,7 +80,11 @@ def importance_sampling(
     def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor) -> Tensor:
         return vae.decode(z, labels).log_prob(x)
 
-    score = Compiled(log_likelihood_of, vae.device) if compile else log_likelihood_of
+    score: Callable[..., Tensor] = log_likelihood_of
+    if compile:
+        from vae_lightning.training.compiled import Compiled
+
+        score = Compiled(log_likelihood_of, vae.device)
     prior = vae.prior(vae.encode)
     points = curve_points(samples)
     parts: list[dict[str, Tensor]] = []
@@ -241,7 +244,7 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
     tested = read_json(run.metrics_file) if run.state == "finished" else {}
     trainer = config.get("trainer", {})
     full_test = str(trainer.get("limit_test_batches")) in ("None", "1.0") and not trainer.get("fast_dev_run")
-    if not full_test or checkpoint != run.best_checkpoint or "test/elbo" not in tested:
+    if not full_test or checkpoint.resolve() != run.best_checkpoint.resolve() or "test/elbo" not in tested:
         return  # the run's own test used other images or another checkpoint
     error = deviation.double().square().sum().sqrt().item() / len(deviation)
     full_precision = str(trainer.get("precision") or "32").startswith(("32", "64")) and error > 0
