@@ -479,9 +479,11 @@ class Bad(Callback):
 
 def test_updates_that_are_not_finite_are_skipped(config, tmp_path: Path, caplog) -> None:
     bad = "trainer.callbacks=[{_target_: test_resuming.Bad, steps: [3, 50, 51]}]"
+    with pytest.raises(ConfigError, match=r"on_nan=skip: trainer\.precision=16-mixed skips such updates itself"):
+        train(config(*SMALL, "trainer.precision=16-mixed", "trainer.on_nan=skip"), tmp_path / "half")
     metrics = train(config(*SMALL, bad, "trainer.on_nan=skip"), tmp_path / "run")
     assert metrics["test/loss"] < 500
-    assert [float(row["train/skipped"]) for row in read_results(tmp_path / "run")["history"]] == [1, 2, 0]
+    assert [float(row["health/skipped"]) for row in read_results(tmp_path / "run")["history"]] == [1, 2, 0]
     assert sum("is not finite; its update is skipped" in record.message for record in caplog.records) == 3
     with pytest.raises(TrainingError, match="became NaN or infinite at step 4"):
         train(config(*SMALL, bad), tmp_path / "stopped")

@@ -79,10 +79,10 @@ class NonFiniteGuard(Callback):
 
 
 class SkipNonFinite(Callback):
-    """Skip updates whose gradient is not finite, and log their number per epoch as `train/skipped`.
+    """Skip updates whose gradient is not finite, and log their number per epoch as `health/skipped`.
 
-    A skipped update changes neither model nor optimizer, and the epoch means leave its batch out. Checking each
-    gradient makes a GPU wait at each step. Raises TrainingError after 20 skipped updates in a row.
+    A skipped update changes neither model nor optimizer. The epoch means leave out batches whose terms are not finite.
+    Checking each gradient makes a GPU wait at each step. Raises TrainingError after 20 skipped updates in a row.
     """
 
     IN_A_ROW = 20
@@ -118,7 +118,7 @@ class SkipNonFinite(Callback):
             parameter.grad = None  # the optimizer skips parameters without a gradient
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        module.log("train/skipped", float(self.skipped), sync_dist=True)
+        module.log("health/skipped", float(self.skipped), sync_dist=True)
         self.skipped = 0
 
 

@@ -86,6 +86,10 @@ def make_trainer(
     }
     check_arguments(Trainer, options, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
+    if on_nan == "skip" and str(precision) in ("16", "16-mixed"):  # its gradient scaler skips such updates
+        raise ConfigError(
+            f"trainer.on_nan=skip: trainer.precision={precision} skips such updates itself. Allowed: stop"
+        )
     if re.search("spawn|fork|notebook", str(options["strategy"])):
         raise ConfigError(f"trainer.strategy={options['strategy']}: returns the weights in a pickle. Allowed: ddp")
     if options["enable_progress_bar"] is None:  # on a terminal; a log file gets one line per epoch from History
