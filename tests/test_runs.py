@@ -307,6 +307,9 @@ def test_latest_is_the_newest_run(run: Path, tmp_path: Path, monkeypatch: pytest
         place = Path(shutil.copytree(run, tmp_path / "outputs" / "vae" / name))
         os.utime(place / "config.yaml", (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
+    trial = Path(shutil.copytree(run, "outputs/searches/vae_optuna/trials/3"))
+    assert RunDirectory.locate("latest")[0].path == trial
+    shutil.rmtree("outputs/searches")
     assert RunDirectory.locate("latest")[0].path == Path("outputs/vae/newest")
     with pytest.raises(
         RunError, match="outputs/vae: contains 3 runs and is not one itself; the newest is outputs/vae/newest"

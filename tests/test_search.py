@@ -36,6 +36,7 @@ class Trials:
     def __init__(self) -> None:
         self.seen: list[tuple[int, bool]] = []
         self.fails = {2}
+        self.epochs = 5
         self.interrupts: set[int] = set()
         self.interruption: BaseException = Interrupted("stopped by SIGTERM")
 
@@ -52,7 +53,7 @@ class Trials:
         if number in self.fails:
             raise JobError("it failed")
         rows = []
-        for epoch in range(1, 6):
+        for epoch in range(1, self.epochs + 1):
             loss = 100 + 10 * (9 - plan.config["model"]["latent_dim"]) + 10 / epoch
             rows.append({"epoch": epoch, "val/loss": loss})
             with plan.run.history_file.open("w", newline="") as file:
@@ -131,6 +132,12 @@ def test_a_search_without_a_finished_trial(config, trials: Trials, tmp_path: Pat
         search(config(), tmp_path / "search", **OPTIONS | {"trials": 2})
 
 
+def test_a_trial_that_is_not_validated_is_named(config, trials: Trials, tmp_path: Path) -> None:
+    trials.epochs = 0
+    with pytest.raises(ConfigError, match=r"trials/0: was not validated; see trainer\.limit_val_batches"):
+        search(config(), tmp_path / "search", **SHORT)
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -167,7 +174,10 @@ def test_a_search_with_real_training(command, tmp_path: Path) -> None:
     result = command(*words)
     assert result.code == 0, result.err
     winner = Path(result.out.splitlines()[-1])
-    found = [json.loads(file.read_text()) for file in (tmp_path / "outputs/searches/vae/trials").glob("*/metrics.json")]
+    found = [
+        json.loads(file.read_text())
+        for file in (tmp_path / "outputs/searches/vae_optuna/trials").glob("*/metrics.json")
+    ]
     assert len(found) == 3
     assert sum("test/loss" in metrics for metrics in found) == 1
     assert "test/loss" in json.loads((winner / "metrics.json").read_text())

@@ -100,6 +100,10 @@ def search(
         finally:
             slots.append(slot)
         losses = validation_losses(run)
+        if not losses:
+            raise ConfigError(
+                f"{run}: was not validated; see trainer.limit_val_batches, trainer.check_val_every_n_epoch"
+            )
         if pruned:
             log.info("trial %s: pruned after epoch %s", run.path.name, max(losses))
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)

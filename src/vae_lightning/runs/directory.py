@@ -21,8 +21,8 @@ class RunError(UserError):
 
 
 def runs_in(directory: Path) -> list[Path]:
-    """Return the run directories up to three levels below `directory`, sorted from oldest to newest."""
-    found = [file for depth in ("*", "*/*", "*/*/*") for file in directory.glob(f"{depth}/config.yaml")]
+    """Return the run directories up to four levels below `directory`, sorted from oldest to newest."""
+    found = [file for depth in ("*", "*/*", "*/*/*", "*/*/*/*") for file in directory.glob(f"{depth}/config.yaml")]
     return [file.parent for file in sorted(found, key=lambda file: file.stat().st_mtime)]
 
 
