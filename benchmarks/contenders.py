@@ -40,7 +40,8 @@ from vae_lightning.data.mnist import load_images
 from vae_lightning.launch.cli import plain as as_plain_values
 from vae_lightning.models.backbones import MLP, Backbone, Conv
 from vae_lightning.runs.resume import run_config
-from vae_lightning.training.train import steady_cpu, train
+from vae_lightning.training.process import steady_cpu
+from vae_lightning.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"mlp_20": ("mlp", 20), "mlp_200": ("mlp", 200), "conv_20": ("conv", 20), "tiny_20": ("mlp", 20)}

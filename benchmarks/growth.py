@@ -33,7 +33,8 @@ from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.module import Labelled
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import device_name
-from vae_lightning.training.train import steady_cpu, train
+from vae_lightning.training.process import steady_cpu
+from vae_lightning.training.train import train
 
 SIZES = {
     "batch_size": [10, 30, 100, 300, 1_000, 3_000, 10_000],

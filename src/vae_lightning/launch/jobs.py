@@ -26,7 +26,7 @@ from vae_lightning.launch.search import search
 from vae_lightning.launch.sweeps import RUN, job_variables, note_failure, train_in_subprocess
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.runs.resume import RunPlan, find_run, plan_run, run_config
-from vae_lightning.training.history import ConsoleHandler
+from vae_lightning.training.process import ConsoleHandler
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import Config, train
 from vae_lightning.training.trainer import TRAINER_DEFAULTS

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from tqdm import tqdm
 
 from vae_lightning.files import atomic_write
 
@@ -96,12 +94,3 @@ def format_terms(terms: dict[str, float]) -> str:
         for name, value in terms.items()
         if name != "elbo" or value != -terms["loss"]
     )
-
-
-class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log handler that prints above a running progress bar, not through it. A closed pipe does not stop training."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(BrokenPipeError):
-            tqdm.write(self.format(record), file=self.stream)
-            self.flush()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 def steady_cpu() -> None:
@@ -48,10 +49,19 @@ def share_log() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log handler that prints above a running progress bar, not through it. A closed pipe does not stop training."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+
+
 @contextlib.contextmanager
 def log_to(file: Path) -> Iterator[None]:
     """Also append log lines of the block to `file`."""
-    handler = logging.FileHandler(file, delay=True)
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     logging.root.addHandler(handler)
     try:
         yield
