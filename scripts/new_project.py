@@ -17,7 +17,7 @@ OLD = "vae_lightning"
 DROPPED = [
     *("docs/index.md", "docs/guides/project.md"),
     *("benchmarks", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "conf/experiment", "docs/results.md"),
-    *("docs/published.md", "docs/speed.md", "docs/pictures", "tests/test_experiments.py", "tests/test_readme.py"),
+    *("docs/published.md", "docs/speed.md", "tests/test_experiments.py", "tests/test_readme.py"),
     *("docs/published.json", "docs/speed_cpu.json", "docs/growth.json"),
     *("tests/test_new_project.py", "scripts", "zensical.toml", "docs/configuration.md", "docs/site.css"),
     *("tests/test_docs.py", ".github/workflows/docs.yml", ".github/ISSUE_TEMPLATE"),
@@ -74,12 +74,12 @@ def rename(root: Path, name: str) -> None:
         if not path.is_file() or {".git", ".venv", "outputs", "data"} & set(parts[:1]):
             continue
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         new = pattern.sub(lambda match: replaced[match[0]], text)
         if new != text:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
     (root / "README.md").write_text(README.format(name=name, title=title))
 
 
@@ -87,6 +87,10 @@ def drop(root: Path) -> None:
     """Remove what belongs to the template alone, from the files that name it too."""
     for path in (root / name for name in DROPPED):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    linked = "".join(page.read_text(encoding="utf-8") for page in (root / "docs").rglob("*.md"))
+    for image in (root / "docs" / "images").iterdir():
+        if image.name not in linked:
+            image.unlink()
     guides = root / "docs" / "guides" / "index.md"
     guides.write_text(re.sub(r"^.*\(project\.md\).*\n", "", guides.read_text(), flags=re.M))
     makefile = (root / "Makefile").read_text()
