@@ -23,12 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
 from subprocess import PIPE
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, ROOT, SYSTEMS
+from contenders import CONTENDERS, ROOT, SYSTEMS, finish
 from matplotlib.figure import Figure
 from reproduce import write_between
 from tabulate import tabulate
@@ -37,7 +38,7 @@ from vae_lightning import figures
 from vae_lightning.analysis.evaluation import importance_sampling
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import device_name
-from vae_lightning.training.train import steady_cpu
+from vae_lightning.training.process import steady_cpu
 
 EVERY_ROW = [f"{system}/{batch}" for system in SYSTEMS for batch in (100, 1000)]
 ROWS = [row for row in EVERY_ROW if not row.startswith("tiny")]
@@ -75,7 +76,10 @@ class Contender:
         return bool(line)
 
     def stop(self) -> None:
-        self.process.kill()
+        """Close its input, at which it removes its files and ends."""
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -169,11 +173,13 @@ def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds + 1):
         started = time.perf_counter()
         importance_sampling(vae, images, labels, samples)
+        finish(device)
         found["evaluate"].append(len(images) * samples / (time.perf_counter() - started))
         started = time.perf_counter()
         for _ in range(len(images) * samples // chunk):
             for layer, x in zip(layers, inputs, strict=True):
                 torch.mm(x, layer.weight.T)
+        finish(device)
         found["products"].append(len(images) * samples / (time.perf_counter() - started))
     return {name: values[1:] for name, values in found.items()}
 
