@@ -22,15 +22,14 @@ def importing() -> Iterator[None]:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    gc.disable()
     try:
-        gc.disable()
-        try:
-            yield
-        finally:
-            gc.enable()
+        yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        gc.enable()
 
 
 def train() -> None:

@@ -6,7 +6,6 @@ monotonic function whose parameters a network computes from the first half. So b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -150,8 +149,7 @@ class FlowPrior(Prior):
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> FlowDistribution:
         assert isinstance(self.zeros, Tensor)
-        start = DiagonalGaussian(self.zeros, self.zeros + 2 * math.log(temperature))
-        return FlowDistribution(start, self.flow)
+        return FlowDistribution(DiagonalGaussian(self.zeros, self.zeros).scaled(temperature), self.flow)
 
 
 class FlowPosterior(Posterior):

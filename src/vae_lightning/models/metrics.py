@@ -60,7 +60,7 @@ class EpochMeans(Metric):
 
     def restore(self, saved: dict[str, Any], rank: int, device: torch.device) -> None:
         """Restore the sums of process `rank` from a checkpoint."""
-        if not saved or not saved["updates"]:
+        if not saved:
             return
         self._start(tuple(saved["terms"]), device)
         self.updates = saved["updates"]

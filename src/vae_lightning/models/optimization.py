@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from vae_lightning.config import ConfigError, Spec, build, locate
-
-Interval = Literal["epoch", "step"]
 
 
 def make_optimizer(
@@ -67,8 +65,6 @@ def make_schedule(spec: Spec, optimizer: Optimizer) -> dict[str, Any]:
     if "interval" not in options and isinstance(scheduler, OneCycleLR | CyclicLR):
         raise ConfigError(f"model.schedule.interval: missing; {type(scheduler).__name__} needs step or epoch")
     interval = options.get("interval", "epoch")
-    if interval not in get_args(Interval):
+    if interval not in ("epoch", "step"):
         raise ConfigError(f"model.schedule.interval={interval}: should be epoch or step")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        return {"scheduler": scheduler, "interval": interval, "monitor": options.get("monitor", "val/loss")}
-    return {"scheduler": scheduler, "interval": interval}
+    return {"scheduler": scheduler, "interval": interval, "monitor": options.get("monitor", "val/loss")}

@@ -89,10 +89,12 @@ class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
     def detach(self) -> DiagonalGaussian:
         return DiagonalGaussian(self.mean.detach(), self.log_variance.detach())
 
+    def scaled(self, factor: float) -> DiagonalGaussian:
+        """Return the distribution with `factor` times the standard deviations."""
+        return DiagonalGaussian(self.mean, self.log_variance + 2 * math.log(factor))
+
     def mixture(self, temperature: float = 1.0) -> GaussianMixture:
-        if temperature == 1:
-            return GaussianMixture(self)
-        return GaussianMixture(DiagonalGaussian(self.mean, self.log_variance + 2 * math.log(temperature)))
+        return GaussianMixture(self.scaled(temperature))
 
 
 class FullGaussian(PosteriorDistribution, td.MultivariateNormal):

@@ -7,7 +7,6 @@ of `Prior` and a YAML file in conf/model/prior/.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -98,8 +97,7 @@ class MixturePrior(Prior):
         self.logits = nn.Parameter(torch.zeros(components))
 
     def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
-        log_variances = self.log_variances + 2 * math.log(temperature)
-        return GaussianMixture(DiagonalGaussian(self.means, log_variances), self.logits)
+        return GaussianMixture(DiagonalGaussian(self.means, self.log_variances).scaled(temperature), self.logits)
 
 
 def check_needs_no_labels(prior: Prior, encode: Encode) -> None:
