@@ -103,7 +103,7 @@ HYDRA = {
 
 HEADER = """# Configuration
 
-This page lists every configuration key of the six commands with its type, its default and an explanation. `make docs`
+This page lists every configuration key of all commands with its type, its default and an explanation. `make docs`
 writes it from the YAML files in `conf/` and from the type hints that check the values.
 
 ```

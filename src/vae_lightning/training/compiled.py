@@ -43,7 +43,7 @@ class Compile(Callback):
         if reason:
             say_uncompiled(reason)
         else:
-            log.info("trainer.compile: the first step takes up to a minute, and a few seconds in later runs")
+            log.info("trainer.compile: the first step takes 10 to 60 s, and about 3 s in later runs")
             data = trainer.datamodule  # type: ignore[attr-defined]
             batch_size = min(data.batch_size, len(data.train_images))
             torch.compiler.reset()  # models trained before in this process would count towards a limit of eight
