@@ -68,7 +68,7 @@ def importance_sampling(
     samples: int,
     seed: int = 0,
     batch_size: int = 100,
-    chunk: int = 20,
+    chunk: int = 10,
     compile: bool = False,
 ) -> ImportanceSampling:
     """Estimate log p(x) by importance sampling with the posterior as the proposal (Burda et al. 2016, eq. 8).
@@ -180,7 +180,7 @@ def bayes_classifier(
     samples: int,
     seed: int = 0,
     batch_size: int = 100,
-    chunk: int = 20,
+    chunk: int = 10,
 ) -> dict[str, float]:
     """Classify images with a conditional model by Bayes' rule, p(y|x) = p(y) p(x|y) / p(x).
 
@@ -203,7 +203,7 @@ def evaluate(
     samples: int = 5_000,
     seed: int = 0,
     batch_size: int = 100,
-    chunk: int = 20,
+    chunk: int = 10,
     compile: bool = False,
 ) -> tuple[dict[str, Any], ImportanceSampling, Tensor]:
     """Return all results but the probes in a flat dictionary, the estimates for each image, and the posterior means.
