@@ -105,7 +105,9 @@ def test_fixed_scale_is_not_learnt() -> None:
 
 def test_learnt_scale_starts_at_scale() -> None:
     for scale in (0.003, 0.1, 1.0, 5.0):
-        assert Gaussian(scale, learn_scale=True).scale.item() == pytest.approx(scale, rel=1e-4)
+        likelihood = Gaussian(scale, learn_scale=True)
+        assert likelihood.scale.item() == pytest.approx(scale, rel=1e-4)
+        assert likelihood.requires_grad_(False).scale.item() == pytest.approx(scale, rel=1e-4), "frozen"
     with pytest.raises(ConfigError, match=r"model\.likelihood\.scale=0\.001: a learnt scale should be above"):
         Gaussian(0.001, learn_scale=True)
 

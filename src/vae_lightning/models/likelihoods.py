@@ -158,13 +158,14 @@ class Gaussian(Likelihood):
             if start <= LOG_SCALE_FLOOR:
                 raise ConfigError(f"model.likelihood.scale={scale}: a learnt scale should be above e⁻⁶ = 0.0025")
             start = LOG_SCALE_FLOOR + math.log(math.expm1(start - LOG_SCALE_FLOOR))  # the inverse of `scale` below
+        self.learn_scale = learn_scale
         self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=learn_scale)
         self.mean: nn.Module = nn.Sigmoid() if mean == "sigmoid" else nn.Identity()
 
     @property
     def scale(self) -> Tensor:
         """The standard deviation: above e⁻⁶ if learnt, with a gradient everywhere."""
-        if not self.log_scale.requires_grad:
+        if not self.learn_scale:  # requires_grad also changes when a model is frozen
             return self.log_scale.exp()
         return (LOG_SCALE_FLOOR + softplus(self.log_scale - LOG_SCALE_FLOOR)).exp()
 
