@@ -1,7 +1,7 @@
 import torch
 
 from vae_lightning.models.estimators import kl_divergence
-from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND, Gaussian
+from vae_lightning.models.posteriors import LOG_VARIANCE_BOUND, FullCovarianceGaussian, Gaussian
 
 
 def test_posterior_log_variance_is_bounded_with_nonzero_gradient() -> None:
@@ -21,3 +21,12 @@ def test_posterior_log_variance_is_nearly_linear_near_zero() -> None:
     raw = torch.linspace(-3, 3, 7).reshape(1, -1)
     bounded = Gaussian(7)(torch.cat([torch.zeros_like(raw), raw], dim=1)).log_variance
     torch.testing.assert_close(bounded, raw, rtol=0.02, atol=1e-6)
+
+
+def test_samples_of_the_full_covariance_are_exact_under_mixed_precision() -> None:
+    posterior = FullCovarianceGaussian(12)
+    assert not list(posterior.buffers()), "averaged weights would average indices"
+    q = posterior(torch.randn(3, posterior.encoder_outputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        z, log_q = q.transform_and_log_prob(torch.randn(5, 3, 12))
+    torch.testing.assert_close(q.log_prob(z), log_q, rtol=1e-4, atol=1e-3)

@@ -105,7 +105,8 @@ class FullGaussian(PosteriorDistribution, td.MultivariateNormal):
 
     def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = mean + L ε, and log q(z|x) = log N(ε; 0, I) − log |L|."""
-        z = self.mean + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        with torch.autocast(noise.device.type, enabled=False):  # a rounded z would not have this density
+            z = self.mean + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
         return z, -0.5 * (noise.square() + math.log(2 * math.pi)).sum(dim=-1) - log_scale
 
@@ -173,13 +174,12 @@ class FullCovarianceGaussian(Posterior):
 
     def __init__(self, latent_dim: PositiveInt) -> None:
         super().__init__(latent_dim, encoder_outputs=2 * latent_dim + latent_dim * (latent_dim - 1) // 2)
-        self.register_buffer("below", torch.tril_indices(latent_dim, latent_dim, -1), persistent=False)
 
     def forward(self, outputs: Tensor) -> FullGaussian:
-        assert isinstance(self.below, Tensor)
         diagonal, below = outputs.float().tensor_split([2 * self.latent_dim], dim=-1)
         q = diagonal_gaussian(diagonal)
-        row, column = self.below
+        # No buffer: averaged weights would average it, too.
+        row, column = torch.tril_indices(self.latent_dim, self.latent_dim, -1, device=outputs.device)
         factor = torch.diag_embed(q.stddev)
         factor[..., row, column] = below
         return FullGaussian(q.mean, factor)
