@@ -149,6 +149,14 @@ def test_data_bias_starts_the_decoder_at_the_mean_image(likelihood: str, config,
     assert started < without - 10
 
 
+def test_data_bias_of_a_convolution_is_that_of_the_mean_pixel(config, tmp_path: Path) -> None:
+    words = ["model/backbone=conv", "model.backbone.channels=[4,4]", "model.data_bias=true", "model.learning_rate=1e-9"]
+    train(config(*words, *BRIEF), tmp_path / "run")
+    (bias,) = [value for name, value in weights(tmp_path / "run").items() if name.startswith("decoder")][-1]
+    (images, _), _ = load_images("MNIST", DATA)
+    assert bias.sigmoid().item() == pytest.approx(images.float().mean().item() / 255, rel=0.02)
+
+
 def test_vamp_starts_at_training_images(config, tmp_path: Path) -> None:
     train(config("model/prior=vamp", "model.prior.pseudo_inputs=5", *BRIEF), tmp_path / "run")
     inputs = weights(tmp_path / "run")["prior.pseudo_inputs"]

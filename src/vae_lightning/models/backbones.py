@@ -209,10 +209,6 @@ def linear_layers(
     return [*layers, nn.Linear(widths[-2], widths[-1])]
 
 
-def set_output_bias(decoder: nn.Module, outputs: Tensor) -> None:
-    """Set the last bias of the decoder to `outputs` `[channels, height, width]`.
-
-    A linear layer has one bias per pixel. A convolution has one per channel, which is set to the mean over pixels.
-    """
-    bias = [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")][-1]
-    bias.data.copy_(outputs.flatten() if bias.numel() == outputs.numel() else outputs.mean(dim=(-2, -1)))
+def output_bias(decoder: nn.Module) -> nn.Parameter:
+    """Return the last bias of the decoder: one per pixel of a linear layer, or one per channel of a convolution."""
+    return [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")][-1]

@@ -19,7 +19,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
-from vae_lightning.models.backbones import set_output_bias
+from vae_lightning.models.backbones import output_bias
 from vae_lightning.models.base import Array, ImageModel, ShapeError, check_counts
 from vae_lightning.models.estimators import kl_divergence, with_free_bits
 from vae_lightning.models.likelihoods import Likelihood
@@ -159,8 +159,10 @@ class VAE(ImageModel):
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
         self.prior.initialize(images)
         if self.data_bias:
-            mean = images.float().mean(dim=0).div(255)
-            set_output_bias(self.decoder, self.likelihood.outputs_with_mean(mean))
+            mean, bias = images.float().mean(dim=0).div(255), output_bias(self.decoder)
+            if bias.numel() != mean.numel():  # one per channel: for the mean pixel
+                mean = mean.mean(dim=(-2, -1), keepdim=True)
+            bias.data.copy_(self.likelihood.outputs_with_mean(mean).flatten())
 
     def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         return self.encode(x, labels).mean
