@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed
-from vae_lightning.data.pixels import described, stream_seed
+from vae_lightning.data.pixels import described, evaluation_pixels, stream_seed
 from vae_lightning.files import atomic_write, read_json, write_json
 from vae_lightning.models.estimators import (
     active_units,
@@ -289,8 +289,8 @@ def evaluate_run(
     if split == "test":
         check_elbo(opened.directory, opened.checkpoint, vae.config, results["elbo"], sampled.deviation)
     if probes:
-        train = vae.all_codes(data.train_images, data.train_labels)
-        results |= probe_accuracy(train, data.train_labels, codes, labels)
+        train = evaluation_pixels(data.train_images, data.pixels)  # drawn as those of the test images
+        results |= probe_accuracy(vae.all_codes(train, data.train_labels), data.train_labels, codes, labels)
     if vae.classes and class_samples:
         results |= bayes_classifier(vae, images, labels, data.train_labels, class_samples, seed, batch_size, chunk)
     warning = remark(vae.likelihood, data.pixels)

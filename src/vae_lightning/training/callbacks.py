@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
+from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
 from vae_lightning.models.latents import moments
@@ -129,9 +130,11 @@ def last_good(trainer: Trainer) -> str:
 
 
 def held_out_images(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Return the validation images and labels, or the training ones if there is no validation split."""
+    """Return the validation images and labels; without a validation split, the first 2,000 training ones."""
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return (data.val_images, data.val_labels) if data.val_size else (data.train_images, data.train_labels)
+    if data.val_size:
+        return data.val_images, data.val_labels
+    return evaluation_pixels(data.train_images[:2_000], data.pixels), data.train_labels[:2_000]
 
 
 class Health(Callback):
