@@ -132,6 +132,13 @@ def test_the_conditions_of_the_compared_evaluations_count(compare_py, tmp_path: 
     assert compare_py("a", "b").err.startswith("b: images_sha256=b2, but a has images_sha256=a1; the two cannot")
 
 
+def test_conditional_runs_with_different_likelihoods_can_be_compared(compare_py, tmp_path: Path) -> None:
+    gaussian = {"_target_": "vae_lightning.models.likelihoods.Gaussian"}
+    evaluated(tmp_path / "a", [-80.0, -90.0], model={"conditional": True})
+    evaluated(tmp_path / "b", B, model={"conditional": True, "likelihood": gaussian})
+    assert compare_py("a", "b").out.startswith("MNIST, grey pixels, given the label: log density of 2 test images")
+
+
 def test_another_data_set_is_refused(compare_py, tmp_path: Path) -> None:
     for name in ("a", "b"):
         evaluated(tmp_path / name, B)

@@ -132,8 +132,8 @@ def read_result(run: RunDirectory) -> Result:
     target = (likelihood if isinstance(likelihood, dict) else model).get("_target_")
     shape = measured.get("image_shape")
     channels = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 1
-    protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels, {class_name(target)}"
-    protocol += ", given the label" if model.get("conditional") else ""
+    given = ", given the label" if model.get("conditional") else ""
+    protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels{given}, {class_name(target)}"
     return Result(run, flatten(config), metrics, protocol)
 
 
