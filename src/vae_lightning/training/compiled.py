@@ -37,6 +37,7 @@ class Compile(Callback):
         reasons = {
             "several processes": trainer.world_size > 1,
             "trainer.detect_anomaly=true": torch.is_anomaly_enabled(),
+            "the gradient scaler of trainer.precision=16-mixed": trainer.scaler is not None,
             f"PyTorch {torch.__version__} cannot trace gradients": not can_trace_gradients(),
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)

@@ -182,7 +182,7 @@ def user_errors(trainer: Trainer, batch_size: int, stop: StopRequest) -> Iterato
         if out_of_memory(error):
             raise TrainingError(
                 f"out of memory at step {trainer.global_step + 1}: lower data.batch_size={batch_size} (half of it "
-                "with trainer.accumulate_grad_batches=2 makes the same steps), or the model's width or samples "
+                "with trainer.accumulate_grad_batches=2 makes nearly the same steps), or the model's width or samples "
                 f"({said[:150]})"
             ) from error
         if "returned nan values" in said:  # trainer.detect_anomaly
