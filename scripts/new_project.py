@@ -20,7 +20,7 @@ DROPPED = [
     *("docs/published.md", "docs/speed.md", "tests/test_experiments.py", "tests/test_readme.py"),
     *("docs/published.json", "docs/speed_cpu.json", "docs/growth.json"),
     *("tests/test_new_project.py", "scripts", "zensical.toml", "docs/configuration.md", "docs/site.css"),
-    *("tests/test_docs.py", ".github/workflows/docs.yml", ".github/ISSUE_TEMPLATE"),
+    *("tests/test_docs.py", "tests/test_published.py", ".github/workflows/docs.yml", ".github/ISSUE_TEMPLATE"),
     ".github/pull_request_template.md",
 ]
 TARGETS = (

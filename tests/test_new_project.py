@@ -42,6 +42,8 @@ def test_a_new_project_has_its_own_name(copy: Path) -> None:
         assert linted.returncode == 0, linted.stdout
     pages = "".join(page.read_text() for page in copy.glob("docs/**/*.md"))
     assert [image for image in (copy / "docs" / "images").iterdir() if image.name not in pages] == []
+    removed = ('ROOT / "benchmarks"', 'ROOT / "scripts"')
+    assert [test for test in copy.glob("tests/*.py") if any(place in test.read_text() for place in removed)] == []
     left = [path for path in copy.rglob("*") if path.is_file() and path.suffix in (".py", ".yaml", ".toml", ".md")]
     assert [path for path in left if "vae_lightning" in path.read_text()] == []
 
