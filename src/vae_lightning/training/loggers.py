@@ -47,6 +47,9 @@ def make_loggers(specs: Mapping[str, Spec], run: RunDirectory, resume: bool) -> 
             loggers[name] = build(
                 spec, Logger, key, **{k: v for k, v in offered.items() if k in takes and k not in spec}
             )
+            logger = loggers[name]
+            if isinstance(logger, TensorBoardLogger) and Path(logger.log_dir) != run.tensorboard:
+                raise ConfigError(f"{key}: writes to {logger.log_dir}; should be {run.tensorboard}, which is resumed")
         except ConfigError as error:
             if isinstance(error.__cause__, ModuleNotFoundError):
                 hint = f"pip install -e '.[{name}]'" if name in EXTRAS else str(error.__cause__)
