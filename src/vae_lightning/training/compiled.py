@@ -44,7 +44,7 @@ class Compile(Callback):
         if reason:
             say_uncompiled(reason)
         else:
-            log.info("trainer.compile: the first step takes 10 to 60 s, and about 3 s in later runs")
+            log.info("trainer.compile: the first step takes 10 to 20 s, and about 3 s in later runs")
             data = trainer.datamodule  # type: ignore[attr-defined]
             batch_size = min(data.batch_size, len(data.train_images))
             torch.compiler.reset()  # models trained before in this process would count towards a limit of eight
@@ -131,7 +131,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: list[Tensor | N
 
 
 def say_uncompiled(reason: str) -> None:
-    log.info("compile=true has no effect: %s", reason)
+    log.warning("compile=true has no effect: %s", reason)
 
 
 def summary(error: Exception) -> str:

@@ -5,7 +5,7 @@ two logged steps (`trainer.log_every_n_steps`) most of them do nothing. Those st
 same arithmetic and counters, to the bit. The last step of each stretch runs through Lightning's own loop. If a callback
 or a hook of the model acts at each step, every step runs through Lightning's loop, and the log says why.
 
-Only this file uses private parts of libraries for speed. Of Lightning: `_TrainingEpochLoop` and its counters,
+For speed, this file uses private parts of libraries. Of Lightning: `_TrainingEpochLoop` and its counters,
 `_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer. Of PyTorch: the functional `adam` and
 the dictionaries of optimizer hooks. Where they differ, `install` raises an exception, and the run uses Lightning's
 loop. The file can be deleted: the result is the same, only slower.

@@ -83,6 +83,9 @@ def make_trainer(
         "gradient_clip_val": gradient_clip_val,
         "check_val_every_n_epoch": check_val_every_n_epoch,
         "precision": precision,
+        # Lightning would keep what an earlier job of the sweep has set.
+        "deterministic": options.get("deterministic") or False,
+        "benchmark": options.get("benchmark") or False,
     }
     check_arguments(Trainer, options, "trainer")
     check_accelerator(options["accelerator"], options["devices"])
@@ -103,9 +106,12 @@ def make_trainer(
     ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
     torch.set_float32_matmul_precision(matmul_precision)
     if compile:
-        from vae_lightning.training.compiled import Compile
+        try:
+            from vae_lightning.training.compiled import Compile
 
-        ours.append(Compile())
+            ours.append(Compile())
+        except ImportError as error:  # without that file
+            log.warning("compile=true has no effect: %s", error)
     options["plugins"] = [AtomicCheckpointIO(run), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint
