@@ -46,6 +46,7 @@ def describe_code() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": None if status is None else not status,
         "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
+        "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")],
     }
 
 
