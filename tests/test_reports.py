@@ -15,6 +15,7 @@ import yaml
 from conftest import BRIEF, Finished
 
 from vae_lightning.analysis.reports import differing_keys, find_results, learning_curve, read_result, tables
+from vae_lightning.config import flatten
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.training.train import train
 
@@ -123,6 +124,8 @@ def test_arguments_are_compared_between_runs_with_the_same_class() -> None:
     assert differing_keys([config(MLP), config(CONV), config(CONV | {"channels": [8]}, d=5)]) == [
         "model.latent_dim", "model.backbone._target_", "model.backbone.channels",
     ]  # fmt: skip
+    saving = [{"test": test, "trainer": {"checkpoint_every": every}} for test, every in ((True, 3), (False, None))]
+    assert differing_keys([flatten(changed) for changed in saving]) == [], "these change no number"
 
 
 def test_damaged_files_do_not_stop_a_report(report_py, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ EVALUATION_METRICS = (
     *("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy", "class_accuracy", "marginal_nll"),
 )
 IGNORED_KEYS = (
-    *("seed", "name", "figures.", "logger.", "data.root"),
+    *("seed", "name", "figures.", "logger.", "data.root", "test", "trainer.checkpoint_every"),
     *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
 )
 MAX_RUNS_IN_FIGURE = 10  # figures have ten colours
