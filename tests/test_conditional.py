@@ -92,7 +92,7 @@ def test_both_networks_of_every_backbone_use_the_label(name: str, mnist: Tensor)
 def test_samples_are_of_the_class_or_of_all_classes_in_turn() -> None:
     vae = VAE(2, SMALL, conditional=True, classes=3)
     vae.prior.scale.zero_()
-    drawn = [vae.sample(4, y=y) for y in (None, 1, [2, 1, 0, 0])]
+    drawn = [vae.sample(4, labels=y) for y in (None, 1, [2, 1, 0, 0])]
     of_class = [vae.pictures(torch.zeros(2), y) for y in range(3)]
     for images, labels in zip(drawn, ([0, 1, 2, 0], [1, 1, 1, 1], [2, 1, 0, 0]), strict=True):
         torch.testing.assert_close(images, torch.stack([of_class[y] for y in labels]))
@@ -113,8 +113,10 @@ def test_missing_and_wrong_labels_get_one_clear_line(mnist: Tensor, command) -> 
     ):
         with pytest.raises(ShapeError, match=line):
             vae.encode(x, labels)
-    with pytest.raises(ShapeError, match=r"y=7: the model is not conditional; train one with model\.conditional=true"):
-        VAE(2, SMALL).sample(4, y=7)
+    with pytest.raises(
+        ShapeError, match=r"labels=7: the model is not conditional; train one with model\.conditional=true"
+    ):
+        VAE(2, SMALL).sample(4, labels=7)
     with pytest.raises(ConfigError, match=r"model\.conditional=true: needs the number of classes"):
         VAE(2, SMALL, conditional=True)
     unlabelled = ["data._target_=test_conditional.Unlabelled", "data.val_size=100"]
@@ -207,7 +209,7 @@ def test_a_classifier_of_real_digits_recognizes_conditional_samples(config, tmp_
     with torch.inference_mode():
         real = (classifier(test_images.float() / 255).argmax(dim=1) == test_labels).double().mean().item()
         wanted = torch.arange(1_000) % 10
-        drawn = (classifier(vae.sample(1_000, y=wanted)).argmax(dim=1) == wanted).double().mean().item()
+        drawn = (classifier(vae.sample(1_000, labels=wanted)).argmax(dim=1) == wanted).double().mean().item()
     assert real > 0.98
     assert drawn >= 0.97
     found = evaluate_run(str(tmp_path / "run"), samples=20, class_samples=5, accelerator="cpu")

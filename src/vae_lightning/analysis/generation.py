@@ -262,7 +262,7 @@ def prior_samples(run: Run, n: int, temperature: float, y: int | None = None) ->
     """Return n images decoded from samples of the prior. Raises ConfigError for an autoencoder."""
     if not isinstance(run.model, VAE):
         raise ConfigError(f"run={run.directory}: an autoencoder has no prior to sample from")
-    return run.model.sample(n, temperature, y=y)
+    return run.model.sample(n, temperature, y)
 
 
 def labels_to_draw(run: Run, y: int | None) -> list[int] | list[None]:

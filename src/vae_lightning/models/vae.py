@@ -171,17 +171,18 @@ class VAE(ImageModel):
         return self.decode(z, labels).mean
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, y: Array | None = None) -> Tensor:
+    def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:
         """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
 
         `temperature` scales the standard deviations of the prior. Below 1, images are more typical and less varied.
-        `y` is a class of a conditional model, or a list of n; by default the classes in turn, 0, 1, …, 0, 1, …. Raises
-        ShapeError for a y of another model.
+        `labels` is a class of a conditional model, or a list of n; by default the classes in turn, 0, 1, …, 0, 1, ….
+        Raises ShapeError for labels of a model without classes, or out of range.
         """
         check_counts(n=n)
-        if y is not None and not self.classes and type(self).decode is VAE.decode:
-            raise ShapeError(f"y={y}: the model is not conditional; train one with model.conditional=true")
-        labels = torch.arange(n) % self.classes if y is None and self.classes else y
+        if labels is not None and not self.classes and type(self).decode is VAE.decode:
+            raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
+        if labels is None and self.classes:
+            labels = torch.arange(n) % self.classes
         return self.decode(self.prior(self.encode, temperature).sample((n,)), labels).mean
 
 

@@ -227,7 +227,7 @@ class Figures(Callback):
             rows, columns = self.samples
             with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
                 torch.manual_seed(0)
-                of_rows = [module.sample(columns if module.classes else rows * columns, y=y) for y in every_label]
+                of_rows = [module.sample(columns if module.classes else rows * columns, labels=y) for y in every_label]
                 pictures["samples"] = figures.image_grid(torch.cat(of_rows), columns)
         if self.points:
             decoded = torch.cat([module.pictures(self.points, y) for y in every_label])
