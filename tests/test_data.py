@@ -93,15 +93,6 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_processes_share_each_batch_without_overlap_or_omission() -> None:
-    images, labels = torch.zeros(1_003, 1, 1, 1, dtype=torch.uint8), torch.arange(1_003)
-    single = [y for _, y in DeviceBatches(images, labels, 200, shuffle_seed=1)]
-    shares = [[y for _, y in DeviceBatches(images, labels, 100, 1, rank=rank, world_size=2)] for rank in (0, 1)]
-    for whole, first, second in zip(single, *shares, strict=True):
-        assert set(whole.tolist()) == set(first.tolist()) | set(second.tolist())
-        assert len(whole) == len(first) + len(second)
-
-
 def test_grey_is_byte_over_255_and_threshold_is_above_one_half() -> None:
     (train, _), (test, _) = load_images("MNIST", DATA)
     x, _ = next(iter(module(pixels="grey", batch_size=50).test_dataloader()))

@@ -82,10 +82,6 @@ class Few(MNISTDataModule):
         return (train[:500], labels[:500]), (test[:100], test_labels[:100])
 
 
-def test_number_of_pairs() -> None:
-    assert len(draw(10**6, 0)) > 600
-
-
 @pytest.mark.parametrize(
     "pair",
     [*FOUND, *(pytest.param(pair, marks=pytest.mark.proof) for pair in draw(MANY, SEED + 1))],
@@ -96,7 +92,7 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     if any("model/backbone=conv" in setting for setting in pair):
         words.remove("model.backbone.hidden=[16]")
     uninterrupted = command(*words, "hydra.run.dir=uninterrupted")
-    assert uninterrupted.code in (0, 2), uninterrupted.err
+    assert uninterrupted.code in ((0,) if pair in FOUND else (0, 2)), uninterrupted.err
     if uninterrupted.code == 2:
         assert len([line for line in uninterrupted.err.splitlines() if "Warning" not in line]) == 1, uninterrupted.err
         assert not [path for path in (tmp_path / "uninterrupted").rglob("*") if path.is_file()]
@@ -122,7 +118,8 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     monkeypatch.setattr(Progress, "due", stopping)
     stopped = command(*words, "hydra.run.dir=run")
     monkeypatch.undo()
-    assert stopped.code in (0, 75), stopped.err  # 0: it finished before it could stop
+    # 0: it finished before it could stop
+    assert stopped.code in ((75,) if pair in FOUND else (0, 75)), stopped.err
     if stopped.code == 75:
         resumed = command("resume=run", "trust=[test_pairs]")
         assert resumed.code == 0, resumed.err

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vae_lightning.analysis.reports import read_result
 from vae_lightning.config import ConfigError, Interval
+from vae_lightning.data.module import ImageDataModule
 from vae_lightning.files import as_yaml
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_checkpoint
@@ -144,6 +145,7 @@ def test_a_killed_run_has_the_same_results(tmp_path: Path, overrides: list[str],
     steps = [int(line.rpartition(" ")[2]) for line in killed.stdout.splitlines()]
     assert len(steps) >= kills // 2, "too few kills"
     assert len({step % 40 for step in steps}) >= kills // 4, "too few different steps"
+    assert max(steps) > 0, "no attempt left a checkpoint"
     assert differences(read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")) == []
 
 
@@ -458,12 +460,27 @@ def test_runs_are_found_by_their_configuration(tmp_path: Path, config) -> None:
 
 def test_a_repeated_run_gets_the_same_numbers(uninterrupted: Path, command, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    environment["versions"]["torch"] = "1.0"
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
     again = command("repeat=run", "hydra.run.dir=again", "trust=[test_resuming]")
     assert again.code == 0, again.err
+    assert "torch 1.0 then" in again.out
     assert differences(read_results(uninterrupted), read_results(tmp_path / "again")) == []
     for refused in (command("repeat=run", "model.beta=3"), command("repeat=run", "resume=auto")):
         assert refused.code == 2
         assert len(refused.err.splitlines()) == 1
+
+
+def test_a_run_without_a_test_does_not_read_the_test_set(command, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataModule, "test_dataloader", lambda self: pytest.fail("the test set was read"))
+        assert command(*BRIEF, "test=false", "hydra.run.dir=run").code == 0
+    file = tmp_path / "run" / "metrics.json"
+    assert not [key for key in json.loads(file.read_text()) if key.startswith("test/")]
+    assert not (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+    assert command("resume=run", "test=true").code == 0
+    assert "test/loss" in json.loads(file.read_text())
 
 
 class Bad(Callback):

@@ -15,6 +15,7 @@ from vae_lightning.config import ConfigError
 from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.figures import loss_curves
 from vae_lightning.models.vae import VAE
+from vae_lightning.runs.loading import load_run
 from vae_lightning.training.callbacks import TrainingError
 from vae_lightning.training.train import train
 
@@ -165,14 +166,18 @@ def test_vamp_starts_at_training_images(config, tmp_path: Path) -> None:
     assert nearest.max() < 0.01 * 784**0.5  # two steps of Adam away
 
 
-def test_averaged_weights(config, tmp_path: Path) -> None:
-    metrics = train(config("trainer=ema", *QUICK, "trainer.max_epochs=1"), tmp_path / "run")
+def test_averaged_weights_are_saved_and_tested(config, tmp_path: Path) -> None:
+    words = ["model=autoencoder", "trainer=ema", *QUICK, "trainer.max_epochs=1"]  # an autoencoder draws no noise
+    metrics = train(config(*words), tmp_path / "run")
     assert metrics["steps"] == 5
     plain, averaged = (
-        torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)[key]
+        torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)[key]
         for key in ("current_model_state", "state_dict")
     )
     assert not torch.equal(plain["decoder.0.weight"], averaged["decoder.0.weight"])
+    _, (images, _) = load_images("MNIST", DATA)
+    mse = load_run(tmp_path / "run").terms(images[:256].float() / 255)["mse"].mean().item()
+    assert metrics["test/mse"] == pytest.approx(mse, rel=1e-5)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
