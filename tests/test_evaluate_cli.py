@@ -72,7 +72,7 @@ def test_an_evaluation_is_kept_if_its_output_cannot_be_printed(run_directory: Pa
 
 
 def test_evaluation_json_is_replaced_if_invalid_and_only_by_the_best_checkpoint(tmp_path: Path) -> None:
-    run, content, values = RunDirectory(tmp_path), {"samples": 3, "seed": 0}, torch.zeros(2, 2)
+    run, content, values = RunDirectory(tmp_path), {"samples": 3, "seed": 0, "checkpoint": "best"}, torch.zeros(2, 2)
     for samples in (None, "x", [1]):
         run.evaluation_file.write_text(json.dumps({"samples": samples}))
         write_evaluation(run, run.best_checkpoint, "test", content, values, Figure())
@@ -106,6 +106,13 @@ def test_evaluations_do_not_overwrite_each_other(run_directory: Path, monkeypatc
     assert sorted(path.stem for path in (run_directory / "evaluations").glob("*.json")) == [
         *("test_best_k2_seed0", "test_best_k3_seed0", "test_best_k5_seed0", "test_last_k9_seed0", "val_best_k3_seed0"),
     ]
+
+
+def test_an_unfinished_run_does_not_get_the_evaluation_of_its_best_checkpoint(run_directory: Path) -> None:
+    (run_directory / "metrics.json").unlink()
+    evaluate_run(**{"run": str(run_directory), **QUICK})
+    assert (run_directory / "evaluations" / "test_best_unfinished_k3_seed0.json").exists()
+    assert not (run_directory / "evaluation.json").exists()
 
 
 def test_out_of_memory_is_reported_in_one_line(evaluate_py, run_directory: Path) -> None:

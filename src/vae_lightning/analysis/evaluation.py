@@ -159,7 +159,12 @@ def aggregate_posterior(
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """Return the accuracy of digit classification from posterior means: 5 nearest neighbours, logistic regression."""
+    """Return the accuracy of classification from posterior means: 5 nearest neighbours, logistic regression.
+
+    Empty for a data set with one class, or with fewer than five training images.
+    """
+    if len(train) < 5 or len(train_labels.unique()) < 2:
+        return {}
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -274,6 +279,7 @@ def evaluate_run(
 
     Raises UserError if the run or its data cannot be opened or evaluated.
     """
+    finished = RunDirectory.locate(run)[0].state == "finished"  # before the checkpoint is read
     opened = open_run(run, accelerator, trust, data_root)
     vae, data = opened.model, opened.data
     if split == "val" and not data.val_size:
@@ -292,6 +298,7 @@ def evaluate_run(
         train = evaluation_pixels(data.train_images, data.pixels)  # drawn as those of the test images
         results |= probe_accuracy(vae.all_codes(train, data.train_labels), data.train_labels, codes, labels)
     if vae.classes and class_samples:
+        results["class_samples"] = class_samples
         results |= bayes_classifier(vae, images, labels, data.train_labels, class_samples, seed, batch_size, chunk)
     warning = remark(vae.likelihood, data.pixels)
     quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else "log density"
@@ -306,7 +313,7 @@ def evaluate_run(
         "images_sha256": data.checksums()[split],
         "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
-        "checkpoint": opened.checkpoint.stem,
+        "checkpoint": opened.checkpoint.stem if finished else f"{opened.checkpoint.stem}_unfinished",
         "remark": warning,
     }
     values = torch.stack([sampled.log_likelihood, sampled.stderr], dim=-1)
@@ -330,13 +337,14 @@ def write_evaluation(
     evaluation.csv and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have
     more samples. Earlier results with the same name that `content` lacks, such as probes, are kept.
     """
-    name = f"{split}_{checkpoint.stem}_k{content['samples']}_seed{content['seed']}"
+    name = f"{split}_{content['checkpoint']}_k{content['samples']}_seed{content['seed']}"
     file = run.subdirectory(run.evaluations) / f"{name}.json"
     content = (read_json(file) if file.exists() else {}) | content
     write_values(file.with_suffix(".csv"), values)
     write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
-    if split == "test" and checkpoint.resolve() == run.best_checkpoint.resolve():
+    best = checkpoint.resolve() == run.best_checkpoint.resolve() and content["checkpoint"] == run.best_checkpoint.stem
+    if split == "test" and best:  # a run that is still trained will have another best checkpoint
         current = (read_json(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
         if not isinstance(current, int) or content["samples"] >= current:
             write_values(run.evaluation_values, values)
