@@ -95,6 +95,8 @@ def test_the_largest_common_number_of_samples_is_used(compare_py, tmp_path: Path
     evaluated(tmp_path / "b", [-72.0, -91.0], samples=50)
     (tmp_path / "b" / "evaluation.csv").write_text("log_likelihood,stderr\n-72,2\n-91,2\n")
     assert "estimates are low by about 0.005 (a) and 2.000 (b)" in compare_py("a", "b").out
+    (tmp_path / "b" / "evaluation.csv").write_text("log_likelihood,stderr\n-72,nan\n-91,nan\n")
+    assert "one importance sample: estimates are low by an unknown amount" in compare_py("a", "b").out
 
 
 B = [-79.0, -89.0]

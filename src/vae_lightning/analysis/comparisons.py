@@ -272,7 +272,9 @@ def remarks(side: Side, baseline: Side) -> list[str]:
     if min(len(side.evaluations), len(baseline.evaluations)) < 2:
         found.append("one seed on a side: the interval is of these runs, and other seeds may differ by more")
     of_runs, _ = paired_difference(side.log_likelihood, baseline.log_likelihood)
-    if abs(side.bias - baseline.bias) > of_runs.stderr:
+    if math.isnan(side.bias + baseline.bias):
+        found.append("one importance sample: estimates are low by an unknown amount; evaluate both with more samples")
+    elif abs(side.bias - baseline.bias) > of_runs.stderr:
         found.append(
             f"too few importance samples: estimates are low by about {baseline.bias:.3f} ({baseline.label}) and "
             f"{side.bias:.3f} ({side.label}); evaluate both with more samples"

@@ -32,6 +32,8 @@ from vae_lightning.runs.loading import load_run, open_run
 EVALUATION_METRICS = (
     *("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy", "class_accuracy", "marginal_nll"),
 )
+# The number of importance samples that a metric depends on.
+SAMPLES = {"nll": "samples", "marginal_nll": "test/class_samples", "class_accuracy": "test/class_samples"}
 IGNORED_KEYS = (
     *("seed", "name", "figures.", "logger.", "data.root", "test", "trainer.checkpoint_every"),
     *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
@@ -125,7 +127,8 @@ def read_result(run: RunDirectory) -> Result:
                 raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
         for name in EVALUATION_METRICS:
             if is_number(value := evaluated.get(f"test/{name}")):
-                column = f"nll (k={sanitize(evaluated.get('samples'))})" if name == "nll" else name
+                count = SAMPLES.get(name)
+                column = f"{name} (k={sanitize(evaluated.get(count))})" if count else name
                 metrics[f"test/{column}"] = float(value)
     model = config["model"]
     likelihood = model.get("likelihood")
@@ -134,6 +137,7 @@ def read_result(run: RunDirectory) -> Result:
     channels = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 1
     given = ", given the label" if model.get("conditional") else ""
     protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels{given}, {class_name(target)}"
+    protocol += " tanh" if model.get("output") == "tanh" else ""  # pixels from -1 to 1: four times the squared error
     return Result(run, flatten(config), metrics, protocol)
 
 
