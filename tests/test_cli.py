@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, DATA, ROOT
 
+from vae_lightning.config import ConfigError
+from vae_lightning.launch.cli import error_line
 from vae_lightning.launch.commands import importing
 
 STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
@@ -109,6 +111,10 @@ def test_an_anomaly_is_reported_in_one_line(command) -> None:
     )
     assert result.code == 2
     assert result.err.splitlines()[-1].startswith("became NaN at step 2: ")
+
+
+def test_an_error_line_has_no_control_characters() -> None:
+    assert error_line(ConfigError("model._target_=\x1b[2J\x07Evil:\nnot in …")) == "model._target_=?[2J?Evil: not in …"
 
 
 def test_an_override_of_a_removed_key(command) -> None:

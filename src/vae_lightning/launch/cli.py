@@ -89,7 +89,8 @@ def check_command_line() -> None:
 
 def error_line(error: Exception) -> str | None:
     """Return a user-fixable error in one line: key, value, what is allowed, the nearest match. None for a bug."""
-    text = " ".join(str(error).split())
+    words = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "?" for c in words)  # a run may name classes with control characters
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher" and choice in EXTRAS:
