@@ -19,6 +19,7 @@ from vae_lightning.models.base import ImageModel
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
 LONGEST_DIFF = 100_000  # characters of uncommitted changes
+MOST_FILES = 100  # names of files that git does not track
 
 
 def describe_environment(model: ImageModel, device: torch.device, data: ImageDataModule) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def describe_code() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": None if status is None else not status,
         "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
-        "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")],
+        "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")][:MOST_FILES],
     }
 
 
@@ -77,6 +78,7 @@ def _git(*arguments: str) -> str | None:
     try:
         # Without locks: if git were killed, a lock would stay and block the next `git commit`.
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        ran = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+        return ran.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

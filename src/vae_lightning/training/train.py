@@ -170,12 +170,14 @@ def rewind(
 
 
 def write_environment(run: RunDirectory, environment: dict[str, Any]) -> None:
-    """Write environment.json. For a resumed run, append what has changed to its list `resumed`."""
+    """Write environment.json. For a resumed run, append what has changed since the last start to its list `resumed`."""
     former = run.read_environment()
     if former:
-        changed = {key: value for key, value in environment.items() if value != former.get(key)}
-        before = former.get("resumed")
-        environment = former | {"resumed": [*(before if isinstance(before, list) else []), changed]}
+        listed = former.get("resumed")
+        before = [change for change in listed if isinstance(change, dict)] if isinstance(listed, list) else []
+        latest = former | {key: value for change in before for key, value in change.items()}
+        changed = {key: value for key, value in environment.items() if value != latest.get(key)}
+        environment = former | {"resumed": [*before, changed]}
     write_json(run.environment_file, environment)
 
 
