@@ -19,7 +19,7 @@ from vae_lightning.files import (
 
 def test_plain_values_round_trip(tmp_path: Path) -> None:
     shared = [1, 2.5, "ü", None, True]
-    content = {"a": shared, "b": {"c": shared, "d": {}}}
+    content = {"a": shared, "b": {"c": shared, "d": {}}, "long": "word " * 500}
     (tmp_path / "x.yaml").write_text(as_yaml(content))
     write_json(tmp_path / "x.json", content)
     assert read_yaml(tmp_path / "x.yaml") == read_json(tmp_path / "x.json") == content

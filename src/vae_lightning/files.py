@@ -106,10 +106,17 @@ def is_running(process: int) -> bool:
 
 
 class PlainDumper(yaml.SafeDumper):
-    """Writes a list that stands in two places twice instead of as an alias."""
+    """Writes a list that stands in two places twice instead of as an alias, and quotes long texts."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if len(data) > LONGEST // 2 else None  # `_load_yaml` refuses long values without quotes
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+PlainDumper.add_representer(str, PlainDumper.represent_str)
 
 
 def as_yaml(content: dict[str, Any]) -> str:
