@@ -65,7 +65,11 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     try:
         with ZipFile(file) as archive:  # PyTorch does not verify the checksums that it writes
             # PyTorch writes no compressed entries; a compressed one could expand until the memory is full.
-            if any(file.compress_type != ZIP_STORED for file in archive.infolist()) or archive.testzip():
+            entries = archive.infolist()
+            compressed = any(entry.compress_type != ZIP_STORED for entry in entries)
+            # One part of the file could be many entries, which would fill the memory, too.
+            overlapping = sum(entry.file_size for entry in entries) > file.stat().st_size
+            if compressed or overlapping or archive.testzip():
                 raise ValueError
         content = torch.load(file, map_location="cpu", weights_only=True)
         content["state_dict"].items()
