@@ -132,6 +132,14 @@ def test_a_search_without_a_finished_trial(config, trials: Trials, tmp_path: Pat
         search(config(), tmp_path / "search", **OPTIONS | {"trials": 2})
 
 
+def test_trials_of_a_lost_study_are_not_taken_for_its_own(config, trials: Trials, tmp_path: Path) -> None:
+    search(config(), tmp_path / "search", **SHORT)
+    (tmp_path / "search" / "study.db").unlink()
+    space = {"model.latent_dim": {"low": 20, "high": 30}}
+    with pytest.raises(RunError, match=r"trials/0: is of another study, whose study\.db is missing"):
+        search(config(), tmp_path / "search", **SHORT | {"space": space})
+
+
 def test_a_trial_that_is_not_validated_is_named(config, trials: Trials, tmp_path: Path) -> None:
     trials.epochs = 0
     with pytest.raises(ConfigError, match=r"trials/0: was not validated; see trainer\.limit_val_batches"):
@@ -165,6 +173,7 @@ def test_a_search_needs_validation_images(config, tmp_path: Path) -> None:
 def test_invalid_options_of_a_search_are_refused(command, tmp_path: Path) -> None:
     refused = command("hparams_search=optuna", "hparams_search.trials=0")
     assert (refused.code, refused.err) == (2, "hparams_search.trials=0: should be greater than or equal to 1.\n")
+    assert command("hparams_search=optuna", "resume=latest").err.startswith("resume=latest: is not for a search; ")
     assert not list(tmp_path.rglob("*.*"))
 
 

@@ -65,6 +65,12 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
     check_arguments(Config, run_config(config), "")
     if options := config.get("hparams_search"):
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
+        for key in ("resume", "repeat", "timeout"):
+            if config[key] is not None:
+                raise ConfigError(
+                    f"{key}={config[key]}: is not for a search; the same command resumes it, and "
+                    "hparams_search.timeout limits each trial"
+                )
         print(search(run_config(config), directory, **options))
         return
     plan = plan_job(config, directory, hydra)

@@ -24,7 +24,7 @@ from vae_lightning.config import ConfigError, Interval, NonNegativeInt, Positive
 from vae_lightning.files import read_json, write_json
 from vae_lightning.launch.sweeps import JobError, job_variables, train_in_subprocess
 from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.resume import RunPlan, first_difference, set_key
+from vae_lightning.runs.resume import RunPlan, comparable, first_difference, set_key
 from vae_lightning.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def search(
             return trial.should_prune()
 
         log.info("trial %s: %s", run.path.name, "  ".join(f"{key}={value}" for key, value in trial.params.items()))
+        if run.state != "new" and comparable(run.read_config()) != comparable(trial_config):
+            raise RunError(f"{run}: is of another study, whose study.db is missing; choose another hydra.run.dir")
         plan = RunPlan(trial_config, run, resume=run.state != "new")
         slot = slots.pop()
         try:
