@@ -130,4 +130,4 @@ class SweepDirectory(Callback):
 
 def failures(config: DictConfig) -> list[Path]:
     """Return the files that `note_failure` wrote into a sweep's directory, in the order of the jobs."""
-    return sorted((Path(config.hydra.sweep.dir) / FAILED).glob("*.txt"), key=lambda file: int(file.stem))
+    return sorted(Path(config.hydra.sweep.dir).rglob(f"{FAILED}/*.txt"), key=lambda file: int(file.stem))
