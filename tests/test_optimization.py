@@ -65,6 +65,8 @@ def test_a_schedule_counts_epochs_or_steps() -> None:
     assert make_schedule(cycle | {"interval": "step"}, optimizer)["interval"] == "step"
     with pytest.raises(ConfigError, match="interval=batch: should be epoch or step"):
         make_schedule(milestones | {"interval": "batch"}, optimizer)
+    with pytest.raises(ConfigError, match=r"model\.schedule\.total_iters=-1: should be greater than or equal to 1"):
+        make_schedule(warmup | {"total_iters": -1}, optimizer)
     with pytest.raises(ConfigError, match=r"model\.schedule\.milestone=3: no such key"):
         make_schedule(milestones | {"milestone": 3}, optimizer)
 

@@ -55,6 +55,9 @@ def make_schedule(spec: Spec, optimizer: Optimizer) -> dict[str, Any]:
     `interval` in the spec is `epoch` (the default) or `step`. `monitor` is the metric of ReduceLROnPlateau. Raises
     ConfigError if the spec is invalid.
     """
+    for key in ("T_max", "T_0", "total_steps", "step_size", "total_iters"):  # -1 by trainer.max_epochs=-1
+        if isinstance(spec.get(key), int) and spec[key] < 1:
+            raise ConfigError(f"model.schedule.{key}={spec[key]}: should be greater than or equal to 1")
     options = {key: spec[key] for key in ("interval", "monitor") if key in spec}
     scheduler = build(
         {key: value for key, value in spec.items() if key not in options},
