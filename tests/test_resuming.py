@@ -538,6 +538,13 @@ def test_early_stopping_survives_a_resume(command, tmp_path: Path) -> None:
     assert differences(read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")) == []
 
 
+def test_a_longer_run_keeps_its_schedule(command) -> None:
+    words = [*SMALL, "hydra.run.dir=run", "trainer.limit_train_batches=2", "model/schedule=cosine"]
+    assert command(*words, "trainer.max_epochs=1").code == 0
+    longer = command("resume=run", "trainer.max_epochs=2")
+    assert (longer.code, "model.schedule stays as it was for trainer.max_epochs=1" in longer.out) == (0, True)
+
+
 def test_a_finished_run_is_not_shortened(uninterrupted: Path, command, tmp_path: Path) -> None:
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (run / "evaluation.json").write_text("{}")

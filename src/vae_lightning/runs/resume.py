@@ -65,6 +65,8 @@ def plan_run(config: dict[str, Any], directory: Path, given: Iterable[str], sear
         check_files(run)
         changed = _changed(before, run, config, given)
         longer = changed["trainer"].get("max_epochs") != before["trainer"].get("max_epochs")
+        if longer and changed["model"].get("schedule"):
+            log.warning("model.schedule stays as it was for trainer.max_epochs=%s", before["trainer"].get("max_epochs"))
         untested = changed["test"] and not before.get("test", True)
         finished = run.state == "finished" and not longer and not untested
         return RunPlan(changed, run, resume=True, finished=finished)
