@@ -13,6 +13,7 @@ from vae_lightning.launch.commands import importing
 
 STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
 PLATEAU = "_target_: torch.optim.lr_scheduler.ReduceLROnPlateau"
+CYCLE = "_target_: torch.optim.lr_scheduler.OneCycleLR, max_lr: 0.01"
 REFUSED = [
     ("model.latent_dmi=2", ["model.latent_dmi=2", "no such key", "did you mean model.latent_dim?", "latent_dim"]),
     ("modle=vae", ["modle=vae", "did you mean model?"]),
@@ -48,9 +49,12 @@ REFUSED = [
     (f"model.schedule={{{PLATEAU}, monitor: nothing}}", ["model.schedule.monitor=nothing", "Allowed: train/loss"]),
     (f"model.schedule={{{PLATEAU}, monitor: [1]}}", ["model.schedule.monitor=[1]", "no such metric"]),
     (f"trainer.callbacks=[{{{STOP}, monitor: health/nope}}]", ["EarlyStopping.monitor=health/nope", "health/kl_min"]),
+    (f"model.schedule={{{CYCLE}, total_steps: 29, interval: epoch}}", ["after 29 epochs, and the run after 30"]),
+    (f"model.schedule={{{CYCLE}, total_steps: 99, interval: step}}", ["after 99 steps, and the run after 11730"]),
     ("trainer.min_epochs=-5", ["trainer.min_epochs=-5", "greater than or equal to 0"]),
     ("trainer.strategy=xla", ["trainer: ", "torch_xla"]),
     ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.BackboneFinetuning}]", ["no attribute 'backbone'"]),
+    ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateFinder}]", ["Allowed: model.learn"]),
     ("model.backbone=conv", ["model.backbone=conv", "Say model/backbone=conv"]),
     ("--config-name=generate", ["--config-name=generate", "its own configuration"]),
     ("--config-path=/tmp", ["--config-path=/tmp", "--config-dir adds a directory"]),

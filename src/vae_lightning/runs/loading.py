@@ -115,7 +115,6 @@ TRUSTED = (
     "lightning.pytorch.callbacks.EMAWeightAveraging",
     "lightning.pytorch.callbacks.EarlyStopping",
     "lightning.pytorch.callbacks.LearningRateMonitor",
-    "lightning.pytorch.callbacks.StochasticWeightAveraging",
     "lightning.pytorch.callbacks.Timer",
 )
 

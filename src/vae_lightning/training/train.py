@@ -31,7 +31,14 @@ from vae_lightning.training.history import History, format_terms
 from vae_lightning.training.loggers import make_loggers, opened, rewind_events
 from vae_lightning.training.process import log_to, share_log, steady_cpu
 from vae_lightning.training.signals import StopRequest
-from vae_lightning.training.trainer import TRAINER_DEFAULTS, check_batches, check_monitors, make_trainer, user_errors
+from vae_lightning.training.trainer import (
+    TRAINER_DEFAULTS,
+    check_batches,
+    check_monitors,
+    check_schedule,
+    make_trainer,
+    user_errors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +93,10 @@ def train(config: dict[str, Any], directory: StrPath, resume: bool = False) -> d
     trainer = make_trainer(run, callbacks, [*loggers.values(), history], **options)
 
     # Errors that Lightning would only report after the directory is created, or after training.
-    check_batches(trainer, data)
+    batches = check_batches(trainer, data)
     check_monitors(trainer, model, data, c.model.get("schedule"))
     if type(model).configure_optimizers is ImageModel.configure_optimizers:  # a custom one may need the trainer
-        model.configure_optimizers()
+        check_schedule(trainer, model, batches)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -16,7 +17,16 @@ import torch
 from hydra.core.config_store import ConfigStore
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
@@ -50,6 +60,14 @@ TRAINER_DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
+# Callbacks of Lightning that do not resume, or train another run than config.yaml describes.
+REFUSED = {
+    BatchSizeFinder: "trains with another batch size than config.yaml says. Allowed: data.batch_size",
+    GradientAccumulationScheduler: "does not resume within an epoch. Allowed: trainer.accumulate_grad_batches",
+    LearningRateFinder: "trains with another learning rate than config.yaml says. Allowed: model.learning_rate",
+    ModelPruning: "does not resume. Allowed: a callback of your own",
+    StochasticWeightAveraging: "averages after the last checkpoint is written. Allowed: EMAWeightAveraging",
+}
 
 
 def make_trainer(
@@ -104,6 +122,9 @@ def make_trainer(
     # The guard comes first, so that no other callback acts on a loss that is not finite.
     ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
     ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
+    for kind, reason in REFUSED.items():
+        if any(isinstance(callback, kind) for callback in ours):
+            raise ConfigError(f"trainer.callbacks: {kind.__name__} {reason}")
     torch.set_float32_matmul_precision(matmul_precision)
     if compile:
         try:
@@ -130,8 +151,11 @@ def make_trainer(
     return trainer
 
 
-def check_batches(trainer: Trainer, data: ImageDataModule) -> None:
-    """Raise ConfigError for batch limits and validation intervals that Lightning refuses only when it reaches them."""
+def check_batches(trainer: Trainer, data: ImageDataModule) -> int:
+    """Return the number of training batches in an epoch.
+
+    Raises ConfigError for batch limits and validation intervals that Lightning refuses only when it reaches them.
+    """
     images = {"train": data.train_images, "val": data.val_images, "test": data.test_images}
     counts = {split: -(-len(of_split) // (data.batch_size * trainer.world_size)) for split, of_split in images.items()}
     for split, count in counts.items():
@@ -146,6 +170,23 @@ def check_batches(trainer: Trainer, data: ImageDataModule) -> None:
         raise ConfigError(
             f"trainer.val_check_interval={every}: an epoch has {batches} batches; should be from {least:.3g} to {most}"
         )
+    return batches
+
+
+def check_schedule(trainer: Trainer, model: ImageModel, batches: int) -> None:
+    """Raise ConfigError for a schedule of fewer steps than the run, which PyTorch refuses only when it is over.
+
+    `batches` is the number of training batches in an epoch.
+    """
+    configured = model.configure_optimizers()
+    schedule = configured[1][0] if isinstance(configured, tuple) else {}
+    length = getattr(schedule.get("scheduler"), "total_steps", None)  # of OneCycleLR only
+    per_epoch = 1 if schedule.get("interval") == "epoch" else -(-batches // trainer.accumulate_grad_batches)
+    needed = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * per_epoch
+    if schedule.get("interval") == "step" and trainer.max_steps != -1:
+        needed = min(needed, trainer.max_steps)
+    if length is not None and length < needed:
+        raise ConfigError(f"model.schedule: ends after {length} {schedule['interval']}s, and the run after {needed}")
 
 
 def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, schedule: Spec | None) -> None:
