@@ -70,6 +70,15 @@ def test_loss_curves_have_one_panel_per_term_and_one_line_per_split() -> None:
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [2.5]]
 
 
+def test_each_panel_has_the_unit_of_its_term() -> None:
+    def units(**terms: float) -> list[str]:
+        history = [{"epoch": 1} | {f"train/{name}": value for name, value in terms.items()}]
+        return [axes.get_ylabel() for axes in loss_curves(history).axes]
+
+    assert units(loss=0.1, mse=0.1) == ["per pixel", "per pixel"]
+    assert units(loss=90.0, kl=20.0, squared_error=40.0) == ["nats per image", "nats per image", "per image"]
+
+
 def test_elbo_has_a_panel_only_if_it_differs_from_the_negative_loss() -> None:
     row = {"epoch": 1, "train/loss": 3.0, "train/elbo": -3.0}
     assert [axes.get_title() for axes in loss_curves([row]).axes] == ["loss"]

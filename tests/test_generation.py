@@ -139,7 +139,7 @@ def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) ->
     order = codes.var(dim=0).argsort(descending=True).tolist()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [f"$z_{{{dimension + 1}}}$" for dimension in order]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-3", "-1.5", "0", "1.5", "3"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-3σ", "-1.5σ", "0σ", "1.5σ", "3σ"]
     for z, dimension in zip(seen, order, strict=True):
         assert (z.std(dim=0) > 0).nonzero().flatten().tolist() == [dimension]
         assert z[:, dimension].tolist() == pytest.approx([-3, -1.5, 0, 1.5, 3])

@@ -5,7 +5,7 @@ Grids are tensors `[channels, height, width]` in [0, 1], as TensorBoard's `add_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def loss_curves(history: Sequence[Mapping[str, object]]) -> Figure:
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, marker="." if len(points) < 2 else "")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        finish(axes, title=term, xlabel="epoch", ylabel="" if term == "mse" else "nats per image")
+        finish(axes, title=term, xlabel="epoch", ylabel=unit(term, terms))
     return figure
 
 
@@ -169,6 +169,15 @@ def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
     axes.plot(list(curve), [-bound for bound in curve.values()], marker="o", color=COLOURS[0])
     axes.set(xscale="log", xlabel="importance samples k", ylabel="nats per image", title=quantity)
     return figure
+
+
+def unit(term: str, terms: Iterable[str]) -> str:
+    """Return the unit of a term, which may depend on the other terms: the loss of an autoencoder is its `mse`."""
+    if term == "squared_error":
+        return "per image"
+    if term.startswith(("active_units", "knn_accuracy", "linear_accuracy", "class_accuracy")):  # counts and shares
+        return ""
+    return "per pixel" if "mse" in terms else "nats per image"
 
 
 def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str, metric: str) -> Figure:
@@ -186,7 +195,7 @@ def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str,
     return figure
 
 
-def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]]) -> Figure:
+def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]], unit: str) -> Figure:
     """Plot one line per run; `curves` maps a run's name to (metric, points), with points (epoch, value)."""
     figure, axes = new_axes(6, 3.8)
     for (name, (_, points)), colour in zip(curves.items(), COLOURS, strict=False):
@@ -196,7 +205,7 @@ def learning_curves(curves: Mapping[str, tuple[str, Sequence[tuple[int, float]]]
     axes.set_ylim(min(settled) - room, max(settled) + room)  # without the steep first epochs
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     metrics = " or ".join(sorted({metric for metric, _ in curves.values()}))
-    finish(axes, xlabel="epoch", ylabel=f"{metrics}, nats per image")
+    finish(axes, xlabel="epoch", ylabel=f"{metrics}, {unit}")
     return figure
 
 

@@ -115,7 +115,7 @@ def traversals(
         for dimension, label in zip(dimensions, of_rows, strict=True)
     ]
     pictures = torch.stack([run.model.pictures(*row) for row in zip(z, of_rows, strict=True)])
-    return figures.labelled_rows(pictures, rows, [f"{round(step, 1) + 0.0:g}" for step in steps.tolist()])
+    return figures.labelled_rows(pictures, rows, [f"{round(step, 1) + 0.0:g}σ" for step in steps.tolist()])
 
 
 def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:

@@ -255,8 +255,10 @@ def write_csv(tables: Sequence[Table], file: Path) -> None:
 def plots(table: Table) -> dict[str, Figure]:
     """Return figures by name: metrics against each numeric setting, learning curves, distortion against rate."""
     drawn: dict[str, Figure] = {}
+    terms = [metric.removeprefix("test/") for row in table.rows for result in row.results for metric in result.metrics]
     for key in table.numeric_keys:
         for metric in table.metrics[:4]:
+            unit = figures.unit(metric.removeprefix("test/"), terms)
             lines: dict[str, list[tuple[float, float, float]]] = {}
             for row in table.rows:
                 average, deviation = row.statistics(metric)
@@ -265,11 +267,11 @@ def plots(table: Table) -> dict[str, Figure]:
                     lines.setdefault(name, []).append((row.settings[key], average, deviation or 0.0))
             if lines and len(lines) <= MAX_RUNS_IN_FIGURE:
                 name = re.sub("[^A-Za-z0-9=._-]+", "_", f"{metric}_against_{key}")[:150]
-                drawn[name] = figures.against(lines, key, metric)
+                drawn[name] = figures.against(lines, key, ", ".join(filter(None, (metric, unit))))
     best = best_rows(table)
     curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
     if curves:
-        drawn["learning_curves"] = figures.learning_curves(curves)
+        drawn["learning_curves"] = figures.learning_curves(curves, figures.unit("loss", terms))
     points = {
         row.label: (mean(kl), mean(reconstruction))
         for row in best
