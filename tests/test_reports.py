@@ -72,6 +72,15 @@ def test_a_part_that_is_null_in_some_runs_is_a_difference(tmp_path: Path) -> Non
     assert table.repeated == []
 
 
+def test_equal_settings_are_one_row_and_equal_names_of_two_classes_are_not(tmp_path: Path) -> None:
+    for seed, (beta, module) in enumerate(((1, "wide"), (1.0, "wide"), (1, "deep"))):
+        backbone = {"_target_": f"{module}.MLP"}
+        fake_run(tmp_path / str(seed), 100.0 + seed, seed, beta=beta, backbone=backbone)
+    (table,) = tables(find_results([tmp_path])[0])
+    rows = {row.settings["model.backbone"]: sorted(row.values("test/loss")) for row in table.rows}
+    assert rows == {"deep.MLP": [102.0], "wide.MLP": [100.0, 101.0]}
+
+
 def test_long_settings_are_rows_by_number_in_figures(tmp_path: Path) -> None:
     for number, widths in enumerate(([400] * 30, [300] * 30)):
         fake_run(tmp_path / str(number), 100.0, backbone={**MLP, "hidden": widths})

@@ -157,11 +157,13 @@ def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table
 def make_table(protocol: str, results: Sequence[Result], metrics: Sequence[str]) -> Table:
     """Return the table of the runs of one protocol, one row per configuration, sorted by the settings that differ."""
     keys = differing_keys([result.config for result in results])
+    cells = {key: cell_values(key, [result.config.get(key) for result in results]) for key in keys}
     rows: dict[str, Row] = {}
     repeated = []
     for result in sorted(results, key=lambda result: result.run.metrics_file.stat().st_mtime, reverse=True):
-        settings = {sanitize(key.removesuffix("._target_")): cell_value(key, result.config.get(key)) for key in keys}
-        row = rows.setdefault(str(settings), Row(settings, []))
+        values = {key: comparable(result.config.get(key)) for key in keys}
+        settings = {sanitize(key.removesuffix("._target_")): cells[key][value] for key, value in values.items()}
+        row = rows.setdefault(str(values), Row(settings, []))
         if any(other.config["seed"] == result.config["seed"] for other in row.results):
             repeated.append(result.run.path)
         else:
@@ -196,7 +198,7 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
         for config in configs:
             if key in config or parts[-1] == "_target_":
                 classes = tuple(str(config.get(target)) for target in targets if target != key)
-                values.setdefault(classes, set()).add(repr(config.get(key)))
+                values.setdefault(classes, set()).add(comparable(config.get(key)))
         if any(len(group) > 1 for group in values.values()):
             found.append(key)
     return found
@@ -365,10 +367,22 @@ def linked_figures(markdown: Path) -> set[str]:
     return set(re.findall(r"\]\(([^/()]+\.png)\)", text))
 
 
-def cell_value(key: str, value: Any) -> Any:
-    """Return a setting as a table shows it: a number, or harmless text on one line."""
-    value = "null" if value is None else class_name(value) if key.endswith("_target_") else value
-    return value if is_number(value) else sanitize(value)
+def comparable(value: Any) -> str:
+    """Return text that is equal for equal settings: 1 and 1.0 are, 1 and true are not."""
+    return repr(float(value) if is_number(value) else value)
+
+
+def cell_values(key: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Return the settings of a key as a table shows them, numbers or harmless text on one line, by `comparable` value.
+
+    A class is shown without its module, unless the table has another class of the same name.
+    """
+    shown = {comparable(value): "null" if value is None else value for value in values}
+    if key.endswith("_target_"):
+        names = [class_name(target) for target in shown.values()]
+        if len({*names}) == len(names):
+            shown = dict(zip(shown, names, strict=True))
+    return {value: cell if is_number(cell) else sanitize(cell) for value, cell in shown.items()}
 
 
 def sanitize(text: object) -> str:
