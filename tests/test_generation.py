@@ -65,6 +65,10 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
         if cells:
             with Image.open(run / "figures" / name) as image:
                 assert image.size == tuple(3 * (30 * cell + 2) for cell in reversed(cells))
+    last = generate_py(f"run={run}/checkpoints/last.ckpt", "what=samples", "n=6")
+    assert last.out.splitlines()[-1] == str(run / "figures" / "samples_n=6_last.png")
+    many = [generate_py(f"run={run}", "what=decode", f"z={[[0, 0]] * 40 + [[0, end]]}").out for end in (1, 2)]
+    assert many[0] != many[1], "different pictures have different names"
     drawn = {words.split()[0].removeprefix("what=") for words, _, _ in PICTURES}
     assert drawn | {"analogies"} == set(generation.PICTURES)  # that one: test_conditional.py
     with Image.open(run / "figures" / "walk_columns=2_images=1,2,3.gif") as image:
@@ -145,7 +149,11 @@ def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) ->
         assert z[:, dimension].tolist() == pytest.approx([-3, -1.5, 0, 1.5, 3])
 
 
-def test_nearest_training_images_are_the_nearest() -> None:
+def test_nearest_training_images_are_the_nearest(directory) -> None:
+    run = open_run(directory("model.latent_dim=3"), "cpu")
+    run.data.train_images = run.data.train_images[:2]
+    labels = generation.nearest(run, n=1).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["sample", "nearest", "second"]
     images = torch.randint(256, (300, 1, 4, 4), dtype=torch.uint8)
     x = images[[7, 250]].float() / 255
     distances, found = generation.nearest_images(x, images, k=2)

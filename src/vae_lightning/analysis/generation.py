@@ -15,6 +15,7 @@ from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zlib import crc32
 
 import torch
 from matplotlib.figure import Figure
@@ -180,9 +181,9 @@ def nearest(
     """
     torch.manual_seed(seed)
     x = prior_samples(run, n, temperature, y)
-    distances, neighbours = nearest_images(x, run.data.train_images, k=3)
-    rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (3, n))])
-    names = ["sample", "nearest", "second", "third"]
+    distances, neighbours = nearest_images(x, run.data.train_images, k=min(3, len(run.data.train_images)))
+    rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (-1, n))])
+    names = ["sample", "nearest", "second", "third"][: len(rows)]
     return figures.labelled_rows(rows, names, [f"{distance:.1f}" for distance in distances[0].tolist()])
 
 
@@ -229,7 +230,8 @@ def generate_run(
     """Save one picture in the figures/ of a run, and return the path of the file.
 
     `options` are the arguments of the function named `what`; None means the default. They are part of the name of the
-    file, manifold_plane=principal.png, so that different pictures have different names.
+    file, manifold_plane=principal.png, as is another checkpoint than the best one, so that different pictures have
+    different names.
     Raises UserError for a run that cannot be opened, an option that the picture does not have, or a wrong value.
     """
     function = PICTURES[what]
@@ -252,8 +254,12 @@ def generate_run(
     picture = function(opened, **arguments)
     suffix = "gif" if isinstance(picture, list) else format
     words = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
+    if opened.checkpoint.name != opened.directory.best_checkpoint.name:
+        words.append(opened.checkpoint.stem)
     name = "_".join([what, *words])
-    path = opened.directory.subdirectory(opened.directory.figures) / f"{name[:200]}.{suffix}"
+    if len(name) > 200:  # a file system allows 255
+        name = f"{name[:190]}_{crc32(name.encode()):08x}"
+    path = opened.directory.subdirectory(opened.directory.figures) / f"{name}.{suffix}"
     figures.save(picture, path)
     return path
 
