@@ -266,6 +266,7 @@ def test_text_from_the_files_of_a_run_is_harmless(report_py, tmp_path: Path) -> 
             "_target_": "a.MLP",
             "hidden": f"<script>{seed}</script> [x](http://evil) `rm` |",
             f"../$x{{{seed}": seed,
+            "activation": f"=HYPERLINK(www.evil.org/{seed})",
         }
         likelihood = {"_target_": "a.Bernoulli\n\\input{x} <script>"}
         run = fake_run(
@@ -281,7 +282,8 @@ def test_text_from_the_files_of_a_run_is_harmless(report_py, tmp_path: Path) -> 
     text = (tmp_path / "outputs" / "report" / "report.md").read_text()
     assert "metrics.json: data=" in text
     assert "1_test_loss_against_model..._.png" in text
-    assert not [mark for mark in ("<script", "](http", "`rm`", "# Won", "\\input", "$") if mark in text]
+    assert not [mark for mark in ("<script", "](http", "`rm`", "# Won", "\\input", "$", "www.") if mark in text]
+    assert ",'=HYPERLINK(" in (tmp_path / "outputs" / "report" / "report.csv").read_text()
     assert "\\input" not in (tmp_path / "outputs" / "report" / "report.tex").read_text()
 
 

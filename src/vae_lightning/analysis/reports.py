@@ -248,10 +248,16 @@ def write_csv(tables: Sequence[Table], file: Path) -> None:
         writer.writeheader()
         for table in tables:
             for row in table.rows:
-                cells = row.settings | {"protocol": table.protocol, "runs": len(row.results)}
+                cells = {key: as_cell(value) for key, value in row.settings.items()}
+                cells |= {"protocol": table.protocol, "runs": len(row.results)}
                 for metric in table.metrics:
                     cells[metric], cells[f"{metric} std"] = row.statistics(metric)
                 writer.writerow(cells)
+
+
+def as_cell(value: Any) -> Any:
+    """Return a setting for a spreadsheet, which would compute a text that begins with =, + or -."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-")) else value
 
 
 def plots(table: Table) -> dict[str, Figure]:
@@ -391,7 +397,7 @@ def sanitize(text: object) -> str:
     Neither Markdown, HTML, LaTeX nor a terminal gives a meaning to what is left.
     """
     text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:500]
-    return text.replace("](", "] (").replace("://", ": //")
+    return text.replace("](", "] (").replace("://", ": //").replace("www.", "www .")
 
 
 def class_name(target: object) -> str:
