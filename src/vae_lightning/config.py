@@ -25,8 +25,8 @@ T = TypeVar("T")
 # Type hints for numbers in a configuration: finite, and never converted from a bool or a string.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]  # PyTorch's integers
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # accepted by every library's generator
 ImageShape = Annotated[Sequence[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
