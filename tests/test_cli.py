@@ -72,6 +72,8 @@ REFUSED = [
     ("model.backbone._target_=os.system", ["model.backbone._target_=os.system", "subclass"]),
     ("model.latent_dim=${nothing}", ["nothing", "not found"]),
     ("model.latent_dim=[1", ["[1"]),
+    ("data.batch_size=9223372036854775808", ["data.batch_size=9223372036854775808", "less than 9223372036854775808"]),
+    ("hydra.run.dir=null", ["hydra.run.dir=null: ", "not Optional"]),
     ("data.batch_size=-1", ["data.batch_size=-1", "greater than or equal to 1"]),
     ("data.val_size=60000", ["data.val_size=60000", "0 to 59999"]),
     ("figures.points=[[1,2]]", ["figures.points=[1, 2]", "model.latent_dim=20"]),

@@ -76,7 +76,7 @@ def test_a_killed_job_does_not_affect_the_others(tmp_path: Path) -> None:
 @pytest.mark.proof
 def test_each_failed_job_has_its_own_reason(command, tmp_path: Path) -> None:
     """Two jobs that fail in subprocesses, one after the other."""
-    failed = command("-m", "model.latent_dim=0,-1", "timeout=5min", "hydra.sweep.dir=sweep", *BRIEF)
+    failed = command("model.latent_dim=0,-1", "-m", "timeout=5min", "hydra.sweep.dir=sweep", *BRIEF)
     assert failed.code == 2
     assert [line.rpartition("): ")[2] for line in failed.err.splitlines()[-2:]] == [
         f"model.latent_dim={n}: should be greater than or equal to 1." for n in (0, -1)

@@ -107,6 +107,8 @@ def error_line(error: Exception) -> str | None:
         directories = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
         problem = f"{directories[-1]}: cannot write" if directories else "cannot read or write"
         return f"{problem} {error.filename} ({error.strerror})"
+    if text.startswith("Error merging override") and error.__cause__:
+        return f"{text}: {' '.join(str(error.__cause__).splitlines()[:1])}"
     if isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError):
         for word in sys.argv[1:]:  # a choice of a group given as a value, such as model.backbone=conv
             key, _, value = word.partition("=")
