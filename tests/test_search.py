@@ -138,6 +138,9 @@ def test_trials_of_a_lost_study_are_not_taken_for_its_own(config, trials: Trials
     space = {"model.latent_dim": {"low": 20, "high": 30}}
     with pytest.raises(RunError, match=r"trials/0: is of another study, whose study\.db is missing"):
         search(config(), tmp_path / "search", **SHORT | {"space": space})
+    (tmp_path / "search" / "study.db").write_text("not SQLite")
+    with pytest.raises(RunError, match=r"study\.db: damaged"):
+        search(config(), tmp_path / "search", **SHORT)
 
 
 def test_a_trial_that_is_not_validated_is_named(config, trials: Trials, tmp_path: Path) -> None:

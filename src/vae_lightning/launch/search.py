@@ -115,9 +115,11 @@ def search(
 
     directory.mkdir(parents=True, exist_ok=True)
     with RunDirectory(directory).locked(), stop.listening():
-        study = optuna.create_study(
-            storage=f"sqlite:///{directory.absolute() / 'study.db'}", study_name="search", load_if_exists=True
-        )
+        file = directory.absolute() / "study.db"
+        try:
+            study = optuna.create_study(storage=f"sqlite:///{file}", study_name="search", load_if_exists=True)
+        except Exception as error:  # of many types
+            raise RunError(f"{file}: damaged, or not Optuna's; choose another hydra.run.dir") from error
         settings = {"config": config, "hparams_search": {"space": space, "warmup_epochs": warmup_epochs}}
         former = study.user_attrs.get("settings", settings)
         if former != settings:
