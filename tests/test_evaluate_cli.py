@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import BRIEF, DATA, Finished, composed
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from vae_lightning.analysis import evaluation
 from vae_lightning.analysis.evaluation import evaluate_run, write_evaluation
 from vae_lightning.data import mnist
+from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.train import train
 
@@ -122,11 +125,16 @@ def test_out_of_memory_is_reported_in_one_line(evaluate_py, run_directory: Path)
     assert len(result.err.splitlines()) == 1
 
 
-def test_a_proper_likelihood_has_no_remark(config, tmp_path: Path) -> None:
+def test_a_proper_likelihood_has_no_remark(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["data.pixels=dynamic", "model.backbone.hidden=[16]", "data.val_size=200", *BRIEF]
     train(config(*overrides), tmp_path / "run")
-    content = evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
+    seen: list[Tensor] = []
+    all_codes = VAE.all_codes
+    monkeypatch.setattr(VAE, "all_codes", lambda vae, x, *labels: seen.append(x) or all_codes(vae, x[:500], *labels))
+    monkeypatch.setattr(evaluation, "probe_accuracy", lambda *codes_and_labels: {})
+    content = evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val", "probes": True})
     assert (content["pixels"], content["remark"]) == ("dynamic", "")
+    assert [sorted(x.unique().tolist()) for x in seen] == [[0, 255]], "probes learn from binary pixels, too"
 
 
 @pytest.mark.parametrize(

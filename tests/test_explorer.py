@@ -124,6 +124,21 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
 
 @pytest.mark.proof
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+@pytest.mark.parametrize("trained", [["model.latent_dim=1"]], indirect=True)
+def test_a_map_of_one_latent_dimension(served: str, browser: webdriver.Chrome) -> None:
+    browser.get(served)
+    wait = WebDriverWait(browser, 20)
+    wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
+    shown = picture(browser, "decoded")
+    latent_map = browser.find_element(By.ID, "map")
+    drag = ActionChains(browser, duration=50).move_to_element_with_offset(latent_map, 0, 0).click_and_hold()
+    drag.move_by_offset(120, 0).release().perform()
+    wait.until(lambda b: picture(b, "decoded") != shown)
+    assert browser.find_element(By.ID, "problem").text == ""
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 @pytest.mark.parametrize("trained", [["model.conditional=true"]], indirect=True)
 def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
     browser.get(served)

@@ -115,6 +115,8 @@ def test_a_logger_that_cannot_be_opened_is_reported_in_one_line(config, tmp_path
     with pytest.raises(ConfigError, match=r"^logger=board: cannot be opened \(no such account\)$"):
         train(config(*BRIEF) | {"logger": {"board": spec}}, tmp_path / "run")
     assert Recorder.last.status == ["failed"]
+    with pytest.raises(ConfigError, match=r"^logger\.tensorboard: writes to .*/other/; should be .*/tensorboard,"):
+        train(config("logger.tensorboard.name=other", *BRIEF), tmp_path / "run")
 
 
 def test_a_foreign_run_cannot_choose_where_a_logger_writes(config, tmp_path: Path) -> None:

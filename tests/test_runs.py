@@ -291,11 +291,15 @@ def test_files_that_would_take_long_are_refused(run: Path, monkeypatch: pytest.M
     file = run / "checkpoints" / "best.ckpt"
     with ZipFile(file, "w", ZIP_DEFLATED) as bomb:
         bomb.writestr("best/data.pkl", bytes(1_000))
-    monkeypatch.setattr(ZipFile, "testzip", lambda self: pytest.fail("a compressed entry was read"))
+    with ZipFile(file.with_name("last.ckpt"), "w") as repeated:
+        repeated.writestr("last/data.pkl", bytes(1_000))
+        repeated.filelist += repeated.filelist * 9
+    monkeypatch.setattr(ZipFile, "testzip", lambda self: pytest.fail("an entry was read"))
     (run / "config.yaml").write_text(f"seed: {'1:' * 150_000}1\n")
     started = time.monotonic()
-    with pytest.raises(RunError, match="damaged, or contains more than weights"):
-        load_checkpoint(file)
+    for checkpoint in (file, file.with_name("last.ckpt")):
+        with pytest.raises(RunError, match="damaged, or contains more than weights"):
+            load_checkpoint(checkpoint)
     with pytest.raises(RunError, match="an unquoted value of more than 1000 characters"):
         load_run(run)
     assert time.monotonic() - started < 1

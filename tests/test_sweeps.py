@@ -146,7 +146,7 @@ def test_special_characters_in_paths_are_quoted_for_the_shell_and_hydra() -> Non
 def test_failed_jobs_are_reported_in_their_order(tmp_path: Path, capsys) -> None:
     config, callback = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), SweepDirectory()
     for job in (10, 9, 1):
-        note_failure(tmp_path, job, ["seed=1"], "why")
+        note_failure(tmp_path / "nested" / str(job), job, ["seed=1"], "why")
     with pytest.raises(SystemExit, match="2"):
         callback.on_multirun_end(config)
     assert capsys.readouterr().err == "".join(f"job {job} (seed=1): why\n" for job in (1, 9, 10))
