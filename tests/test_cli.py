@@ -147,6 +147,12 @@ def test_ctrl_c_during_the_imports(capsys: pytest.CaptureFixture[str]) -> None:
     assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+def test_a_traceback_is_shown_on_request(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError, match=r"model\.latent_dim=0"):
+        command("model.latent_dim=0")
+
+
 def test_resume_path_is_relative_to_the_start_directory(command) -> None:
     assert command(*BRIEF, "hydra.run.dir=one").code == 0
     resumed = command("hydra.job.chdir=true", "resume=one")

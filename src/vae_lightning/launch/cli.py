@@ -28,6 +28,7 @@ CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PAC
 
 # Launchers of optional packages, and the extra that installs them.
 EXTRAS = {"joblib": "launchers", "submitit_local": "launchers", "submitit_slurm": "launchers", "ray": "ray"}
+TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it
 # Options of Hydra that begin with two dashes.
 HYDRA_FLAGS = (
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
@@ -43,9 +44,7 @@ def one_line_errors() -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
-    if os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0"):
-        yield
-        return
+    os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", ""))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them over many lines
     logging.raiseExceptions = False  # no traceback for each line that a closed pipe does not take
     for stream in (sys.stdout, sys.stderr):
@@ -71,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
         print(line, file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop(TRACEBACK)
 
 
 def check_command_line() -> None:
@@ -88,7 +87,12 @@ def check_command_line() -> None:
 
 
 def error_line(error: Exception) -> str | None:
-    """Return a user-fixable error in one line: key, value, what is allowed, the nearest match. None for a bug."""
+    """Return a user-fixable error in one line: key, value, what is allowed, the nearest match.
+
+    None for a bug, or if the user wants a traceback.
+    """
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        return None
     words = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else "?" for c in words)  # a run may name classes with control characters
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -48,7 +48,7 @@ def train_in_subprocess(
     `timeout` seconds. Raises Interrupted if a signal asked this process to stop; the subprocess is stopped too.
     """
     (plan.run.write_config if plan.resume else plan.run.create)(plan.config)
-    # With SLURM_* Lightning would act as one of several tasks; HYDRA_FULL_ERROR replaces the error line by a traceback.
+    # With SLURM_* Lightning would act as one of several tasks; HYDRA_FULL_ERROR is set by this process.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "HYDRA_FULL_ERROR"}
     own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), RUN: str(plan.run.path.absolute())}
     end, stopped = time.monotonic() + (timeout or float("inf")), False
