@@ -50,7 +50,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Download missing files, once per machine."""
-        self.load()
+        if not self.ready:
+            self.load()
 
     def setup(self, stage: str | None = None) -> None:
         if self.ready:  # Lightning calls this for fit and again for test
