@@ -69,6 +69,7 @@ def test_build_passes_arguments_to_the_class() -> None:
         ("vae_lightning.models.backbones.MPL", "did you mean MLP?"),
         ("no_such_package.Thing", "cannot be imported"),
         ("MLP", "no such class"),
+        (".wide.MLP", "cannot be imported"),
     ],
 )
 def test_build_refuses_other_classes(target: str, words: str) -> None:

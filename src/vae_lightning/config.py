@@ -138,13 +138,13 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
     """Return the class with that dotted name. Raises ConfigError, which names `key`, if it is no subclass of `kind`."""
     module_name, _, class_name = str(name).rpartition(".")
     try:
-        module = importlib.import_module(module_name)
-        target = getattr(module, class_name)
-    except ImportError as error:
+        module = importlib.import_module(module_name) if module_name else None
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
-    except (ValueError, AttributeError) as error:
-        names = [n for n, value in vars(module).items() if isinstance(value, type)] if module_name else []
-        raise ConfigError(f"{key}={name}: no such class{did_you_mean(class_name, names)}") from error
+    target = getattr(module, class_name, None)
+    if target is None:
+        names = [n for n, value in vars(module).items() if isinstance(value, type)] if module else []
+        raise ConfigError(f"{key}={name}: no such class{did_you_mean(class_name, names)}")
     if not (isinstance(target, type) and issubclass(target, kind)):
         raise ConfigError(f"{key}={name}: must be a subclass of {kind.__module__}.{kind.__name__}")
     return target
