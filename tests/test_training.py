@@ -259,7 +259,10 @@ def test_divergence_is_an_error_of_one_line(config, tmp_path: Path) -> None:
     assert metrics["test/loss"] > 1e6, "huge and finite: Health has a KL for which there is no histogram"
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(config, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("accumulated", "step"), [(1, 8), (2, 5)])
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    accumulated: int, step: int, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elbo, calls = VAE.elbo, 0
 
     def fails(self: VAE, *arguments) -> dict[str, torch.Tensor]:
@@ -270,8 +273,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(config, tmp_path: 
 
     monkeypatch.setattr(VAE, "elbo", fails)
     directory = tmp_path / "run"
-    with pytest.raises(TrainingError, match=r"train/kl became NaN or infinite at step 8 \(epoch 2\)") as error:
-        train(config("trainer.max_epochs=4", *QUICK), directory)
+    words = ["trainer.max_epochs=4", f"trainer.accumulate_grad_batches={accumulated}", *QUICK]
+    with pytest.raises(TrainingError, match=rf"train/kl became NaN or infinite at step {step} \(epoch 2\)") as error:
+        train(config(*words), directory)
     assert str(directory / "checkpoints" / "last.ckpt") in str(error.value)
     assert all(value.isfinite().all() for value in weights(directory).values())
     assert not (directory / "metrics.json").exists()

@@ -68,7 +68,8 @@ class NonFiniteGuard(Callback):
         if not trainer.strategy.reduce_boolean_decision(found is not None, all=False):  # in any process
             return
         term, update = found or ("loss, of another process,", module.means[split].updates - 1)
-        step = trainer.current_epoch * int(trainer.num_training_batches) + update + 1
+        together = trainer.accumulate_grad_batches
+        step = trainer.current_epoch * -(-int(trainer.num_training_batches) // together) + update // together + 1
         where = f"at step {step}" if split == "train" else f"after step {trainer.global_step}"
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
 
