@@ -250,6 +250,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(stopped: Path, comm
         (["model/backbone=conv"], ["model/backbone: model.backbone._target_ is vae_lightning.models.backbones.MLP"]),
         (["model/objective=iwae"], ["model/objective"]),
         (["seed=1"], ["seed=1: is 0"]),
+        (["~trainer.max_epochs"], ["trainer.max_epochs: is 3"]),
         (["trust=[]"], ["test_resuming.Signal", "trust=[test_resuming] allows it"]),
     ],
 )

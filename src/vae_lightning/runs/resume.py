@@ -140,7 +140,7 @@ def _changed(former: dict[str, Any], run: RunDirectory, config: dict[str, Any], 
         different = [k for k in sorted(keys) if asked.get(k) != theirs.get(k)]
         if key.partition(".")[0] in COMMAND_KEYS or (keys and not different):
             continue
-        if key not in CHANGEABLE:
+        if key not in CHANGEABLE or key not in asked:  # ~key removes it
             what = "not a key of the run"
             if different:  # the key itself or, for a group such as model/backbone, one of its keys
                 name = different[0]
