@@ -253,11 +253,12 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
         return  # the run's own test used other images or another checkpoint
     error = deviation.double().square().sum().sqrt().item() / len(deviation)
     full_precision = str(trainer.get("precision") or "32").startswith(("32", "64")) and error > 0
-    if abs(elbo - tested["test/elbo"]) > 6 * math.sqrt(2) * error + (1e-3 if full_precision else 2e-2) * abs(elbo):
+    tolerance = 6 * math.sqrt(2) * error + (1e-3 if full_precision else 2e-2) * abs(elbo)
+    if abs(elbo - tested["test/elbo"]) > tolerance:
         raise RunError(
             f"{run}: elbo={elbo:.2f}, but {run.metrics_file.name} has {tested['test/elbo']:.2f}: more than sampling "
-            f"noise ({6 * error:.2f}); nothing was written. In your own model, elbo and log_weights must use the same "
-            "encode, decode and prior"
+            f"noise and rounding ({tolerance:.2f}); nothing was written. In your own model, elbo and log_weights "
+            "must use the same encode, decode and prior"
         )
 
 
