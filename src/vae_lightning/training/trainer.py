@@ -181,12 +181,12 @@ def check_schedule(trainer: Trainer, model: ImageModel, batches: int) -> None:
     configured = model.configure_optimizers()
     schedule = configured[1][0] if isinstance(configured, tuple) else {}
     length = getattr(schedule.get("scheduler"), "total_steps", None)  # of OneCycleLR only
-    per_epoch = 1 if schedule.get("interval") == "epoch" else -(-batches // trainer.accumulate_grad_batches)
-    needed = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * per_epoch
-    if schedule.get("interval") == "step" and trainer.max_steps != -1:
-        needed = min(needed, trainer.max_steps)
+    per_epoch = -(-batches // trainer.accumulate_grad_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = min(epochs * per_epoch, math.inf if trainer.max_steps == -1 else trainer.max_steps)
+    needed = steps if schedule.get("interval") == "step" else min(epochs, steps / max(per_epoch, 1))
     if length is not None and length < needed:
-        raise ConfigError(f"model.schedule: ends after {length} {schedule['interval']}s, and the run after {needed}")
+        raise ConfigError(f"model.schedule: ends after {length} {schedule['interval']}s, and the run after {needed:g}")
 
 
 def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, schedule: Spec | None) -> None:
