@@ -11,7 +11,6 @@ tolerance.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +57,7 @@ def trained(name: str, words: list[str]) -> dict[str, Any]:
     """The content of metrics.json and environment.json of a run. Trains it first if it is not finished."""
     directory = RUNS / name
     if not (directory / "metrics.json").exists():
-        shutil.rmtree(directory, ignore_errors=True)  # an interrupted run
-        command = [sys.executable, "train.py", *words, f"hydra.run.dir={directory}"]
+        command = [sys.executable, "train.py", *words, f"hydra.run.dir={directory}", "resume=auto"]
         subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((directory / "environment.json").read_text()) | json.loads(
         (directory / "metrics.json").read_text()
@@ -101,6 +99,8 @@ def show_pictures() -> list[str]:
 def main() -> int:
     every = list(dict.fromkeys(row[0] for row in EXPECTED))
     names = [word for word in sys.argv[1:] if "=" not in word] or every
+    if unknown := set(names) - set(every):
+        sys.exit(f"{', '.join(sorted(unknown))}: no such experiment. Allowed: {', '.join(every)}")
     overrides = [word for word in sys.argv[1:] if "=" in word]
     lines = [
         "| command | metric | expected | obtained | within | epochs | seconds |",
