@@ -25,7 +25,11 @@ def load_run(path: StrPath, trust: Iterable[str] = ()) -> ImageModel:
     backbone of your own in wide.py loads with `trust=["wide"]`. `model.config` is the configuration of the run.
     Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
     """
-    run, checkpoint = RunDirectory.locate(path)
+    return load_located(*RunDirectory.locate(path), trust)
+
+
+def load_located(run: RunDirectory, checkpoint: Path, trust: Iterable[str] = ()) -> ImageModel:
+    """Load the model of a checkpoint of `run`, as `load_run` does."""
     config = trusted_config(run, trust)
     content = load_checkpoint(checkpoint)
     hyperparameters = content.get("hyper_parameters")
@@ -97,7 +101,7 @@ def open_run(path: StrPath, accelerator: str = "auto", trust: Iterable[str] = ()
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu: PyTorch finds no GPU on this machine. Allowed: auto, cpu")
     directory, checkpoint = RunDirectory.locate(path)
-    model = load_run(path, trust)
+    model = load_located(directory, checkpoint, trust)  # not from `path`: latest may be another run by now
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})
     data = build(spec, ImageDataModule, "data", seed=model.config["seed"])
