@@ -159,7 +159,7 @@ async def numbers(request: web.Request, name: str, n: int) -> Tensor:
 
 def describe(run: Run, codes: Tensor) -> dict[str, Any]:
     """Return the state of the page: a title, two sets of axes, and the codes and labels of test images."""
-    center, deviation = latent_center_and_deviation(run, codes)
+    center, deviation = latent_center_and_deviation(run)
     directions, deviations = principal_directions(codes)
     two_dimensional = codes.shape[1] == 2
     order = [0, 1] if two_dimensional else by_activity(codes)
@@ -218,7 +218,7 @@ def as_bytes(image: Tensor) -> bytes:
     """Return an image `[channels, height, width]`, bytes or floats in [0, 1], as one byte per value, row by row."""
     if image.dtype != torch.uint8:
         image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    return bytes(image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes())
+    return image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
 
 
 def as_base64(image: Tensor) -> str:

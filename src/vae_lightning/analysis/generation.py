@@ -99,7 +99,7 @@ def traversals(
     """
     labels = labels_to_draw(run, y)
     codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
-    center, deviation = latent_center_and_deviation(run, codes)
+    center, deviation = latent_center_and_deviation(run)
     start = center
     if images:
         x, of_image = select_test_images(run, images)
@@ -294,10 +294,11 @@ def first_of_each_digit(run: Run) -> list[int]:
     return [int((labels == label).nonzero()[0]) for label in labels.unique()]
 
 
-def latent_center_and_deviation(run: Run, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of `codes`."""
+def latent_center_and_deviation(run: Run) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of all codes."""
     if isinstance(run.model, VAE):
         return moments(run.model.prior(run.model.encode))
+    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     return codes.mean(dim=0), codes.std(dim=0)
 
 
@@ -311,15 +312,15 @@ def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[s
     if d < 2 or (plane is None and d > 2):
         needed = "a plane needs 2 latent dimensions" + (": set plane=principal or plane=[1,2]" if d > 2 else "")
         raise ConfigError(f"run={run.directory}: latent_dim={d}; {needed}")
-    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     if isinstance(plane, str):
+        codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
         directions, deviations = principal_directions(codes)
         axes = directions[:2] * deviations[:2, None]
         return codes.mean(dim=0), axes, ("first principal direction", "second principal direction")
     across, up = plane or (1, 2)
     if max(across, up) > d or across == up:
         raise ConfigError(f"plane=[{across},{up}]: should be two different dimensions from 1 to {d}, the latent_dim")
-    center, deviation = latent_center_and_deviation(run, codes)
+    center, deviation = latent_center_and_deviation(run)
     axes = torch.diag(deviation)[[across - 1, up - 1]]
     return center, axes, (f"$z_{{{across}}}$", f"$z_{{{up}}}$")
 
