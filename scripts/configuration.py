@@ -209,15 +209,13 @@ def reader_type(hint: Any, plural: bool = False) -> str:
         least, most = limits.get("min_length"), limits.get("max_length")
         count = f"{least} " if least == most and least is not None else ""
         return f"list{ending} of {count}{reader_type(arguments[0], True)}"
-    if isclass(origin) and issubclass(origin, Mapping):
-        return "section" + ending
     if hint in (int, float):
         return number(limits, "integer" if hint is int else "number", ending)
     names = {bool: "true or false", str: f"string{ending}", types.NoneType: "null"}
     return names.get(hint, "any value")
 
 
-LIMITS = ("gt", "ge", "lt", "le", "min_length", "max_length")
+LIMITS = ("gt", "ge", "le", "min_length", "max_length")
 
 
 def number(limits: Mapping[str, Any], kind: str, ending: str) -> str:
@@ -234,8 +232,6 @@ def type_of_value(value: Any, plural: bool = False) -> str:
     """The type of a default, for arguments of classes of other packages."""
     if isinstance(value, list) and value:
         return f"list of {type_of_value(value[0], True)}"
-    if isinstance(value, str) and re.fullmatch(r"[0-9.]+e-?[0-9]+", value):  # YAML 1.1 wants a dot
-        return "number"
     return "list" if isinstance(value, list) else "" if value is None else reader_type(type(value), plural)
 
 
@@ -284,10 +280,6 @@ def explanation(key: Key, kind: str) -> str:
     return text or EXPLANATIONS.get(key.name.rpartition(".")[2], "")
 
 
-def choices(group: str) -> list[Path]:
-    return sorted((CONF / group).glob("*.yaml"))
-
-
 def cell(text: str) -> str:
     """Text for a cell of a Markdown table: commands and overrides as code, the rest escaped."""
     text = text.replace("|", "\\|")
@@ -327,7 +319,7 @@ def keys_table(section: Section, command: str) -> str:
 
 def group_section(group: str) -> Iterator[str]:
     """The choices of a group, and the keys of each choice."""
-    sections = {file.stem: read(file) for file in choices(group)}
+    sections = {file.stem: read(file) for file in sorted((CONF / group).glob("*.yaml"))}
     yield f"### {group}\n"
     yield GROUPS[group] + "\n"
     yield listing("choice | explanation", [[f"`{group}={name}`", cell(s.title)] for name, s in sections.items()])

@@ -109,7 +109,7 @@ def test_noise_and_loss_equal_those_of_the_full_batch(monkeypatch) -> None:
         torch.manual_seed(0)
         share = Share(7, rank, 2)
         monkeypatch.setattr(vae, "share", lambda share=share: share)
-        noises.append(vae.noise(3, len(values[share.rows]), 20, device=torch.device("cpu")))
+        noises.append(vae.noise(3, len(values[share.rows]), 20))
         found.append(vae.batch_mean(values[share.rows]))
     torch.manual_seed(0)
     whole = torch.randn(3, 7, 20)

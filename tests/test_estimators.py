@@ -11,7 +11,6 @@ from vae_lightning.models.estimators import (
     kl_divergence,
     with_free_bits,
 )
-from vae_lightning.models.posteriors import DiagonalGaussian
 
 
 def test_kl_agrees_with_torch_distributions() -> None:
@@ -20,23 +19,6 @@ def test_kl_agrees_with_torch_distributions() -> None:
     theirs = td.kl_divergence(td.Normal(mean, (log_variance / 2).exp()), td.Normal(0.0, 1.0))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (ours >= 0).all()
-
-
-def test_kl_agrees_with_a_monte_carlo_estimate() -> None:
-    mean, log_variance = torch.tensor([[0.7, -1.2, 0.0]]), torch.tensor([[-1.0, 0.5, 0.0]])
-    q = DiagonalGaussian(mean, log_variance)
-    z = q.rsample((400_000,))
-    estimates = q.log_prob(z) - td.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    error = estimates.std().item() / math.sqrt(len(z))
-    exact = kl_divergence(mean, log_variance).sum().item()
-    assert abs(estimates.mean().item() - exact) < 4 * error
-    assert error < 0.01 * exact
-
-
-def test_kl_is_zero_only_at_the_prior() -> None:
-    zero = torch.zeros(1, 4)
-    assert kl_divergence(zero, zero).sum() == 0
-    assert kl_divergence(zero + 0.1, zero).sum() > 0
 
 
 def test_importance_weighted_bound() -> None:

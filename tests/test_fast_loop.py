@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from test_resuming import differences
 from test_training import events
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -71,15 +72,6 @@ def read_results(directory: Path) -> tuple[dict, list[dict[str, str]]]:
     del checkpoint["callbacks"], checkpoint["progress"]  # paths and times
     with (directory / "history.csv").open() as file:
         return checkpoint, [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def differences(a, b, where: str = "") -> list[str]:
-    """Return the keys at which two nested dictionaries or lists differ; tensors are compared bit by bit."""
-    if isinstance(a, dict | list) and type(a) is type(b) and len(a) == len(b):
-        keys = a if isinstance(a, dict) else range(len(a))
-        return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [where]
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,10 @@ from test_resuming import differences, read_results
 
 from vae_lightning.analysis.evaluation import evaluate_run
 from vae_lightning.analysis.reports import find_results
-from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.training.checkpoints import Progress
 
 SMALL = [
-    "trainer.max_epochs=2", "data._target_=test_pairs.Few", f"data.root={DATA}", "data.batch_size=20",
+    "trainer.max_epochs=2", "data._target_=test_conditional.Few", f"data.root={DATA}", "data.batch_size=20",
     "data.val_size=100", "trainer.accelerator=cpu", "figures.embedded=0", "trainer.enable_model_summary=false",
     "model.backbone.hidden=[16]", "figures.samples=[1,2]", "figures.pairs=1",
 ]  # fmt: skip
@@ -72,14 +71,6 @@ MANY, SEED = int(os.environ.get("PAIRS", "200")), int(os.environ.get("PAIRS_SEED
 def draw(number: int, seed: int) -> list[tuple[str, str]]:
     pairs = [(a, b) for one, two in combinations(SETTINGS.values(), 2) for a in one for b in two]
     return random.Random(seed).sample(pairs, min(number, len(pairs)))
-
-
-class Few(MNISTDataModule):
-    """500 training images and 100 test images of MNIST."""
-
-    def load(self):
-        (train, labels), (test, test_labels) = super().load()
-        return (train[:500], labels[:500]), (test[:100], test_labels[:100])
 
 
 @pytest.mark.parametrize(

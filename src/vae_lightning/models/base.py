@@ -47,11 +47,10 @@ def as_tensor(values: Array, what: str) -> Tensor:
         raise ShapeError(f"{what}: {type(values).__name__} is not an array of real numbers") from None
 
 
-def check_counts(**counts: object) -> None:
-    """Raise ShapeError unless each count is a positive integer."""
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ShapeError(f"{name}={count}: should be a positive integer")
+def check_count(name: str, count: object) -> None:
+    """Raise ShapeError unless `count` is a positive integer."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ShapeError(f"{name}={count}: should be a positive integer")
 
 
 class ImageModel(LightningModule, ABC):
@@ -219,7 +218,7 @@ class ImageModel(LightningModule, ABC):
         The path between their codes is a straight line, or the arc of `latents.arc` if `spherical`. A conditional model
         encodes and decodes with `labels` `[batch]`.
         """
-        check_counts(steps=steps)
+        check_count("steps", steps)
         path = arc if spherical else line
         return self.pictures(path(self.codes(start, labels), self.codes(end, labels), steps), labels)
 
@@ -245,16 +244,16 @@ class ImageModel(LightningModule, ABC):
         share = self.share()
         self.means[split].update({name: v[:0] for name, v in terms.items()} if share and not share.counts else terms)
 
-    def noise(self, *shape: int, device: torch.device) -> Tensor:
+    def noise(self, *shape: int) -> Tensor:
         """Draw ε ~ N(0, I) of `shape` `[..., batch, latent_dim]`.
 
         Several processes make the same draw and take their rows of it, so the number of processes changes no result.
         """
         share = self.share()
         if share is None:
-            return torch.randn(*shape, device=device)
+            return torch.randn(*shape, device=self.device)
         *samples, _, latent_dim = shape
-        return torch.randn(*samples, share.total, latent_dim, device=device)[..., share.rows, :]
+        return torch.randn(*samples, share.total, latent_dim, device=self.device)[..., share.rows, :]
 
     def epochs_trained(self) -> float:
         """Return the training progress in epochs, with fractions, counted in batches; infinite without a trainer."""

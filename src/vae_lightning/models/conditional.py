@@ -24,8 +24,7 @@ class ConditionalEncoder(nn.Module):
         self.label_images = nn.Parameter(torch.zeros(classes, *image_shape))
 
     def forward(self, x: Tensor, one_hot: Tensor) -> Tensor:
-        outputs: Tensor = self.network(x + torch.tensordot(one_hot, self.label_images, dims=1))
-        return outputs
+        return self.network(x + torch.tensordot(one_hot, self.label_images, dims=1))
 
 
 class ConditionalDecoder(nn.Module):
@@ -36,5 +35,4 @@ class ConditionalDecoder(nn.Module):
         self.network = network
 
     def forward(self, z: Tensor, one_hot: Tensor) -> Tensor:
-        outputs: Tensor = self.network(torch.cat([z, one_hot], dim=-1))
-        return outputs
+        return self.network(torch.cat([z, one_hot], dim=-1))

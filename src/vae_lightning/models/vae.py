@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.models.backbones import output_bias
-from vae_lightning.models.base import Array, ImageModel, ShapeError, check_counts
+from vae_lightning.models.base import Array, ImageModel, ShapeError, check_count
 from vae_lightning.models.estimators import kl_divergence, with_free_bits
 from vae_lightning.models.likelihoods import Likelihood
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
@@ -83,7 +83,7 @@ class VAE(ImageModel):
     def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
         """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
         sample_axis = () if samples is None else (samples,)
-        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim, device=self.device)
+        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim)
 
     def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
         """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
@@ -144,7 +144,7 @@ class VAE(ImageModel):
 
     def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
         """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
-        check_counts(k=k)
+        check_count("k", k)
         q = self.encode(x, labels)
         z, log_q = q.transform_and_log_prob(self.noise_for(q, samples=k))
         return self.log_joint(x, z, labels) - log_q
@@ -178,7 +178,7 @@ class VAE(ImageModel):
         `labels` is a class of a conditional model, or a list of n; by default the classes in turn, 0, 1, …, 0, 1, ….
         Raises ShapeError for labels of a model without classes, or out of range.
         """
-        check_counts(n=n)
+        check_count("n", n)
         if labels is not None and not self.classes and type(self).decode is VAE.decode:
             raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
         if labels is None and self.classes:

@@ -91,9 +91,9 @@ def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[
 
 
 def log_pictures(trainer: Trainer, pictures: Mapping[str, Tensor | Figure]) -> None:
-    """Send image grids and figures to each logger that accepts pictures."""
+    """Send image grids and figures to each logger that accepts pictures, in the first process."""
     step = trainer.global_step
-    for logger in trainer.loggers if trainer.is_global_zero else ():
+    for logger in trainer.loggers:
         for name, picture in pictures.items():
             if isinstance(logger, TensorBoardLogger):
                 writer = logger.experiment
