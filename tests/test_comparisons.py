@@ -78,7 +78,7 @@ def test_configurations_of_a_sweep_are_compared_with_that_of_its_first_job(compa
     assert other[:9] == ["sweep:", "latent_dim", "2", "2", "-132.35", "±", "1.41", "+4.650", "0.065"]
     assert other[-2:] == ["100", "%"]
     assert last == "out"
-    assert any(line.startswith("no picture: ") for line in lines)  # these runs have no checkpoints
+    assert any(line.startswith("no pictures: ") for line in lines)  # these runs have no checkpoints
     assert not any("one seed" in line for line in lines)
     assert "| sweep: latent_dim 2" in (tmp_path / "out" / "comparison.md").read_text()
 

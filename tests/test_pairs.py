@@ -123,8 +123,8 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     if "model=autoencoder" not in pair:
         evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False, trust=["test_pairs"])
         assert math.isfinite(evaluated["test/nll"])
-    results, broken = find_results([tmp_path])
-    assert (len(results), broken) == (2, {})
+    results, notes = find_results([tmp_path])
+    assert (len(results), notes) == (2, [])
 
 
 def split(setting: str) -> list[str]:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from vae_lightning import figures
 from vae_lightning.analysis.evaluation import VALUES
-from vae_lightning.analysis.reports import Result, find_results, is_number, linked_figures, make_table, sanitize
+from vae_lightning.analysis.reports import Result, find_results, is_number, make_table, page, sanitize
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, read_json, read_text, staging_directory
+from vae_lightning.files import FileError, read_json, read_text
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
 
@@ -114,18 +114,14 @@ def find_sides(paths: Iterable[Path]) -> tuple[list[tuple[str, list[Result]]], l
     sides: list[tuple[str, list[Result]]] = []
     notes: list[str] = []
     for path in paths:
-        results, broken = find_results([path])
-        reasons = [f"left out: {sanitize(directory)}: {sanitize(reason)}" for directory, reason in broken.items()]
-        if not results:
-            raise RunError("; ".join([f"{path}: no finished run found", *reasons[:1]]))
+        results, left_out = find_results([path])
         table = make_table("", results, ())
-        reasons += [f"left out: {sanitize(run)}: a later run has the same seed" for run in table.repeated]
+        notes += left_out
+        notes += [f"left out: {sanitize(run)}: a later run has the same seed" for run in table.repeated]
         for row in table.rows:
             row.results.sort(key=lambda result: str(result.run))
         for row in sorted(table.rows, key=lambda row: str(row.results[0].run)):
-            settings = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items())
-            sides.append((sanitize(f"{path}: {settings}" if settings else path), row.results))
-        notes += reasons
+            sides.append((sanitize(f"{path}: {row.names}" if row.settings else path), row.results))
     return sides, notes
 
 
@@ -222,23 +218,21 @@ def compare(
     for side in others:
         rows.append(side_cells(side) | difference_cells(side, baseline))
         notes += remarks(side, baseline)
-        try:
-            drawn.append(draw(side, baseline, split, trust))
-        except UserError as error:
-            notes.append(f"no picture: {sanitize(error)}")
+    try:
+        images = evaluated_images(baseline.evaluations[0], split, trust)
+        drawn += [draw(side, baseline, images) for side in others]
+    except UserError as error:
+        notes.append(f"no pictures: {sanitize(error)}")
 
     destination = Path(to)
     markdown_file = destination / "comparison.md"
-    previous = linked_figures(markdown_file)
-    with staging_directory(destination) as scratch:
+    with page(markdown_file) as scratch:
         markdown = f"## {heading}\n\n{as_table(rows, 'pipe')}\n"
         for number, figure in enumerate(drawn, start=1):
             figures.save(figure, scratch / f"comparison_{number}.png")
             markdown += f"\n![differences](comparison_{number}.png)\n"
         lines = [markdown, *(f"- {note}" for note in dict.fromkeys(notes))]
         (scratch / markdown_file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name in previous - linked_figures(markdown_file):
-        (destination / name).unlink(missing_ok=True)
     return "\n".join([heading, as_table(rows, "simple"), *dict.fromkeys(notes), str(destination)])
 
 
@@ -282,14 +276,19 @@ def remarks(side: Side, baseline: Side) -> list[str]:
     return found
 
 
-def draw(side: Side, baseline: Side, split: str, trust: Iterable[str]) -> Figure:
-    """Draw the differences of all images, with those that changed most. Raises UserError if the images are missing."""
-    first = baseline.evaluations[0]
-    data = open_run(first.run, "cpu", trust).data
-    if data.checksums()[split] != first.content.get("images_sha256"):
-        raise RunError(f"{first.run}: its {split} images on this machine are not the evaluated ones")
+def evaluated_images(evaluation: Evaluation, split: str, trust: Iterable[str]) -> Tensor:
+    """Return the images of an evaluation, as bytes. Raises UserError if they are missing or not the same."""
+    data = open_run(evaluation.run, "cpu", trust).data
+    if data.checksums()[split] != evaluation.content.get("images_sha256"):
+        raise RunError(f"{evaluation.run}: its {split} images on this machine are not the evaluated ones")
+    images: Tensor = getattr(data, f"{split}_images")
+    return images
+
+
+def draw(side: Side, baseline: Side, images: Tensor) -> Figure:
+    """Draw the differences of all images, with those that changed most."""
     difference = side.log_likelihood.mean(dim=0) - baseline.log_likelihood.mean(dim=0)
-    return figures.differences(difference, getattr(data, f"{split}_images"), f"{side.label}\nminus {baseline.label}")
+    return figures.differences(difference, images, f"{side.label}\nminus {baseline.label}")
 
 
 def as_table(rows: Sequence[dict[str, str]], style: str) -> str:

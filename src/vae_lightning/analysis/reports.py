@@ -9,8 +9,8 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -62,6 +62,11 @@ class Row:
     results: list[Result]
     label: str = "all runs"  # in figures
 
+    @property
+    def names(self) -> str:
+        """The settings with the last part of their keys: "latent_dim 20, prior VampPrior"."""
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items())
+
     def values(self, metric: str) -> list[float]:
         return [result.metrics[metric] for result in self.results if metric in result.metrics]
 
@@ -86,13 +91,13 @@ class Table:
         return [key for key in self.keys if all(is_number(row.settings[key]) for row in self.rows)]
 
 
-def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
-    """Return the finished runs in and below `paths`, and the other run directories, each with the reason.
+def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """Return the finished runs in and below `paths`, and a note on each other run directory, with the reason.
 
-    Raises RunError for a path that does not exist.
+    Raises RunError for a path that does not exist, and if there is no finished run.
     """
     results: dict[Path, Result] = {}
-    broken: dict[Path, str] = {}
+    notes: list[str] = []
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path}: no such directory")
@@ -104,8 +109,11 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], dict[Path, str]]:
             try:
                 results[run.path.resolve()] = read_result(run)
             except UserError as error:
-                broken[Path(folder)] = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
-    return [results[directory] for directory in sorted(results)], broken
+                reason = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+                notes.append(f"left out: {sanitize(folder)}: {sanitize(reason)}")
+    if not results:
+        raise RunError("; ".join([f"{', '.join(map(str, paths))}: no finished run found", *notes[:1]]))
+    return [results[directory] for directory in sorted(results)], notes
 
 
 def read_result(run: RunDirectory) -> Result:
@@ -176,7 +184,7 @@ def make_table(protocol: str, results: Sequence[Result], metrics: Sequence[str])
     ordered = sorted(rows.values(), key=lambda row: [(not is_number(v), v) for v in row.settings.values()])
     for number, row in enumerate(ordered, start=1):
         if row.settings:
-            row.label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items())
+            row.label = row.names
         if any(len(str(other.settings)) > LONGEST_LABEL for other in ordered):
             row.label = f"row {number}"  # of the table: longer names leave a figure no room
     return Table(protocol, list(ordered[0].settings), shown, ordered, repeated)
@@ -334,18 +342,14 @@ def report(
 
     `to` is the directory of the report. Raises UserError if there is no finished run, or no run has a metric.
     """
-    results, broken = find_results(map(Path, runs))
-    notes = [f"left out: {sanitize(directory)}: {sanitize(reason)}" for directory, reason in broken.items()]
-    if not results:
-        raise RunError("; ".join([f"{', '.join(runs)}: no finished run found", *notes[:1]]))
+    results, notes = find_results([Path(path) for path in runs])
     compared = tables(results, metrics)
     repeated = [directory for table in compared for directory in table.repeated]
     notes += [f"left out: {sanitize(run)}: a later run has the same configuration and seed" for run in repeated]
     markdown = as_text(compared, "markdown")
     destination = Path(to)
     markdown_file, csv_file = destination / "report.md", destination / "report.csv"
-    previous = linked_figures(markdown_file)
-    with staging_directory(destination) as scratch:
+    with page(markdown_file) as scratch:
         (scratch / "report.tex").write_text(as_text(compared, "latex"), encoding="utf-8")
         write_csv(compared, scratch / csv_file.name)
         for number, table in enumerate(compared, start=1):
@@ -361,10 +365,21 @@ def report(
                 markdown += f"\n![{table.protocol}: {name}]({file})\n"
         lines = [markdown, *(f"- {note}" for note in notes)]
         (scratch / markdown_file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name in previous - linked_figures(markdown_file):
-        (destination / name).unlink(missing_ok=True)
     text = csv_file.read_text(encoding="utf-8") if style == "csv" else as_text(compared, style)
     return "\n".join([text.rstrip(), *notes, str(destination)])
+
+
+@contextmanager
+def page(markdown: Path) -> Iterator[Path]:
+    """Yield a directory for the files of a report, which replace the earlier ones together.
+
+    Figures that the new page does not link to any more are removed.
+    """
+    previous = linked_figures(markdown)
+    with staging_directory(markdown.parent) as scratch:
+        yield scratch
+    for name in previous - linked_figures(markdown):
+        (markdown.parent / name).unlink(missing_ok=True)
 
 
 def linked_figures(markdown: Path) -> set[str]:
