@@ -11,6 +11,7 @@ tolerance.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def trained(name: str, words: list[str]) -> dict[str, Any]:
     """The content of metrics.json and environment.json of a run. Trains it first if it is not finished."""
     directory = RUNS / name
     if not (directory / "metrics.json").exists():
-        command = [sys.executable, "train.py", *words, f"hydra.run.dir={directory}", "resume=auto"]
+        shutil.rmtree(directory, ignore_errors=True)  # an interrupted run, perhaps of another configuration
+        command = [sys.executable, "train.py", *words, f"hydra.run.dir={directory}"]
         subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((directory / "environment.json").read_text()) | json.loads(
         (directory / "metrics.json").read_text()

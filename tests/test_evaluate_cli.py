@@ -130,7 +130,7 @@ def test_a_proper_likelihood_has_no_remark(config, tmp_path: Path, monkeypatch: 
     train(config(*overrides), tmp_path / "run")
     seen: list[Tensor] = []
     all_codes = VAE.all_codes
-    monkeypatch.setattr(VAE, "all_codes", lambda vae, x, *labels: seen.append(x) or all_codes(vae, x[:500], *labels))
+    monkeypatch.setattr(VAE, "all_codes", lambda vae, x, *labels: seen.append(x) or all_codes(vae, x[:500]))
     monkeypatch.setattr(evaluation, "probe_accuracy", lambda *codes_and_labels: {})
     content = evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val", "probes": True})
     assert (content["pixels"], content["remark"]) == ("dynamic", "")

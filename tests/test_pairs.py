@@ -112,7 +112,7 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     # 0: it finished before it could stop
     assert stopped.code in ((75,) if pair in FOUND else (0, 75)), stopped.err
     if stopped.code == 75:
-        resumed = command("resume=run", "trust=[test_pairs]")
+        resumed = command("resume=run", "trust=[test_conditional]")
         assert resumed.code == 0, resumed.err
     if not any("1s" in setting for setting in pair):
         one, two = read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")
@@ -121,7 +121,7 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
         assert differences(one, two) == []
 
     if "model=autoencoder" not in pair:
-        evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False, trust=["test_pairs"])
+        evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False, trust=["test_conditional"])
         assert math.isfinite(evaluated["test/nll"])
     results, notes = find_results([tmp_path])
     assert (len(results), notes) == (2, [])

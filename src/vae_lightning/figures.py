@@ -172,12 +172,11 @@ def nll_curve(curve: Mapping[int, float], quantity: str) -> Figure:
 
 
 def unit(term: str, terms: Iterable[str]) -> str:
-    """Return the unit of a term, which may depend on the other terms: the loss of an autoencoder is its `mse`."""
-    if term == "squared_error":
-        return "per image"
-    if term.startswith(("active_units", "knn_accuracy", "linear_accuracy", "class_accuracy")):  # counts and shares
-        return ""
-    return "per pixel" if "mse" in terms else "nats per image"
+    """Return the unit of a term; none of a count, a share or a metric of your own."""
+    if term == "mse" or (term == "loss" and "kl" not in terms and "mse" in terms):  # the loss of an autoencoder
+        return "per pixel"
+    nats = ("loss", "elbo", "reconstruction", "kl", "mutual_information", "nll", "marginal_nll")
+    return "per image" if term == "squared_error" else "nats per image" if term.partition(" ")[0] in nats else ""
 
 
 def against(lines: Mapping[str, Sequence[tuple[float, float, float]]], key: str, metric: str) -> Figure:

@@ -113,7 +113,7 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
                 notes.append(f"left out: {sanitize(folder)}: {sanitize(reason)}")
     if not results:
         raise RunError("; ".join([f"{', '.join(map(str, paths))}: no finished run found", *notes[:1]]))
-    return [results[directory] for directory in sorted(results)], notes
+    return [results[directory] for directory in sorted(results)], list(dict.fromkeys(notes))
 
 
 def read_result(run: RunDirectory) -> Result:

@@ -43,8 +43,8 @@ def train() -> None:
     with one_line_errors():
         if RUN in os.environ:
             return run_worker()
-        # Options first, since Hydra takes none between two settings: model.latent_dim=2 -m seed=0,1
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word[:1] != "-" and ("=" in word or word[:1] == "~"))
+        # Hydra takes no option between two settings: model.latent_dim=2 -m seed=0,1
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
 
 

@@ -119,7 +119,8 @@ def search(
         try:
             study = optuna.create_study(storage=f"sqlite:///{file}", study_name="search", load_if_exists=True)
         except Exception as error:  # of many types
-            raise RunError(f"{file}: damaged, or not Optuna's; choose another hydra.run.dir") from error
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"{file}: cannot be opened ({reason}); choose another hydra.run.dir") from error
         settings = {"config": config, "hparams_search": {"space": space, "warmup_epochs": warmup_epochs}}
         former = study.user_attrs.get("settings", settings)
         if former != settings:

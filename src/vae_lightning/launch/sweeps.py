@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from vae_lightning.config import UserError
+from vae_lightning.launch.cli import TRACEBACK
 from vae_lightning.runs.resume import RunPlan
 from vae_lightning.training.signals import Interrupted, StopRequest
 
@@ -48,8 +49,9 @@ def train_in_subprocess(
     `timeout` seconds. Raises Interrupted if a signal asked this process to stop; the subprocess is stopped too.
     """
     (plan.run.write_config if plan.resume else plan.run.create)(plan.config)
-    # With SLURM_* Lightning would act as one of several tasks; HYDRA_FULL_ERROR is set by this process.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "HYDRA_FULL_ERROR"}
+    # With SLURM_* Lightning would act as one of several tasks. The subprocess reports an error in its last line.
+    dropped = ("SLURM_", "HYDRA_FULL_ERROR", TRACEBACK)
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), RUN: str(plan.run.path.absolute())}
     end, stopped = time.monotonic() + (timeout or float("inf")), False
     with StopRequest().listening(), tempfile.TemporaryFile("w+", errors="replace") as errors:

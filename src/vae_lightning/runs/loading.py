@@ -119,6 +119,7 @@ TRUSTED = (
     "lightning.pytorch.callbacks.EMAWeightAveraging",
     "lightning.pytorch.callbacks.EarlyStopping",
     "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.StochasticWeightAveraging",
     "lightning.pytorch.callbacks.Timer",
 )
 

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import Field
+from torch.optim.lr_scheduler import OneCycleLR
 
 from vae_lightning.config import (
     ConfigError,
@@ -60,11 +61,11 @@ TRAINER_DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
-# Callbacks of Lightning that do not resume, or train another run than config.yaml describes.
+# Callbacks of Lightning that do not resume, or train another run than the configuration describes.
 REFUSED = {
-    BatchSizeFinder: "trains with another batch size than config.yaml says. Allowed: data.batch_size",
+    BatchSizeFinder: "trains with another batch size than the configuration says. Allowed: data.batch_size",
     GradientAccumulationScheduler: "does not resume within an epoch. Allowed: trainer.accumulate_grad_batches",
-    LearningRateFinder: "trains with another learning rate than config.yaml says. Allowed: model.learning_rate",
+    LearningRateFinder: "trains with another rate than the configuration says. Allowed: model.learning_rate",
     ModelPruning: "does not resume. Allowed: a callback of your own",
     StochasticWeightAveraging: "averages after the last checkpoint is written. Allowed: EMAWeightAveraging",
 }
@@ -180,13 +181,16 @@ def check_schedule(trainer: Trainer, model: ImageModel, batches: int) -> None:
     """
     configured = model.configure_optimizers()
     schedule = configured[1][0] if isinstance(configured, tuple) else {}
-    length = getattr(schedule.get("scheduler"), "total_steps", None)  # of OneCycleLR only
+    scheduler = schedule.get("scheduler")
+    if not isinstance(scheduler, OneCycleLR):
+        return
     per_epoch = -(-batches // trainer.accumulate_grad_batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = min(epochs * per_epoch, math.inf if trainer.max_steps == -1 else trainer.max_steps)
-    needed = steps if schedule.get("interval") == "step" else min(epochs, steps / max(per_epoch, 1))
-    if length is not None and length < needed:
-        raise ConfigError(f"model.schedule: ends after {length} {schedule['interval']}s, and the run after {needed:g}")
+    needed = steps if schedule["interval"] == "step" else min(epochs, steps // max(per_epoch, 1))
+    if scheduler.total_steps < needed:
+        end = "has no last one" if needed == math.inf else f"after {needed:.0f}"
+        raise ConfigError(f"model.schedule: ends after {scheduler.total_steps} {schedule['interval']}s, the run {end}")
 
 
 def check_monitors(trainer: Trainer, model: ImageModel, data: ImageDataModule, schedule: Spec | None) -> None:
