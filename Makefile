@@ -21,11 +21,12 @@ help:  ## list all targets
 
 setup: $(STAMP)  ## build .venv with the pinned versions, once
 
-# The stamp is written last, so that an interrupted set-up is repeated and a finished one is skipped.
+# The stamp is written last, so that an interrupted set-up is repeated from the start and a finished one is skipped. A
+# change of pyproject.toml adds to a finished one, which trainings may be using.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "$(PYTHON) is Python %d.%d, but 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12" % v)'
 	@echo "Setting up $(VENV): a few minutes the first time, mostly for PyTorch."
-	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) $(VENV)
 	@$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" --constraint $(CONSTRAINTS) torch torchvision)
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
