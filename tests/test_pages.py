@@ -125,7 +125,7 @@ def script_and_words(command: str) -> tuple[str, list[str]]:
 def brief(command: str) -> tuple[str, list[str]]:
     """A command with overrides that make it a run of seconds."""
     script, words = script_and_words(command)
-    if script == "train.py" and "--cfg" not in words:
+    if script == "train.py" and not {"--cfg", "--info"} & set(words):
         longer = any(word.startswith("resume=") for word in words) and "trainer.max_epochs=60" in words
         words = [word for word in words if not word.startswith("trainer.max_epochs=")]
         words += [*BRIEF, *(["trainer.max_epochs=2"] if longer else [])]
