@@ -119,6 +119,11 @@ def test_an_anomaly_is_reported_in_one_line(command) -> None:
     assert result.err.splitlines()[-1].startswith("became NaN at step 2: ")
 
 
+def test_the_configuration_of_a_sweep_is_not_shown(command) -> None:
+    shown = command("seed=0,1", "-m", "--cfg", "job")
+    assert (shown.code, shown.err) == (2, "--cfg: is for one run; leave out -m\n")
+
+
 def test_an_error_line_has_no_control_characters() -> None:
     assert error_line(ConfigError("model._target_=\x1b[2J\x07Evil:\nnot in …")) == "model._target_=?[2J?Evil: not in …"
 

@@ -82,6 +82,8 @@ def check_command_line() -> None:
             raise ConfigError("=: write an override without spaces, such as model.latent_dim=3")
         if word.startswith("--") and word.partition("=")[0] not in HYDRA_FLAGS:
             raise ConfigError(f"{word}: no such option; settings are key=value, such as model.latent_dim=2")
+    if {"-m", "--multirun"} & {*sys.argv[1:]} and (shown := {"--cfg", "-c", "--info", "-i"} & {*sys.argv[1:]}):
+        raise ConfigError(f"{min(shown)}: is for one run; leave out -m")
     if re.search("[\udc80-\udcff]", " ".join([os.getcwd(), *sys.argv])):
         raise ConfigError("a path has characters that the encoding of this locale does not have: set PYTHONUTF8=1")
 
