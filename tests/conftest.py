@@ -1,7 +1,9 @@
-"""Shared fixtures: composed configurations, and commands run in this process."""
+"""Shared by the tests: small configurations, commands run in this process, and the results of runs."""
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import runpy
 import sys
@@ -16,14 +18,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning import figures
 from vae_lightning.data.mnist import MNISTDataModule, load_images
-from vae_lightning.launch.cli import plain
+from vae_lightning.launch import jobs  # noqa: F401 (registers parts of the configuration)
 from vae_lightning.runs import environment
-from vae_lightning.runs.resume import run_config
-from vae_lightning.training.trainer import TRAINER_DEFAULTS  # noqa: F401 (a part of the configuration, registered there)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -36,6 +37,14 @@ BRIEF = [
     "figures.embedded=0",
     "figures.samples=[2,2]",
 ]
+# A run of two epochs of a small model, whose steps take as long as those of BRIEF.
+SMALL = [
+    *("model.backbone.hidden=[16]", "data.val_size=500", "trainer.max_epochs=2", "trainer.limit_train_batches=23"),
+    *("trainer.limit_test_batches=1", "trainer.enable_model_summary=false"),
+    *("figures.every=0", "figures.embedded=0", "figures.samples=[2,2]"),
+]
+MLP = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [16]}
+EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}  # events to read: all
 
 
 @dataclass
@@ -83,8 +92,8 @@ def composed(*overrides: str) -> dict[str, Any]:
         config = compose("train", ["trainer.accelerator=cpu", *overrides], True)
     HydraConfig.instance().set_config(config)
     with open_dict(config):
-        del config["hydra"]
-    return run_config(plain(config))
+        del config["hydra"], config["resume"]
+    return OmegaConf.to_container(config, resolve=True)
 
 
 @pytest.fixture
@@ -131,3 +140,59 @@ def mnist() -> torch.Tensor:
     """The first 500 test images, [500, 1, 28, 28] in [0, 1]."""
     _, (images, _) = load_images("MNIST", DATA)
     return images[:500].float() / 255
+
+
+def history(directory: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's history.csv, without their times."""
+    with (directory / "history.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def events(directory: Path) -> EventAccumulator:
+    """Return what TensorBoard shows of a run."""
+    return EventAccumulator(str(directory / "tensorboard"), EVERYTHING).Reload()
+
+
+def checkpoint(directory: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def read_results(directory: Path) -> dict[str, Any]:
+    """Return all results of a run, without times and paths."""
+    found: dict[str, Any] = {"history": history(directory)}
+    for name in ("last", "best"):
+        found[name] = checkpoint(directory, name)
+        progress = found[name].pop("progress")
+        found[name] |= {key: progress[key] for key in ("random", "means", "logged")}
+        for key, state in found[name]["callbacks"].items():
+            found[name]["callbacks"][key] = without(state.get("dirpath", "-"), state)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    found["metrics"] = {key: value for key, value in metrics.items() if key != "seconds"}
+    board = events(directory)
+    tags = board.Tags()
+    # Sorted: of files of one second TensorBoard reads the tenth of a process before the ninth.
+    found["scalars"] = {tag: sorted((e.step, e.value) for e in board.Scalars(tag)) for tag in tags["scalars"]}
+    found["images"] = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
+    found["histograms"] = {
+        tag: [(e.step, e.histogram_value) for e in board.Histograms(tag)] for tag in tags["histograms"]
+    }
+    names = (str(path.relative_to(directory)) for path in directory.rglob("*.*"))
+    found["files"] = sorted(name for name in names if "tfev" not in name)
+    return found
+
+
+def without(prefix: str, tree: Any) -> Any:
+    """Return a copy of nested dictionaries with `prefix` removed from keys and values."""
+    if isinstance(tree, dict):
+        return {without(prefix, key): without(prefix, value) for key, value in tree.items()}
+    return tree.replace(prefix, "") if isinstance(tree, str) else tree
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Return the places where two nested results differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [place for key in a.keys() | b.keys() for place in differences(a.get(key), b.get(key), f"{where}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [place for n, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}.{n}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [where]

@@ -242,6 +242,7 @@ def finish(axes: Axes, **labels: str) -> None:
 
 def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or a sequence of grids as a GIF."""
+    path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as partial:
         if isinstance(picture, Figure):
             picture.savefig(partial, dpi=120)

@@ -25,12 +25,11 @@ from vae_lightning import figures
 from vae_lightning.analysis.evaluation import VALUES
 from vae_lightning.analysis.reports import Result, find_results, is_number, make_table, page, sanitize
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, read_json, read_text
+from vae_lightning.files import FileError, read_dict
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
 
 CONDITIONS = ("quantity", "images", "images_sha256")  # keys of an evaluation that must agree
-LARGEST = 200_000_000  # bytes of a file with the values of each image: about 20 an image
 
 
 class Estimate(NamedTuple):
@@ -130,7 +129,7 @@ def evaluations(run: RunDirectory, split: str) -> dict[int, tuple[Path, dict[str
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for file in (run.evaluation_file, *sorted(run.evaluations.glob("*.json"))):
         if file.with_suffix(".csv").exists():
-            content = read_json(file)
+            content = read_dict(file)
             samples = content.get("samples")
             best = content.get("checkpoint") == run.best_checkpoint.stem
             if best and f"{split}/nll" in content and isinstance(samples, int):
@@ -173,7 +172,7 @@ def read_values(file: Path, content: dict[str, Any], split: str) -> tuple[Tensor
     images, nll, table = content.get("images"), content[f"{split}/nll"], file.with_suffix(".csv")
     if not (isinstance(images, int) and images > 1 and is_number(nll)):
         raise FileError(f"{file}: images={sanitize(images)} and {split}/nll={sanitize(nll)} are not allowed")
-    header, _, rows = read_text(table, LARGEST).partition("\n")
+    header, _, rows = table.read_text(encoding="utf-8").partition("\n")
     try:
         if header != VALUES or rows.count("\n") != images:
             raise ValueError(f"it should have the columns {VALUES} and {images} rows, and has {rows.count(chr(10))}")
@@ -191,7 +190,6 @@ def compare(
     runs: Annotated[Sequence[str], Field(min_length=1)],
     split: Literal["test", "val"] = "test",
     to: str = "outputs/report",
-    trust: Sequence[str] = (),
 ) -> str:
     """Compare the configurations in and below `runs` with the first; return the text to print.
 
@@ -219,7 +217,7 @@ def compare(
         rows.append(side_cells(side) | difference_cells(side, baseline))
         notes += remarks(side, baseline)
     try:
-        images = evaluated_images(baseline.evaluations[0], split, trust)
+        images = evaluated_images(baseline.evaluations[0], split)
         drawn += [draw(side, baseline, images) for side in others]
     except UserError as error:
         notes.append(f"no pictures: {sanitize(error)}")
@@ -276,9 +274,9 @@ def remarks(side: Side, baseline: Side) -> list[str]:
     return found
 
 
-def evaluated_images(evaluation: Evaluation, split: str, trust: Iterable[str]) -> Tensor:
+def evaluated_images(evaluation: Evaluation, split: str) -> Tensor:
     """Return the images of an evaluation, as bytes. Raises UserError if they are missing or not the same."""
-    data = open_run(evaluation.run, "cpu", trust).data
+    data = open_run(evaluation.run, "cpu").data
     if data.checksums()[split] != evaluation.content.get("images_sha256"):
         raise RunError(f"{evaluation.run}: its {split} images on this machine are not the evaluated ones")
     images: Tensor = getattr(data, f"{split}_images")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed
 from vae_lightning.data.pixels import described, evaluation_pixels, stream_seed
-from vae_lightning.files import atomic_write, read_json, write_json
+from vae_lightning.files import atomic_write, read_dict, write_json
 from vae_lightning.models.estimators import (
     active_units,
     importance_weighted_bound,
@@ -246,7 +246,7 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
     Both are means over the test set with different noise; `deviation` `[images]` is the standard deviation with one
     sample. Raises RunError if they differ by more than six standard errors plus the precision of the arithmetic.
     """
-    tested = read_json(run.metrics_file) if run.state == "finished" else {}
+    tested = read_dict(run.metrics_file) if run.state == "finished" else {}
     trainer = config.get("trainer", {})
     full_test = str(trainer.get("limit_test_batches")) in ("None", "1.0") and not trainer.get("fast_dev_run")
     if not full_test or checkpoint.resolve() != run.best_checkpoint.resolve() or "test/elbo" not in tested:
@@ -274,14 +274,13 @@ def evaluate_run(
     class_samples: NonNegativeInt = 20,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
-    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a run: print a table, write the files that `write_evaluation` describes, and return the results.
 
     Raises UserError if the run or its data cannot be opened or evaluated.
     """
     finished = RunDirectory.locate(run)[0].state == "finished"  # before the checkpoint is read
-    opened = open_run(run, accelerator, trust, data_root)
+    opened = open_run(run, accelerator, data_root)
     vae, data = opened.model, opened.data
     if split == "val" and not data.val_size:
         raise ConfigError("split=val: the run has no validation split (data.val_size=0); allowed: test")
@@ -339,18 +338,19 @@ def write_evaluation(
     more samples. Earlier results with the same name that `content` lacks, such as probes, are kept.
     """
     name = f"{split}_{content['checkpoint']}_k{content['samples']}_seed{content['seed']}"
-    file = run.subdirectory(run.evaluations) / f"{name}.json"
-    content = (read_json(file) if file.exists() else {}) | content
+    file = run.evaluations / f"{name}.json"
+    run.evaluations.mkdir(exist_ok=True)
+    content = (read_dict(file) if file.exists() else {}) | content
     write_values(file.with_suffix(".csv"), values)
     write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
     best = checkpoint.resolve() == run.best_checkpoint.resolve() and content["checkpoint"] == run.best_checkpoint.stem
     if split == "test" and best:  # a run that is still trained will have another best checkpoint
-        current = (read_json(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
+        current = (read_dict(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
         if not isinstance(current, int) or content["samples"] >= current:
             write_values(run.evaluation_values, values)
             write_json(run.evaluation_file, content)
-            figures.save(curve, run.subdirectory(run.figures) / "nll_curve.png")
+            figures.save(curve, run.figures / "nll_curve.png")
     return file
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -41,14 +40,13 @@ def explore_run(
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1",
     port: Annotated[int, Field(ge=1, le=65535)] = 8000,
     data_root: str | None = None,
-    trust: Sequence[str] = (),
 ) -> None:
     """Serve the page until interrupted. Raises UserError if the run cannot be opened or the port is in use."""
     try:
         from aiohttp import web
     except ImportError:
         raise ConfigError("explore needs aiohttp: pip install -e '.[explore]'") from None
-    application = make_application(open_run(run, "cpu", trust, data_root), host)
+    application = make_application(open_run(run, "cpu", data_root), host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         web.run_app(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_lightning.config import UserError
-from vae_lightning.files import errors_name, staging_directory
+from vae_lightning.files import staging_directory
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         return self.model.pictures(latents, labels)
 
 
-def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None = None) -> Path:
+def export_run(run: str | Path, data_root: str | None = None) -> Path:
     """Write encoder and decoder into the run's `export/`, as .onnx and .safetensors, and return that directory.
 
     The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`.
@@ -72,9 +72,9 @@ def export_run(run: str | Path, trust: Sequence[str] = (), data_root: str | None
         import safetensors.torch
     except ImportError as error:
         raise ExportError(f"export needs {error.name}: pip install -e '.[export]'") from None
-    opened = open_run(run, "cpu", trust, data_root)
+    opened = open_run(run, "cpu", data_root)
     model, data = opened.model, opened.data
-    directory = opened.directory.subdirectory(opened.directory.export)
+    directory = opened.directory.export
     images = model.images(data.test_images[:7])
     latents = torch.randn(7, model.latent_dim, generator=torch.Generator().manual_seed(0))
     metadata = {"model": json.dumps(model.config["model"]), "pixels": data.pixels, "data": data.dataset}
@@ -111,8 +111,7 @@ def write_graph(file: Path, module: nn.Module, inputs: dict[str, Tensor], output
         )
         assert program is not None
         name_outputs(program.model.graph, output_names)
-        with errors_name(file):
-            program.save(file, external_data=False)
+        program.save(file, external_data=False)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         found_outputs = [session.run(None, {name: x.numpy() for name, x in batch.items()}) for batch in batches]
     except OSError:

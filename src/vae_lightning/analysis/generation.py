@@ -224,7 +224,6 @@ def generate_run(
     format: Literal["png", "pdf", "svg"] = "png",
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
-    trust: Sequence[str] = (),
     **options: Any,
 ) -> Path:
     """Save one picture in the figures/ of a run, and return the path of the file.
@@ -250,7 +249,7 @@ def generate_run(
         raise ConfigError(f"what={what}: {error}") from None
     if what == "walk" and format != "png":
         raise ConfigError(f"format={format}: what=walk is always an animated GIF; leave format out")
-    opened = open_run(run, accelerator, trust, data_root)
+    opened = open_run(run, accelerator, data_root)
     picture = function(opened, **arguments)
     suffix = "gif" if isinstance(picture, list) else format
     words = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
@@ -259,7 +258,7 @@ def generate_run(
     name = "_".join([what, *words])
     if len(name) > 200:  # a file system allows 255
         name = f"{name[:190]}_{crc32(name.encode()):08x}"
-    path = opened.directory.subdirectory(opened.directory.figures) / f"{name}.{suffix}"
+    path = opened.directory.figures / f"{name}.{suffix}"
     figures.save(picture, path)
     return path
 

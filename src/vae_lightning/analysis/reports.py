@@ -9,7 +9,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from vae_lightning import figures
 from vae_lightning.analysis.generation import first_of_each_digit, select_test_images
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.data.pixels import Pixels, described
-from vae_lightning.files import FileError, read_json, read_text, staging_directory
+from vae_lightning.files import read_dict, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
 
@@ -121,7 +121,7 @@ def read_result(run: RunDirectory) -> Result:
     config, file = run.read_config(), run.metrics_file.name
     if not run.metrics_file.exists():
         raise RunError(f"{run}: not finished, it has no {file}")
-    measured = read_json(run.metrics_file)
+    measured = read_dict(run.metrics_file)
     if run.state != "finished":
         raise RunError(f"{run}: not finished, its {file} is of the first {measured.get('epochs')} epochs")
     for key, allowed in HEADING_VALUES.items():
@@ -129,7 +129,7 @@ def read_result(run: RunDirectory) -> Result:
             raise RunError(f"{run}: {file}: {key}={str(measured.get(key))[:40]!r} is not allowed")
     metrics = {key: value for key, value in measured.items() if re.fullmatch(r"test/\w+", key) and is_number(value)}
     if run.evaluation_file.exists():
-        evaluated = read_json(run.evaluation_file)
+        evaluated = read_dict(run.evaluation_file)
         for key in HEADING_VALUES:
             if evaluated.get(key) != measured.get(key):
                 raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
@@ -310,8 +310,8 @@ def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | N
 
     None if the file cannot be read: the report then has a figure less.
     """
-    with suppress(FileError, KeyError, ValueError, TypeError, csv.Error):
-        rows = list(csv.DictReader(read_text(run.history_file).splitlines()))
+    with suppress(OSError, KeyError, ValueError, TypeError, csv.Error):
+        rows = list(csv.DictReader(run.history_file.read_text(encoding="utf-8").splitlines()))
         for metric in ("val/loss", "train/loss"):
             points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
             if points and all(abs(value) < 1e9 for _, value in points):
@@ -320,14 +320,14 @@ def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | N
 
 
 @torch.inference_mode()
-def reconstructions(table: Table, trust: Iterable[str] = ()) -> Figure | None:
+def reconstructions(table: Table) -> Figure | None:
     """Draw the same test digits as reconstructed by each run, below the originals. None for a table of one row."""
     rows = best_rows(table)
     if len(rows) < 2:
         return None
-    run = open_run(rows[0].results[0].run, "cpu", trust)
+    run = open_run(rows[0].results[0].run, "cpu")
     x, labels = select_test_images(run, first_of_each_digit(run)[:10])
-    pictures = [load_run(row.results[0].run, trust).reconstruct(x, labels) for row in rows]
+    pictures = [load_run(row.results[0].run).reconstruct(x, labels) for row in rows]
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
 
@@ -336,7 +336,6 @@ def report(
     metrics: Sequence[str] = (),
     style: Literal["terminal", "markdown", "csv", "latex"] = "terminal",
     to: str = "outputs/report",
-    trust: Sequence[str] = (),
 ) -> str:
     """Write report.md, report.csv, report.tex and figures of all runs in and below `runs`; return the text to print.
 
@@ -355,7 +354,7 @@ def report(
         for number, table in enumerate(compared, start=1):
             drawn = plots(table)
             try:
-                if picture := reconstructions(table, trust):
+                if picture := reconstructions(table):
                     drawn["reconstructions"] = picture
             except UserError as error:
                 notes.append(f"no picture of reconstructions: {sanitize(error)}")

@@ -1,145 +1,99 @@
-"""The seven commands: `python train.py` and `vae-train` call the same function, and so on.
+"""The commands: `python evaluate.py …` and `vae-evaluate …` call the same function, and so on.
 
-Heavy imports wait until a command runs. `python -m vae_lightning.launch.commands` is `train`, for subprocesses.
+Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from vae_lightning.training.signals import Interrupted
 
-@contextmanager
-def importing() -> Iterator[None]:
-    """Set up the imports of a command: classes in the current directory are found, and garbage collection is off.
 
-    Imports create no garbage, and looking for it takes a fifth of the time to start.
+def main(command: Callable[[], None]) -> None:
+    """Run a command. Errors that the user can fix take one line on stderr, with exit status 2.
+
+    HYDRA_FULL_ERROR=1 shows their traceback instead.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    gc.disable()
+    sys.path.insert(0, os.getcwd())  # for the user's own classes
+    gc.disable()  # imports create no garbage, and looking for it takes a fifth of the time to start
     try:
-        yield
+        from vae_lightning.launch.errors import TRACEBACK, error_line
+
+        os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", ""))
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them over many lines
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has closed it, such as in `… --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Interrupted as stop:
+        print(f"{stop}; to resume it: the same command, in the same directory", file=sys.stderr)
+        raise SystemExit(stop.status) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if (line := error_line(error)) is None:
+            raise
+        print(line, file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
-        gc.enable()
+        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop("VAE_LIGHTNING_TRACEBACK", "")
 
 
-def train() -> None:
-    """Train a model and leave a run directory; the last line printed is its path."""
-    with importing():
-        import hydra
+def train_command() -> None:
+    """Train what conf/train.yaml and the command line say."""
+    import hydra
 
-        from vae_lightning.launch.cli import CONF, one_line_errors
-        from vae_lightning.launch.jobs import run_job, run_worker
-        from vae_lightning.launch.sweeps import RUN
-    with one_line_errors():
-        if RUN in os.environ:
-            return run_worker()
-        # Hydra takes no option between two settings: model.latent_dim=2 -m seed=0,1
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    from vae_lightning.launch.errors import CONF
+    from vae_lightning.launch.jobs import run_job
+
+    gc.enable()
+    # Hydra takes no option between two settings: model.latent_dim=2 -m seed=0,1
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
 
 
-def evaluate() -> None:
-    """Evaluate a trained VAE: print a table, and write evaluation.json to its run directory.
+def analysis_command(name: str, function: str) -> None:
+    """Call `function` of analysis/ with the options of conf/<name>.yaml, changed by the command line."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
 
-    python evaluate.py run=outputs/vae/2026-11-21_10-00-00-000000
-    python evaluate.py run=outputs/… samples=500 split=val
+    from vae_lightning.config import ConfigError, check_arguments
+    from vae_lightning.launch.errors import CONF
 
-    conf/evaluate.yaml lists the options; docs/numbers.md explains the metrics.
-    """
-    run_command(evaluate, "vae_lightning.analysis.evaluation:evaluate_run")
-
-
-def generate() -> None:
-    """Write one picture of a trained run to its figures/; the last line printed is the path of the picture.
-
-    python generate.py run=outputs/… what=samples n=100 temperature=0.8
-    python generate.py run=outputs/… what=reconstructions images=[3,18,61]
-    python generate.py run=outputs/… what=manifold                   # latent_dim=2; else plane=principal or plane=[1,2]
-    python generate.py run=outputs/… what=scatter format=pdf
-    python generate.py run=outputs/… what=traversals
-    python generate.py run=outputs/… what=interpolations
-    python generate.py run=outputs/… what=decode z=[0.5,0]
-    python generate.py run=outputs/… what=nearest                    # samples above their nearest training images
-    python generate.py run=outputs/… what=walk                       # animated GIF
-
-    conf/generate.yaml lists the options.
-    """
-    print(run_command(generate, "vae_lightning.analysis.generation:generate_run"))
-
-
-def report() -> None:
-    """Compare many runs in one table and plots: the keys that differ, and mean ± standard deviation over seeds.
-
-    python report.py outputs/sweeps/2026-11-21_10-00-00-000000
-    python report.py outputs metrics=[test/loss,test/kl] style=markdown
-    python report.py outputs/vae outputs/sweeps to=outputs/report style=latex
-
-    Writes report.md, report.csv, report.tex and the plots to `to`; the last line printed is that directory.
-    """
-    print(run_command(report, "vae_lightning.analysis.reports:report", **take_directories()))
-
-
-def compare() -> None:
-    """Compare evaluated runs with a baseline, image by image: the difference in log likelihood and its 95 % interval.
-
-    python compare.py outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
-    python compare.py outputs/sweeps/priors                        # the baseline is that of the sweep's first job
-    python compare.py outputs/a outputs/b split=val
-
-    `evaluate.py` must have evaluated each run, with the same number of samples. Writes comparison.md and pictures to
-    `to`; the last line printed is that directory. docs/numbers.md explains the numbers.
-    """
-    print(run_command(compare, "vae_lightning.analysis.comparisons:compare", **take_directories()))
-
-
-def explore() -> None:
-    """Serve a web page that shows the latent space of a trained run: drag, hover, draw a digit.
-
-    pip install -e '.[explore]'
-    python explore.py run=outputs/…                # then open http://127.0.0.1:8000
-    python explore.py run=outputs/… port=8080
-    """
-    run_command(explore, "vae_lightning.analysis.explorer:explore_run")
-
-
-def export() -> None:
-    """Export encoder and decoder of a trained run to its export/, as ONNX and safetensors, checked against PyTorch.
-
-    pip install -e '.[export]'
-    python export.py run=outputs/…
-    """
-    print(run_command(export, "vae_lightning.analysis.exporting:export_run"))
-
-
-def take_directories() -> dict[str, list[str]]:
-    """Take the words of the command line that are neither settings nor flags as the option `runs`."""
+    target = pkgutil.resolve_name(f"vae_lightning.analysis.{function}")
+    gc.enable()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(inspect.getdoc(target))
+        return
     runs = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in runs]
-    return {"runs": runs} if runs else {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name, [word for word in sys.argv[1:] if word not in runs])
+    if runs:
+        config["runs" if "runs" in config else "run"] = runs if "runs" in config else runs[0]
+    if missing := OmegaConf.missing_keys(config):
+        raise ConfigError(f"{min(missing)}: missing")
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    check_arguments(target, options, "")
+    result = target(**options)
+    if isinstance(result, str | Path):
+        print(result)
 
 
-def run_command(command: Callable[[], None], function: str, **given: Any) -> Any:
-    """Call `module:function` with the options in conf/<command>.yaml, changed by the command line and by `given`."""
-    with importing():
-        from vae_lightning.config import check_arguments
-        from vae_lightning.launch.cli import command_line, one_line_errors
-
-        target = pkgutil.resolve_name(function)
-    with one_line_errors():
-        options = command_line(command.__name__, command.__doc__, given)
-        check_arguments(target, options, "")
-        return target(**options)
-
-
-if __name__ == "__main__":
-    train()
+train = partial(main, train_command)
+evaluate = partial(main, partial(analysis_command, "evaluate", "evaluation:evaluate_run"))
+generate = partial(main, partial(analysis_command, "generate", "generation:generate_run"))
+report = partial(main, partial(analysis_command, "report", "reports:report"))
+compare = partial(main, partial(analysis_command, "compare", "comparisons:compare"))
+explore = partial(main, partial(analysis_command, "explore", "explorer:explore_run"))
+export = partial(main, partial(analysis_command, "export", "exporting:export_run"))

@@ -1,178 +1,137 @@
-"""The job of `train.py`: which run the command is about, in which process it is trained, and how the command ends."""
+"""The job of `train.py`: train the run that the command is about, or search; and list the failed jobs of a sweep."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from vae_lightning.config import ConfigError, Interval, check_arguments
-from vae_lightning.launch.cli import error_line, plain
+from vae_lightning.config import ConfigError, check_arguments
+from vae_lightning.launch.errors import error_line
+from vae_lightning.launch.plan import plan_run
 from vae_lightning.launch.search import search
-from vae_lightning.launch.sweeps import RUN, job_variables, note_failure, train_in_subprocess
-from vae_lightning.runs.directory import RunDirectory
-from vae_lightning.runs.resume import RunPlan, find_run, plan_run, run_config
-from vae_lightning.training.process import ConsoleHandler
-from vae_lightning.training.signals import Interrupted
-from vae_lightning.training.train import Config, train
-from vae_lightning.training.trainer import TRAINER_DEFAULTS
+from vae_lightning.training.signals import Interrupted, StopRequest
+from vae_lightning.training.train import train
 
 log = logging.getLogger(__name__)
 
 
 def run_job(config: DictConfig) -> None:
-    """Run the job that Hydra composed, and report its error: in a sweep in the log and at the end of the sweep.
-
-    The job's directory is removed if it stays empty.
-    """
+    """Run the job that Hydra composed. A failed job of a sweep is logged and noted, and the other jobs go on."""
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
-    sweep = hydra.mode == RunMode.MULTIRUN
     try:
-        search_or_train(plain(config), directory, hydra)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        rank_zero_only(print)(search_or_train(plain, directory, hydra))
     except Exception as error:
         line = error_line(error)
-        if sweep:  # the other jobs go on
+        if hydra.mode == RunMode.MULTIRUN:
             reason = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
-            log.error("job %s: %s", hydra.job.num, reason, exc_info=line is None)
-            note_failure(directory.parent, int(hydra.job.num), hydra.overrides.task, reason)
+            log.error("%s: %s", directory.name, reason, exc_info=line is None)
+            with FailedJobs.file(hydra).open("a", encoding="utf-8") as file:
+                file.write(f"{directory.name}: {reason}\n")
         elif line is None:
             raise
         else:
             print(line, file=sys.stderr)  # here, because Hydra would add a line of its own
             raise SystemExit(2) from None
     finally:
-        with contextlib.suppress(OSError):  # the directory is not empty
+        with contextlib.suppress(OSError):  # Hydra created it; here it is not empty
             directory.rmdir()
 
 
-def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -> None:
-    """Search hyperparameters or train one run, and print the directory of the best or only run. Raises UserError."""
-    check_arguments(Config, run_config(config), "")
-    if options := config.get("hparams_search"):
+def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -> Path:
+    """Search hyperparameters, or train one run; return the directory of the best or only run. Raises UserError."""
+    resume, options = config.pop("resume"), config.pop("hparams_search", None)
+    check_arguments(plan_run, {"resume": resume}, "", given=("config", "directory", "overrides"))
+    sweep, named = hydra.mode == RunMode.MULTIRUN, resume not in (None, "auto")
+    if named and (sweep or options):
+        raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")
+    if options:
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
-        for key in ("resume", "repeat", "timeout"):
-            if config[key] is not None:
-                raise ConfigError(
-                    f"{key}={config[key]}: is not for a search; the same command resumes it, and "
-                    "hparams_search.timeout limits each trial"
-                )
-        print(search(run_config(config), directory, **options))
-        return
-    plan = plan_job(config, directory, hydra)
-    if plan.finished:
+        return search(config, directory, **options)
+    if sweep:
+        prepare_job(config["trainer"], directory, hydra)
+    elif named and resume != "latest":
+        resume = os.path.join(hydra.runtime.cwd, resume)  # hydra.job.chdir may have changed the directory
+    plan = plan_run(config, directory, hydra.overrides.task, "auto" if sweep else resume)
+    if plan.action == "finished":
         log.info("%s: finished already; nothing to do", plan.run)
-    elif plan.run.path.exists() and not os.access(plan.run, os.W_OK):
-        raise ConfigError(f"{plan.run}: cannot be written to; choose another hydra.run.dir or hydra.sweep.dir")
-    elif needs_subprocess(plan.config["trainer"], config["timeout"], hydra):
-        launcher, devices = hydra.launcher, plan.config["trainer"].get("devices", "auto")
-        assign_gpu = str(launcher._target_).endswith((".JoblibLauncher", ".LocalLauncher"))
-        variables = job_variables(int(hydra.job.num), devices, launcher.get("cpus_per_task"), assign_gpu)
-        train_in_subprocess(plan, variables, Interval.parse(config["timeout"], "timeout", steps=False).seconds)
-        log.info("job %s: finished %s", hydra.job.num, plan.run)
-    else:
-        train_in_this_process(plan)
-    rank_zero_only(print)(plan.run)
-
-
-def plan_job(config: dict[str, Any], directory: Path, hydra: HydraConf) -> RunPlan:
-    """Return the run of this command or of this job of a sweep: a new one in `directory`, or an existing one.
-
-    A job of a sweep is identified by its configuration. If the sweep's directory has a run of it, that run is resumed,
-    or skipped if it is finished. Raises UserError.
-    """
-    for key in ("resume", "repeat"):
-        if hydra.job.chdir and isinstance(config[key], str) and config[key] not in ("", "auto", "latest"):
-            config[key] = os.path.join(hydra.runtime.cwd, config[key])
-    sweep, resume, auto = hydra.mode == RunMode.MULTIRUN, config["resume"], config["resume"] == "auto"
-    given = [re.split("[=@]", word.lstrip("+~"))[0] for word in hydra.overrides.task]
-    named = any(word.startswith("hydra.run.dir=") for word in hydra.overrides.hydra)
-    others = any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))  # of torchrun or srun
-    if others and sweep:
-        raise ConfigError("-m: a sweep starts its processes itself, and cannot be started by torchrun or srun")
-    if others and auto and not named:
-        raise ConfigError("resume=auto: with torchrun or srun set hydra.run.dir too, so that all processes use one run")
-    if config["timeout"] is not None and not sweep:
-        raise ConfigError(f"timeout={config['timeout']}: is for the jobs of a sweep; trainer.max_time is for a run")
-    if sweep and (config["repeat"] is not None or resume not in (None, "auto")):
-        raise ConfigError("resume is for one run; a sweep is resumed by the same command in the same hydra.sweep.dir")
-    if rank() and config["repeat"] is None and resume in (None, "auto"):  # process 0 creates the directory
-        run = RunDirectory(directory)
-        return RunPlan(run_config(config), run, resume=auto and run.checkpoints.is_dir())
-    siblings = sorted(directory.parent.glob("*"), reverse=True)
-    if not sweep:
-        return plan_run(config, directory, given, siblings if auto and not named else [])
-    # If directory 3 has the run of another configuration, job 3 gets directory 3_2.
-    names = itertools.chain([directory.name], (f"{directory.name}_{n}" for n in itertools.count(2)))
-    places = map(directory.with_name, names)
-    free = (place for place in places if RunDirectory(place).state == "new" or find_run(run_config(config), [place]))
-    earlier = sorted(directory.parent.parent.glob("*/*"), reverse=True) if auto else []
-    return plan_run(config | {"resume": "auto"}, next(free), given, [*siblings, *earlier])
-
-
-def needs_subprocess(trainer: dict[str, Any], timeout: str | None, hydra: HydraConf) -> bool:
-    """Whether a job of a sweep is trained in a subprocess, for one of these reasons.
-
-    - `timeout`: a job that hangs can only be stopped from outside.
-    - Several devices: torch.distributed keeps its process group until the process ends.
-    - joblib and Ray share worker processes among jobs: a job that is killed would stop others.
-    - submitit raises an exception for a job that is killed, and the errors of the others are lost.
-    """
-    trainer = TRAINER_DEFAULTS | trainer
-    gpus = 0 if trainer["accelerator"] == "cpu" else torch.cuda.device_count()
-    one_device = trainer["devices"] in (1, "1") or (trainer["devices"] == "auto" and gpus < 2)
-    simple = one_device and trainer["num_nodes"] == 1 and str(hydra.launcher._target_).endswith(".BasicLauncher")
-    return hydra.mode == RunMode.MULTIRUN and (timeout is not None or not simple)
-
-
-def train_in_this_process(plan: RunPlan) -> None:
-    """Train a run here, and in the processes that Lightning starts for more devices: they call `run_worker`.
-
-    If a signal stops the run, print how to resume it and exit with status 75.
-    """
-    os.environ[RUN] = str(plan.run.path.absolute())
+        return plan.run.path
     try:
-        train(plan.config, plan.run, plan.resume)
+        train(plan.config, plan.run, resume=plan.action == "resume")
     except Interrupted as stop:
-        if rank():  # Lightning takes any other status of a process for a crash and kills the rest
+        if sweep:
+            if callable(signal.getsignal(signal.SIGUSR2)):  # submitit's: it queues the job again
+                signal.raise_signal(signal.SIGUSR2)
+            raise
+        if getattr(rank_zero_only, "rank", 0):  # Lightning takes another status for a crash and kills the other ranks
             raise SystemExit(0) from None
-        new = plan.run.state == "new"
-        how = "nothing was written" if new else f"to resume it: python train.py {resume_override(plan.run.path)}"
-        print(f"{stop}; {how}", file=sys.stderr)
+        print(f"{stop}; to resume it: python train.py {resume_override(plan.run.path)}", file=sys.stderr)
         raise SystemExit(stop.status) from None
-    finally:
-        os.environ.pop(RUN, None)
+    return plan.run.path
 
 
-def run_worker() -> None:
-    """Train the run named by the environment variable RUN, in a process that this package or Lightning started."""
-    level = logging.ERROR if rank() else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", handlers=[ConsoleHandler(sys.stdout)])
-    run = RunDirectory(os.environ[RUN])
-    train_in_this_process(RunPlan(run.read_config(), run, resume=True))
+def prepare_job(trainer: dict[str, Any], directory: Path, hydra: HydraConf) -> None:
+    """Let a job of a sweep train in the process that its launcher gave it, with its share of threads and GPUs.
 
-
-def rank() -> int:
-    """Return the number of this process among several; process 0 writes the files."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
+    Raises ConfigError for several devices, and for a second job with the same overrides.
+    """
+    started = FailedJobs.started
+    several = trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1
+    if several or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']}: a job of a sweep trains in one process, on one device. For more, "
+            "start the runs one by one with resume=auto"
+        )
+    if directory in started:
+        raise ConfigError(f"{directory}: another job of this sweep has the same overrides")
+    started.add(directory)
+    if threads := hydra.launcher.get("cpus_per_task"):
+        torch.set_num_threads(threads)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    if "," in visible and not torch.cuda.is_initialized():  # the launcher has not assigned one
+        gpus = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(hydra.job.num) % len(gpus)]
 
 
 def resume_override(directory: Path) -> str:
     """Return `resume=DIRECTORY`, quoted for the shell and for Hydra's grammar where needed."""
-    if re.fullmatch(r"[\w./+-]+", str(directory)):
+    if re.fullmatch(r"[\w./+-]+", str(directory), re.ASCII):
         return f"resume={directory}"
-    return shlex.quote(f"resume={QuotedString(str(directory), Quote.single).with_quotes()}")
+    escaped = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+    return shlex.quote(f"resume='{escaped}'")
+
+
+class FailedJobs(Callback):
+    """Hydra callback: list the failed jobs at the end of a sweep, and exit with status 2."""
+
+    started: ClassVar[set[Path]] = set()  # directories of the jobs of this process
+
+    @staticmethod
+    def file(hydra: HydraConf) -> Path:
+        return Path(hydra.sweep.dir) / "failed.txt"
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.file(config.hydra).unlink(missing_ok=True)  # of an earlier start
+        self.started.clear()
+        StopRequest().listen()  # for the process that waits; jobs install their own handlers
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.file(config.hydra).exists():
+            print(self.file(config.hydra).read_text(encoding="utf-8").strip(), file=sys.stderr)
+            raise SystemExit(2)

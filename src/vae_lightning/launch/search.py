@@ -1,31 +1,30 @@
 """`hparams_search=optuna`: find the settings of lowest validation loss with Optuna; each trial is a run directory.
 
 Optuna is called directly, because Hydra's sweeper needs an Optuna from before version 3, has no pruning, and cannot be
-resumed. The study is stored in the search's directory, and the same command resumes it. Only the best trial reads the
-test set, once, at the end.
+resumed. The study is stored in the search's directory: the same command resumes it, and typed twice it runs in
+parallel. Only the best trial reads the test set, once, at the end.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import logging
-import os
+import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from pydantic import Field
 
-from vae_lightning.config import ConfigError, Interval, NonNegativeInt, PositiveInt, flatten
-from vae_lightning.files import read_json, write_json
-from vae_lightning.launch.sweeps import JobError, job_variables, train_in_subprocess
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError, did_you_mean, flatten
+from vae_lightning.files import read_dict, write_json
+from vae_lightning.launch.plan import plan_run, set_key
 from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.resume import RunPlan, comparable, first_difference, set_key
-from vae_lightning.training.signals import StopRequest
+from vae_lightning.training.signals import Interrupted
+from vae_lightning.training.train import train
 
 if TYPE_CHECKING:
     import optuna
@@ -36,23 +35,17 @@ log = logging.getLogger(__name__)
 INCOMPARABLE = (
     *("model.beta", "model.objective", "model.likelihood", "data.pixels", "data.name", "data.val_size", "seed"),
 )
+HEARTBEAT, GRACE = 10, 30  # seconds between signs of life of a trial, and without one until it is retried
 Space = Annotated[dict[str, dict[str, bool | int | float | list[Any]]], Field(min_length=1)]
 
 
 def search(
-    config: dict[str, Any],
-    directory: Path,
-    space: Space,
-    trials: PositiveInt,
-    jobs: PositiveInt,
-    warmup_epochs: NonNegativeInt,
-    timeout: str | None,
+    config: dict[str, Any], directory: Path, space: Space, trials: PositiveInt, warmup_epochs: NonNegativeInt
 ) -> Path:
-    """Search, and return the run directory of the best trial.
+    """Search, and return the run directory of the best trial, or `directory` while other processes still search.
 
     Raises UserError, and Interrupted if a signal stopped the search; the same command resumes it.
     """
-    seconds = Interval.parse(timeout, "hparams_search.timeout", steps=False).seconds
     if not config["data"].get("val_size"):
         raise ConfigError(f"data.val_size={config['data'].get('val_size')}: a search needs validation images")
     try:
@@ -60,84 +53,75 @@ def search(
     except ImportError:
         raise ConfigError("hparams_search=optuna: is not installed; pip install -e '.[optuna]' installs it") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeat and retry
     check_space(space, config)
-    devices = config["trainer"].get("devices", "auto")
-    cpus = None if jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // jobs)
-    slots, asking = list(range(jobs)), Lock()  # slots: numbers of the jobs that are free
-    stop = StopRequest()
-    stop.stepping = True  # the trials run in other threads, and check for a signal themselves
+    directory.mkdir(parents=True, exist_ok=True)
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{directory.absolute() / 'study.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        heartbeat_interval=HEARTBEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=retry,
+    )
+    study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
+    study.sampler = optuna.samplers.TPESampler(seed=config["seed"] + len(study.trials))
+    study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=warmup_epochs)
+    settings = flatten({"config": config, "space": space, "warmup_epochs": warmup_epochs})
+    former = study.user_attrs.get("settings", settings)
+    for key in settings | former:
+        if (old := former.get(key)) != (new := settings.get(key)):
+            raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
+    study.set_user_attr("settings", settings)
 
-    def run_trial(_: int) -> None:
-        """Train the run of one trial, report each epoch to Optuna, and stop it early if Optuna prunes it."""
-        stop.check()
-        with asking:  # with SQLite, two threads that ask at the same time could get the same queued trial
-            trial = study.ask()
+    def run_trial(trial: optuna.Trial) -> float:
+        """Train the run of one trial, and return its lowest validation loss."""
         run = run_of(trial, directory)
+        trial.set_user_attr("directory", run.path.name)
         trial_config = copy.deepcopy(config) | {"test": False}
         for key, choice in space.items():
             set_key(trial_config, key, suggest(trial, key, choice))
-        reported: set[int] = set()
-
-        def should_prune() -> bool:
-            stop.check()
-            for epoch, loss in validation_losses(run).items():
-                if epoch not in reported:
-                    trial.report(loss, epoch)
-                    reported.add(epoch)
-            return trial.should_prune()
-
         log.info("trial %s: %s", run.path.name, "  ".join(f"{key}={value}" for key, value in trial.params.items()))
-        if run.state != "new" and comparable(run.read_config()) != comparable(trial_config):
-            raise RunError(f"{run}: is of another study, whose study.db is missing; choose another hydra.run.dir")
-        plan = RunPlan(trial_config, run, resume=run.state != "new")
-        slot = slots.pop()
         try:
-            variables = job_variables(slot, devices, cpus, assign_gpu=True)
-            pruned = train_in_subprocess(plan, variables, seconds, should_prune) or should_prune()
-        except JobError as error:
-            log.error("trial %s: %s", run.path.name, error)
-            trial.set_user_attr("interrupted", error.interrupted)
+            plan = plan_run(trial_config, run.path, [], "auto")
+            train(plan.config, run, plan.action == "resume", callbacks=[Report(trial)])
+            loss = min(study.trials[trial.number].intermediate_values.values(), default=float("nan"))
+        except Interrupted:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            return
-        finally:
-            slots.append(slot)
-        losses = validation_losses(run)
-        if not losses:
-            raise ConfigError(
-                f"{run}: was not validated; see trainer.limit_val_batches, trainer.check_val_every_n_epoch"
-            )
-        if pruned:
-            log.info("trial %s: pruned after epoch %s", run.path.name, max(losses))
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            log.info("trial %s: val/loss %.2f", run.path.name, min(losses.values()))
-            study.tell(trial, min(losses.values()))
+            retry(study, study.trials[trial.number])
+            raise
+        except UserError as error:
+            log.error("trial %s: %s", run.path.name, error)
+            raise
+        log.info("trial %s: val/loss %.2f", run.path.name, loss)
+        return loss
 
-    directory.mkdir(parents=True, exist_ok=True)
-    with RunDirectory(directory).locked(), stop.listening():
-        file = directory.absolute() / "study.db"
-        try:
-            study = optuna.create_study(storage=f"sqlite:///{file}", study_name="search", load_if_exists=True)
-        except Exception as error:  # of many types
-            reason = str(error).partition("\n")[0]
-            raise RunError(f"{file}: cannot be opened ({reason}); choose another hydra.run.dir") from error
-        settings = {"config": config, "hparams_search": {"space": space, "warmup_epochs": warmup_epochs}}
-        former = study.user_attrs.get("settings", settings)
-        if former != settings:
-            key, old, new = first_difference(former, settings)
-            raise RunError(f"{directory}: holds another search ({key}={old}, not {new}); choose another hydra.run.dir")
-        study.set_user_attr("settings", settings)
-        study.sampler = optuna.samplers.TPESampler(seed=config["seed"] + len(study.trials))
-        study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=warmup_epochs)
-        # The directory is locked, so a trial that is marked as running was stopped.
-        for name, trial in latest_trials(study, directory).items():
-            if trial.state.name == "RUNNING" or trial.user_attrs.get("interrupted"):
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-                study.enqueue_trial(trial.params, user_attrs={"directory": name})
-        finished = sum(trial.state.is_finished() for trial in latest_trials(study, directory).values())
-        with ThreadPoolExecutor(jobs) as threads:
-            list(threads.map(run_trial, range(max(0, trials - finished))))  # raises the first exception of a trial
-        return finish(study, directory)
+    while True:
+        states = Counter(trial.state.name.lower() for trial in latest_trials(study, directory).values())
+        if states.total() - states["waiting"] < trials:
+            study.optimize(run_trial, n_trials=1, catch=UserError)
+        elif not states["running"]:
+            return finish(study, directory, states)
+        else:
+            time.sleep(GRACE)
+            optuna.storages.fail_stale_trials(study)  # then they wait to be retried
+            if states["running"] == sum(trial.state.name == "RUNNING" for trial in study.trials):
+                log.info("%s: other processes are still searching", directory)
+                return directory
+
+
+class Report(Callback):
+    """Report each validation loss of a run to Optuna, and stop the run if Optuna prunes its trial."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        from optuna import TrialPruned
+
+        self.trial.report(trainer.callback_metrics["val/loss"].item(), trainer.current_epoch + 1)
+        if self.trial.should_prune():
+            raise TrialPruned
 
 
 def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) -> None:
@@ -149,7 +133,7 @@ def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) 
     for key, choice in space.items():
         where = f"hparams_search.space.{key}"
         if key not in known:
-            raise ConfigError(f"{where}: no such key in the configuration")
+            raise ConfigError(f"{where}: no such key{did_you_mean(key, known)}")
         if any(f"{key}.".startswith(f"{name}.") for name in INCOMPARABLE):
             raise ConfigError(f"{where}: validation losses under different values of it cannot be compared")
         try:
@@ -168,7 +152,7 @@ def suggest(trial: optuna.Trial, key: str, choice: Mapping[str, Any]) -> Any:
 
 
 def run_of(trial: optuna.Trial | optuna.trial.FrozenTrial, directory: Path) -> RunDirectory:
-    """Return the run of a trial. A resumed trial has a new number, and the directory of the first."""
+    """Return the run of a trial. A retried trial has a new number, and the directory of the first."""
     return RunDirectory(directory / "trials" / trial.user_attrs.get("directory", str(trial.number)))
 
 
@@ -177,27 +161,17 @@ def latest_trials(study: optuna.Study, directory: Path) -> dict[str, optuna.tria
     return {run_of(trial, directory).path.name: trial for trial in study.trials}
 
 
-def validation_losses(run: RunDirectory) -> dict[int, float]:
-    """Return val/loss after each validated epoch of a run."""
-    try:
-        with run.history_file.open(encoding="utf-8") as file:
-            return {int(row["epoch"]): float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")}
-    except FileNotFoundError:
-        return {}
-
-
-def finish(study: optuna.Study, directory: Path) -> Path:
+def finish(study: optuna.Study, directory: Path, states: Counter[str]) -> Path:
     """Test the run of the best trial, write search.json, and return the run's directory."""
-    states = Counter(trial.state.name.lower() for trial in latest_trials(study, directory).values())
     if not states["complete"]:
         raise RunError(f"{directory}: none of {states.total()} trials finished; the log has the reasons")
     best = study.best_trial
     run = run_of(best, directory)
-    if "test/loss" not in read_json(run.metrics_file):
-        train_in_subprocess(RunPlan(run.read_config() | {"test": True}, run, resume=True), {})
-    metrics = {key: value for key, value in read_json(run.metrics_file).items() if key.startswith("test/")}
-    content = {"trials": states, "best": run.path.name, "val/loss": best.value, "params": best.params}
-    write_json(directory / "search.json", content | metrics | {"run": str(run)})
-    terms = {"val/loss": best.value} | metrics
-    log.info("best trial: %s  %s", run.path.name, "  ".join(f"{key} {value:.2f}" for key, value in terms.items()))
+    metrics = read_dict(run.metrics_file)
+    if "test/loss" not in metrics:
+        metrics = train(run.read_config() | {"test": True}, run, resume=True)
+    metrics = {"val/loss": best.value} | {key: value for key, value in metrics.items() if key.startswith("test/")}
+    content = {"trials": states, "best": run.path.name, "params": best.params, "run": str(run)}
+    write_json(directory / "search.json", content | metrics)
+    log.info("best trial: %s  %s", run.path.name, "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
     return run.path

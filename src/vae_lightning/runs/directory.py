@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, as_yaml, atomic_write, read_json, read_yaml, remove_partial, write_json
+from vae_lightning.files import PARTIAL, FileError, atomic_write, read_dict, write_json
 
 StrPath = str | os.PathLike[str]
 UNFINISHED = "unfinished"  # key in metrics.json of a run that was resumed after it had finished
@@ -49,7 +52,6 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.best_checkpoint = self.checkpoints / "best.ckpt"
-        self.previous_checkpoint = self.checkpoints / "previous.ckpt"
         self.tensorboard = self.path / "tensorboard"
         self.figures = self.path / "figures"
         self.export = self.path / "export"
@@ -67,12 +69,9 @@ class RunDirectory:
 
         The checkpoint of a directory is the best one, or the last one if there is no best one yet.
         """
-        if str(path) == "":
-            raise RunError("run=: should be a run directory, a checkpoint or latest")
         path = newest_run(Path("outputs")) if str(path) == "latest" else Path(path)
         if path.suffix == ".ckpt" and not path.is_dir():
-            run = cls(path.absolute().parent.parent)  # checkpoints/ and the file itself may be links
-            return run if run.config_file.exists() else cls(path.resolve().parent.parent), path
+            return cls(path.absolute().parent.parent), path
         run = cls(path)
         no_best = run.last_checkpoint.exists() and not run.best_checkpoint.exists()
         return run, run.last_checkpoint if no_best else run.best_checkpoint
@@ -83,27 +82,29 @@ class RunDirectory:
         if not self.config_file.exists():
             return "new"
         try:
-            metrics = read_json(self.metrics_file)
+            metrics = read_dict(self.metrics_file)
         except FileError:
             return "unfinished"
         return "finished" if metrics and not metrics.get(UNFINISHED) else "unfinished"
 
     def create(self, config: dict[str, Any]) -> None:
-        """Create the directory with its config.yaml.
-
-        Raises RunError if the directory has a run, files with the names of a run's files, or other directories.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Write config.yaml into the new, locked run. Raises RunError if the directory already has something else."""
+        if self.config_file.exists():
+            raise RunError(
+                f"{self}: already contains a run; resume={self} continues it, or choose another hydra.run.dir"
+            )
         files = vars(self).values()
         others = [p.name for p in self.path.iterdir() if p in files or (p.is_dir() and not p.name.startswith("."))]
-        around = Path.cwd().is_relative_to(self.path.resolve()) and any(self.path.iterdir())
-        if self.state == "new" and (others or around):
-            what = f"contains {min(others)}" if others else "is the current directory or a parent of it"
-            raise RunError(f"{self}: {what}; a run needs a directory of its own: choose another hydra.run.dir")
-        try:
-            self.write_config(config, new=True)  # if two jobs choose the same directory, one of them fails
-        except FileExistsError:
-            raise RunError(f"{self}: already contains a run; choose another hydra.run.dir") from None
+        if others:
+            raise RunError(
+                f"{self}: contains {min(others)}; a run needs a directory of its own: choose another hydra.run.dir"
+            )
+        self.write_config(config)
+
+    def discard(self) -> None:
+        """Remove the files of the run; other files in the directory stay."""
+        for path in (path for name, path in vars(self).items() if name != "path"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def reopen(self, config: dict[str, Any]) -> None:
         """Mark the run as unfinished, with `config`.
@@ -111,9 +112,8 @@ class RunDirectory:
         Its metrics are kept until there are new ones. Its evaluations, which are of earlier weights, are renamed: they
         get the number of epochs of the finished run, or a number, in their names.
         """
-        metrics = read_json(self.metrics_file) if self.state == "finished" else {}
-        epochs = metrics.get("epochs")
-        ending = f"{epochs}_epochs" if isinstance(epochs, int) else "unfinished"
+        metrics = read_dict(self.metrics_file) if self.state == "finished" else {}
+        ending = f"{metrics['epochs']}_epochs" if "epochs" in metrics else "unfinished"
         paths = (self.evaluation_file, self.evaluation_values, self.evaluations)
         for n in itertools.count(1):
             renamed = [path.with_stem(f"{path.stem}_{ending}{f'_{n}' if n > 1 else ''}") for path in paths]
@@ -126,20 +126,15 @@ class RunDirectory:
             write_json(self.metrics_file, metrics | {UNFINISHED: True})
         self.write_config(config)
 
-    def remove_partial(self) -> None:
-        """Remove temporary files that killed processes left in this run."""
-        for folder in (self.path, self.checkpoints, self.figures, self.export, self.evaluations):
-            remove_partial(folder)
-
-    def write_config(self, config: dict[str, Any], new: bool = False) -> None:
-        """Write config.yaml; `new` raises FileExistsError if it exists."""
-        with atomic_write(self.config_file, new=new) as partial:
-            partial.write_text(as_yaml(config), encoding="utf-8")
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.yaml."""
+        with atomic_write(self.config_file) as partial:
+            partial.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
     def read_config(self) -> dict[str, Any]:
         """Read the configuration of the run. Raises RunError if there is none."""
         try:
-            config = read_yaml(self.config_file)
+            config = read_dict(self.config_file)
         except FileError as error:
             if runs := runs_in(self.path):
                 raise RunError(
@@ -153,18 +148,15 @@ class RunDirectory:
 
     def read_environment(self) -> dict[str, Any]:
         """Read environment.json; {} if it does not exist. Raises FileError."""
-        return read_json(self.environment_file) if self.environment_file.exists() else {}
-
-    def subdirectory(self, path: Path) -> Path:
-        """Create a directory of the run, such as `figures`. Raises RunError if it is a link."""
-        if path.is_symlink():
-            raise RunError(f"{path}: is a link; nothing is written through it")
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        return read_dict(self.environment_file) if self.environment_file.exists() else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the run until the block or the process ends. Raises RunError if another process has locked it."""
+        """Create the directory if needed, and lock it until the block or the process ends.
+
+        Removes temporary files that killed processes left. Raises RunError if another process has locked it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # Windows: no locks
@@ -178,14 +170,10 @@ class RunDirectory:
                 raise RunError(f"{self}: is being trained by another process") from None
             except OSError:  # the file system has no locks
                 pass
+            for partial in self.checkpoints.glob(f"{PARTIAL}*"):
+                partial.unlink()
             yield
         finally:
             os.close(descriptor)
-
-    def is_locked(self) -> bool:
-        """Return whether a process is training the run."""
-        try:
-            with self.locked():
-                return False
-        except RunError:
-            return True
+            with suppress(OSError):  # it is not empty
+                self.path.rmdir()

@@ -11,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,7 +20,7 @@ from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
-from vae_lightning.models.latents import moments
+from vae_lightning.models.pictures import standard_pictures
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
@@ -166,7 +165,7 @@ class Health(Callback):
             metrics |= {"health/kl_max": kl.max(), "health/kl_min": kl.min()}
             for writer in tensorboard_writers(trainer):
                 with suppress(ValueError):  # there is no histogram of NaN or very large values
-                    writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step)
+                    writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step - 1)
         module.log_dict(metrics, sync_dist=True)
         if not self.warned and active == 0:
             self.warned = True
@@ -180,68 +179,32 @@ class Health(Callback):
 
 @dataclass(eq=False)
 class Figures(Callback):
-    """Log pictures every `every` epochs, and write pictures of the test set into `directory` at the end.
-
-    With two latent dimensions these include the posterior means and the decoded latent plane.
-    """
+    """Log `standard_pictures` every `every` epochs, and write those of the test set into `directory` at the end."""
 
     directory: Path
     every: NonNegativeInt = 5  # 0: only at the end
-    pairs: PositiveInt = 8  # originals above their reconstructions
-    # Rows and columns of samples, always of the same z. A conditional model has a row per class.
+    pairs: PositiveInt = 8
     samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)
-    points: Sequence[Sequence[float]] = ()  # latents to decode
+    points: Sequence[Sequence[float]] = ()
     embedded: NonNegativeInt = 1_000  # test images whose codes are shown in TensorBoard's projector
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        # Not of the test set: it is used only at the end.
+        assert isinstance(module, ImageModel)
         if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
-            log_pictures(trainer, self.draw(module, *held_out_images(trainer)))
+            images, labels = held_out_images(trainer)  # the test set is used only at the end
+            log_pictures(trainer, standard_pictures(module, images, labels, self.pairs, self.samples, self.points))
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, ImageModel)
         if not trainer.is_global_zero:
             return
-        assert isinstance(module, ImageModel)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.directory.mkdir(exist_ok=True)
-        pictures = self.draw(module, data.test_images, data.test_labels)
+        images, labels = trainer.datamodule.test_images, trainer.datamodule.test_labels  # type: ignore[attr-defined]
+        pictures = standard_pictures(module, images, labels, self.pairs, self.samples, self.points)
         log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
         for name, picture in pictures.items():
             figures.save(picture, self.directory / f"{name}.png")
         for writer in tensorboard_writers(trainer) if self.embedded else ():
-            images, labels = data.test_images[: self.embedded], data.test_labels[: self.embedded]
+            images, labels = images[: self.embedded], labels[: self.embedded]
             codes = module.all_codes(images, labels).cpu()
             codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector needs three dimensions
             writer.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
-
-    @torch.inference_mode()
-    def draw(self, module: LightningModule, images: Tensor, labels: Tensor) -> dict[str, Tensor | Figure]:
-        """Return the pictures of a model by name; `images` are uint8 `[n, channels, height, width]`."""
-        assert isinstance(module, ImageModel)
-        was_training = module.training
-        module.eval()
-        x, labels, every_label = module.images(images[: self.pairs]), labels.to(module.device), module.every_label()
-        pictures: dict[str, Tensor | Figure] = {
-            "reconstructions": figures.reconstruction_grid(x, module.reconstruct(x, labels[: self.pairs]))
-        }
-        if isinstance(module, VAE):
-            rows, columns = self.samples
-            with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-                torch.manual_seed(0)
-                of_rows = [module.sample(columns if module.classes else rows * columns, labels=y) for y in every_label]
-                pictures["samples"] = figures.image_grid(torch.cat(of_rows), columns)
-        if self.points:
-            decoded = torch.cat([module.pictures(self.points, y) for y in every_label])
-            pictures["points"] = figures.image_grid(decoded, len(self.points))
-        if module.latent_dim == 2:
-            codes = module.all_codes(images[:10_000], labels[:10_000])
-            pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
-            if isinstance(module, VAE):
-                center, spread = moments(module.prior(module.encode))
-                pictures["manifold"] = figures.manifold_grid(
-                    lambda z, y: module.pictures(center + spread * z.to(center.device), y),
-                    steps=10 if module.classes else 20,
-                    labels=every_label,
-                )
-        module.train(was_training)
-        return pictures

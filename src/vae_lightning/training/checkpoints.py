@@ -2,23 +2,21 @@
 
 `last.ckpt` is written between two steps: at the start of each epoch, every `trainer.checkpoint_every`, when a signal
 asks to stop, and at the end of training. Lightning saves weights, optimizer, schedules, callbacks and counters. This
-file adds the random states, the sums of the current epoch, the history, and the size of TensorBoard's files. The
-checkpoint before the last one stays as `previous.ckpt` until the run is finished.
+file adds the random states, the sums of the current epoch, and the history.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import operator
 import os
 import random
-import shutil
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,39 +24,47 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vae_lightning.config import Interval
+from vae_lightning.config import ConfigError
 from vae_lightning.files import atomic_write
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.loading import load_checkpoint, load_weights
+from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.training.history import History
-from vae_lightning.training.loggers import event_bytes
 from vae_lightning.training.signals import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints atomically, keep the previous `last.ckpt`, and load without unpickling."""
+class Interval(NamedTuple):
+    """How often to save in mid-epoch: every some steps or seconds; both are None for null."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: int | str | None) -> Interval:
+        """Parse `500`, `30s`, `10min`, `2h` or null. Raises ConfigError."""
+        match = re.fullmatch(r"([1-9][0-9]*) ?(|s|min|h)", str(text))
+        if text is not None and not match:
+            raise ConfigError(f"trainer.checkpoint_every={text}: should be a number of steps, or a time such as 10min")
+        if not match:
+            return cls()
+        number, unit = int(match[1]), match[2]
+        return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically, and load without unpickling."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, durable=True) as partial:
+        with atomic_write(path) as partial:
             content = io.BytesIO()  # PyTorch's own file writer hides the reason when it fails, such as a full disk
             torch.save(checkpoint, content)
             partial.write_bytes(content.getbuffer())
-            if path.name == self.run.last_checkpoint.name and path.exists():
-                with atomic_write(path.with_name(self.run.previous_checkpoint.name)) as previous:
-                    try:
-                        os.link(path, previous)
-                    except OSError:  # the file system has no hard links
-                        shutil.copyfile(path, previous)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
@@ -118,64 +124,24 @@ class Progress(Callback):
         if self.next_batch is not None:
             take_back_batch(trainer, checkpoint["loops"]["fit_loop"], self.next_batch)
         checkpoint["progress"] = {
-            "directory": str(self.run.path.absolute()),
             "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
             # Callbacks and schedules read these metrics, for example the last validation loss.
             "logged": {key: value.detach().clone() for key, value in trainer.callback_metrics.items()},
             "should_stop": trainer.should_stop,
             "history": self.history.saved(),
-            "events": event_bytes(trainer, self.run),
         }
 
-    def restore_last(self, trainer: Trainer, model: ImageModel) -> tuple[Path, dict[str, Any]] | None:
-        """Return the checkpoint to resume from: the last one or, if it is damaged, the previous one; None without any.
-
-        Restores weights, epoch sums and history; `trainer.fit` restores the rest. Raises RunError if no checkpoint
-        can be used.
-        """
-        if self.run.checkpoints.exists() and not self.run.checkpoints.is_dir():
-            raise RunError(f"{self.run.checkpoints}: not a directory")
-        problems = []
-        for file in filter(Path.exists, (self.run.last_checkpoint, self.run.previous_checkpoint)):
-            try:
-                content = load_checkpoint(file)
-                self._restore(content, trainer, model, file)
-            except RunError as problem:
-                problems.append(str(problem))
-                log.warning("%s", problem)
-                continue
-            if problems:
-                log.warning("resuming from the previous checkpoint, %s, at step %d", file, content["global_step"])
-            return file, content
-        if problems:
-            raise RunError(f"{problems[0]}; to train from the start, remove {self.run.checkpoints}")
-        return None
-
-    def _restore(self, content: dict[str, Any], trainer: Trainer, model: ImageModel, file: Path) -> None:
-        if not {"progress", "callbacks", "lr_schedulers"} <= content.keys():
-            raise RunError(f"{file}: was not written by train.py, or by a version that could not resume")
-        load_weights(content["state_dict"], model, file)
-        try:
-            progress = content["progress"]
-            for split, means in model.means.items():
-                means.reset()
-                means.restore(progress["means"][split], trainer.global_rank, trainer.strategy.root_device)
-            self.history.restore(progress["history"])
-            self.restored = {key: progress[key] for key in ("random", "logged", "should_stop")}
-            # `trainer.fit` restores the rest. Try it now, before anything is written.
-            set_random_states(progress["random"])
-            epochs_started(content), operator.index(progress["events"])
-            if type(model).configure_optimizers is ImageModel.configure_optimizers:  # another one may need the trainer
-                made = model.configure_optimizers()
-                (made[0][0] if isinstance(made, tuple) else made).load_state_dict(content["optimizer_states"][0])
-        except Exception as error:  # any exception here means a damaged or foreign file
-            raise RunError(f"{file}: damaged, or not of this run") from error
-
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert self.restored
-        self.random = self.restored["random"]
-        trainer.should_stop = self.restored["should_stop"]  # by EarlyStopping, for example: then only the test remains
+        assert isinstance(module, ImageModel)
+        if "progress" not in checkpoint:
+            raise RunError(f"{self.run.last_checkpoint}: was not written by train.py, so it cannot be resumed")
+        self.restored = restored = checkpoint["progress"]
+        self.random = restored["random"]
+        self.history.restore(restored["history"])
+        for split, means in module.means.items():
+            means.restore(restored["means"][split], trainer.global_rank, trainer.strategy.root_device)
+        trainer.should_stop = restored["should_stop"]  # by EarlyStopping, for example: then only the test remains
         states = checkpoint["callbacks"]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:

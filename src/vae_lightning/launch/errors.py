@@ -1,0 +1,41 @@
+"""Errors that the user can fix, in one line: Hydra's own message, and the nearest match."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from hydra.errors import HydraException, MissingConfigException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from vae_lightning.config import UserError, did_you_mean, out_of_memory
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CHECKOUT = PACKAGE.parents[1]
+CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PACKAGE / "conf"
+TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it
+
+
+def error_line(error: Exception) -> str | None:
+    """Return a user-fixable error in one line. None for a bug, or if the user wants a traceback."""
+    text = " ".join(str(error).split())
+    if os.environ.get(TRACEBACK) == "1":
+        return None
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return (
+            f"{group}={choice}: no such choice{did_you_mean(choice, error.options)} Allowed: {', '.join(error.options)}"
+        )
+    if isinstance(error, HydraException) and (unknown := re.match(r"Could not override '([^']+)'\.", text)):
+        node = getattr(error.__cause__, "parent_node", None)  # of the configuration, where the key was looked up
+        path = unknown[1].rpartition(".")[0]
+        keys = [f"{path}.{key}".lstrip(".") for key in node or ()]
+        groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*/")]
+        allowed = f" Allowed: {', '.join(keys or groups)}"
+        return f"{unknown[0].rstrip('.')}{did_you_mean(unknown[1], [*keys, *groups])}{allowed}"
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException | MisconfigurationException | OSError):
+        return text
+    advice = "lower data.batch_size, with trainer.accumulate_grad_batches for the same steps, or the model's width"
+    return f"out of memory: {advice} ({text})" if out_of_memory(error) else None
