@@ -177,7 +177,7 @@ def read_results(directory: Path) -> dict[str, Any]:
         tag: [(e.step, e.histogram_value) for e in board.Histograms(tag)] for tag in tags["histograms"]
     }
     names = (str(path.relative_to(directory)) for path in directory.rglob("*.*"))
-    found["files"] = sorted(name for name in names if "tfev" not in name)
+    found["files"] = sorted(name for name in names if "tensorboard" not in name)
     return found
 
 

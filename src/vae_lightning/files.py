@@ -14,7 +14,7 @@ import yaml
 
 from vae_lightning.config import UserError
 
-PARTIAL = ".partial-"  # prefix of temporary files; RunDirectory removes those that killed processes left
+PARTIAL = ".partial-"  # prefix of temporary files
 
 
 class FileError(UserError):
@@ -30,6 +30,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from omegaconf import OmegaConf
 
 from vae_lightning.config import ConfigError, flatten
 from vae_lightning.runs.directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 # Keys that change no result, and all that may change when a run is resumed.
 HARMLESS = (
@@ -53,6 +56,8 @@ def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], 
     keys = list(config) if resume == "auto" else [re.split("[=@]", word.lstrip("+~"))[0] for word in overrides]
     changed = with_changes(former, config, [key.replace("/", ".") for key in keys], run)
     longer = changed["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
+    if longer and changed["model"].get("schedule"):
+        log.warning("model.schedule stays as it was for trainer.max_epochs=%s", former["trainer"].get("max_epochs"))
     untested = changed["test"] and not former.get("test", True)
     return Plan(run, changed, "resume" if run.state == "unfinished" or longer or untested else "finished")
 

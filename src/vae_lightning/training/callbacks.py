@@ -192,7 +192,8 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
             images, labels = held_out_images(trainer)  # the test set is used only at the end
-            log_pictures(trainer, standard_pictures(module, images, labels, self.pairs, self.samples, self.points))
+            pictures = standard_pictures(module, images, labels, self.pairs, self.samples, self.points)
+            log_pictures(trainer, pictures, trainer.global_step - 1)  # the step of the epoch's metrics
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, ImageModel)
@@ -200,7 +201,7 @@ class Figures(Callback):
             return
         images, labels = trainer.datamodule.test_images, trainer.datamodule.test_labels  # type: ignore[attr-defined]
         pictures = standard_pictures(module, images, labels, self.pairs, self.samples, self.points)
-        log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()})
+        log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()}, trainer.global_step)
         for name, picture in pictures.items():
             figures.save(picture, self.directory / f"{name}.png")
         for writer in tensorboard_writers(trainer) if self.embedded else ():

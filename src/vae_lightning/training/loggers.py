@@ -77,9 +77,8 @@ def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[
         threading.excepthook = hook
 
 
-def log_pictures(trainer: Trainer, pictures: Mapping[str, Tensor | Figure]) -> None:
+def log_pictures(trainer: Trainer, pictures: Mapping[str, Tensor | Figure], step: int) -> None:
     """Send image grids and figures to each logger that accepts pictures, in the first process."""
-    step = trainer.global_step - 1  # of the last update, as for metrics
     for logger in trainer.loggers:
         for name, picture in pictures.items():
             if isinstance(logger, TensorBoardLogger):

@@ -229,7 +229,7 @@ def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer
     if history.rows:  # none in Lightning's fast_dev_run
         settings = flatten({"seed": c.seed, "model": c.model, "data": c.data})
         for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            logger.log_hyperparams(settings, metrics)
+            logger.log_hyperparams(settings, metrics, trainer.global_step)
             logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
             logger.finalize("success")
         figures.save(figures.loss_curves(history.rows), run.figures / "loss_curves.png")
