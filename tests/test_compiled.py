@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 from shutil import which
 
 import pytest
 import torch
+from conftest import SMALL, history
 
 from vae_lightning.models.objectives import ELBO
 from vae_lightning.training.compiled import CompiledLoss
 from vae_lightning.training.train import train
 
-SMALL = [
-    "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
-    "trainer.max_epochs=2", "trainer.enable_model_summary=false", "figures.every=0", "figures.embedded=0",
-    "figures.samples=[2,2]",
-]  # fmt: skip
 BASIC = ["model.objective.warmup_epochs=1.5", "model.objective.free_bits=0.01", "data.pixels=dynamic"]
 CONV = ["model/backbone=conv", "model.backbone.channels=[4]", "model.backbone.batch_norm=[1]"]
 VARIANTS = {
@@ -44,8 +39,7 @@ class Branching(ELBO):
 
 
 def losses(directory: Path) -> list[float]:
-    with (directory / "history.csv").open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file)]
+    return [float(row["train/loss"]) for row in history(directory)]
 
 
 @pytest.fixture

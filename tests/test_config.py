@@ -47,10 +47,10 @@ def test_errors_name_the_key_in_one_line(arguments: dict, words: list[str]) -> N
 
 
 def test_a_word_in_place_of_a_list() -> None:
-    def function(trust: Sequence[str] = ()) -> None: ...
+    def function(metrics: Sequence[str] = ()) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"^trust=wide: should be a list, such as \[wide\]\.$"):
-        check_arguments(function, {"trust": "wide"}, "")
+    with pytest.raises(ConfigError, match=r"^metrics=nll: should be a list, such as \[nll\]\.$"):
+        check_arguments(function, {"metrics": "nll"}, "")
 
 
 def test_build_passes_arguments_to_the_class() -> None:
@@ -87,6 +87,17 @@ class Picky(nn.Module):
 def test_value_error_of_a_class_becomes_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^model\.backbone: p has to be between 0 and 1$"):
         build({"_target_": f"{__name__}.Picky", "p": 2.0}, nn.Module, "model.backbone")
+
+
+class Buggy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = {}["width"]
+
+
+def test_a_bug_of_a_class_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError, match="width"):
+        build({"_target_": f"{__name__}.Buggy"}, nn.Module, "model.backbone")
 
 
 def test_build_needs_a_target() -> None:

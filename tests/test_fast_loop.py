@@ -1,14 +1,12 @@
-import csv
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from conftest import SMALL, checkpoint, differences, events, history
 from lightning.pytorch import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from test_resuming import differences
-from test_training import events
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vae_lightning.models.vae import VAE
@@ -17,11 +15,6 @@ from vae_lightning.training.callbacks import NonFiniteGuard
 from vae_lightning.training.fast_loop import quick_step
 from vae_lightning.training.train import train
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
-
-SMALL = [
-    "model.backbone.hidden=[16]", "data.val_size=500", "trainer.limit_train_batches=23", "trainer.limit_test_batches=1",
-    "trainer.max_epochs=2", "figures.every=0", "figures.embedded=0", "figures.samples=[2,2]",
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -68,10 +61,9 @@ class Hooked(VAE):
 
 def read_results(directory: Path) -> tuple[dict, list[dict[str, str]]]:
     """Return the last checkpoint and the history of a run, without paths and times."""
-    checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
-    del checkpoint["callbacks"], checkpoint["progress"]  # paths and times
-    with (directory / "history.csv").open() as file:
-        return checkpoint, [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    last = checkpoint(directory)
+    del last["callbacks"], last["progress"]
+    return last, history(directory)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +164,7 @@ def test_metrics_that_a_model_logs_itself(config, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in many.Scalars("train/mine_step")] == [(n, n) for n in (9, 19, 29, 39)]
     assert [e.value for e in many.Scalars("train/mine_epoch")] == [11, 34]
     assert [e.value for e in alone.Scalars("train/mine_epoch")] == [11, 34]
-    assert [float(row["train/mine_epoch"]) for row in read_results(tmp_path / "10")[1]] == [11, 34]
+    assert [float(row["train/mine_epoch"]) for row in history(tmp_path / "10")] == [11, 34]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,7 @@ from conftest import BRIEF
 from lightning.pytorch.loggers import Logger
 
 from vae_lightning.config import ConfigError
-from vae_lightning.files import read_json
-from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.loading import is_harmless_logger
-from vae_lightning.runs.resume import plan_run
+from vae_lightning.files import read_dict
 from vae_lightning.training.train import train
 
 WANDB = ["logger=wandb", "logger.wandb.offline=true", "figures.samples=[2,2]"]
@@ -95,7 +92,7 @@ def test_wandb_offline_runs_are_separate(config, tmp_path: Path) -> None:
     ids = []
     for name in ("one", "two"):  # in one process, like the jobs of a sweep
         train(c, tmp_path / name)
-        ids.append(read_json(tmp_path / name / "environment.json")["loggers"]["wandb"])
+        ids.append(read_dict(tmp_path / name / "environment.json")["loggers"]["wandb"])
         assert list((tmp_path / name).glob("wandb/*/files/media/images/test/samples*.png"))
     c["trainer"]["max_epochs"] = 2
     train(c, tmp_path / "one", resume=True)
@@ -105,7 +102,7 @@ def test_wandb_offline_runs_are_separate(config, tmp_path: Path) -> None:
 
 def test_missing_package_of_a_logger_is_reported_in_one_line(config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    with pytest.raises(ConfigError, match=r"^logger=wandb: its package is not installed; pip install -e '.\[wandb\]'$"):
+    with pytest.raises(ConfigError, match=r"^logger=wandb: its package is not installed \("):
         train(config(*WANDB, *BRIEF), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -115,17 +112,3 @@ def test_a_logger_that_cannot_be_opened_is_reported_in_one_line(config, tmp_path
     with pytest.raises(ConfigError, match=r"^logger=board: cannot be opened \(no such account\)$"):
         train(config(*BRIEF) | {"logger": {"board": spec}}, tmp_path / "run")
     assert Recorder.last.status == ["failed"]
-    with pytest.raises(ConfigError, match=r"^logger\.tensorboard: writes to .*/other/; should be .*/tensorboard,"):
-        train(config("logger.tensorboard.name=other", *BRIEF), tmp_path / "run")
-
-
-def test_a_foreign_run_cannot_choose_where_a_logger_writes(config, tmp_path: Path) -> None:
-    for choice in ("tensorboard", "csv", "wandb", "mlflow"):  # those of the template are
-        (spec,) = config(f"logger={choice}")["logger"].values()
-        assert is_harmless_logger(spec)
-        assert not is_harmless_logger(spec | {"save_dir": "/home"})
-        assert not is_harmless_logger(spec | {"tags": ["file:///home"]})
-    own = config("logger=csv", "logger.csv.name=/home/someone", *BRIEF)
-    RunDirectory(tmp_path / "run").create(own)
-    with pytest.raises(RunError, match=r"logger.csv._target_=.*CSVLogger: .*trust="):
-        plan_run(own | {"resume": str(tmp_path / "run")}, tmp_path / "new", [])

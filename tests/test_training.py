@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 from pathlib import Path
@@ -6,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA
+from conftest import BRIEF, DATA, checkpoint, events, history
 from lightning.pytorch import Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError
@@ -23,13 +21,6 @@ QUICK = [
     *("trainer.limit_train_batches=5", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2"),
     *("model.backbone.hidden=[16]", "figures.embedded=0", "figures.samples=[2,2]"),
 ]
-
-
-def events(directory: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(
-        str(directory / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0, "histograms": 0}
-    )
-    return accumulator.Reload()
 
 
 def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
@@ -66,8 +57,7 @@ def test_the_run_directory_is_complete(config, tmp_path: Path, monkeypatch: pyte
     environment = json.loads((directory / "environment.json").read_text())
     assert environment["parameters"] == environment["encoder_parameters"] + environment["decoder_parameters"]
     assert torch.__version__.startswith(environment["versions"]["torch"])
-    with (directory / "history.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = history(directory)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     for split in ("train", "val"):
         for row in rows:
@@ -100,27 +90,24 @@ def test_best_is_the_checkpoint_of_lowest_validation_loss(config, tmp_path: Path
         config("trainer.max_epochs=2", "trainer.limit_train_batches=20", "model.backbone.hidden=[32]", schedule),
         directory,
     )
-    with (directory / "history.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = history(directory)
     assert [float(row["lr-Adam"]) for row in rows] == [1e-3, 1e3]
     assert float(rows[0]["val/loss"]) * 2 < float(rows[1]["val/loss"])
     assert metrics["test/loss"] == pytest.approx(float(rows[0]["val/loss"]), rel=0.05)
-    assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 0
-    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2  # the next
+    assert checkpoint(directory, "best")["epoch"] == 0
+    assert checkpoint(directory)["epoch"] == 2  # the next
 
 
 def test_health_is_logged_each_epoch_with_one_warning_of_a_collapse(config, tmp_path: Path, caplog) -> None:
     overrides = ["trainer.max_epochs=2", "model.beta=1e4", "model.latent_dim=3", "trainer.limit_train_batches=200"]
     overrides += ["model.backbone.hidden=[64]"]
     train(config(*overrides, "data.val_size=1000", "trainer.limit_test_batches=1"), tmp_path / "collapsed")
-    with (tmp_path / "collapsed" / "history.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = history(tmp_path / "collapsed")
     assert [float(row["health/active_units"]) for row in rows] == [0, 0]
     assert sum("The posterior has collapsed" in record.message for record in caplog.records) == 1
     caplog.clear()
     train(config(*overrides[2:], "trainer.max_epochs=1", "data.val_size=1000", *BRIEF[3:]), tmp_path / "alive")
-    with (tmp_path / "alive" / "history.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = history(tmp_path / "alive")
     assert float(row["health/active_units"]) == 3
     assert 0 < float(row["health/kl_min"]) <= float(row["health/kl_max"])
     assert "health/kl_max" in events(tmp_path / "alive").Tags()["scalars"]
@@ -132,8 +119,7 @@ def test_warm_up_follows_the_epochs(accumulated: int, config, tmp_path: Path) ->
     overrides = ["model.objective.warmup_epochs=4", "trainer.max_epochs=2", *QUICK]
     overrides += [f"trainer.accumulate_grad_batches={accumulated}", "model.backbone.hidden=[400,400]"]
     train(config(*overrides), tmp_path / "run")
-    with (tmp_path / "run" / "history.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    rows = [{key: float(value) for key, value in row.items()} for row in history(tmp_path / "run")]
     for row, (least, most) in zip(rows, ((0.1, 0.25), (0.35, 0.5)), strict=True):
         weight = (row["train/loss"] - row["train/reconstruction"]) / row["train/kl"]
         assert least <= weight <= most  # the last batches weigh most: their KL is the largest
@@ -170,10 +156,7 @@ def test_averaged_weights_are_saved_and_tested(config, tmp_path: Path) -> None:
     words = ["model=autoencoder", "trainer=ema", *QUICK, "trainer.max_epochs=1"]  # an autoencoder draws no noise
     metrics = train(config(*words), tmp_path / "run")
     assert metrics["steps"] == 5
-    plain, averaged = (
-        torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)[key]
-        for key in ("current_model_state", "state_dict")
-    )
+    plain, averaged = (checkpoint(tmp_path / "run", "best")[key] for key in ("current_model_state", "state_dict"))
     assert not torch.equal(plain["decoder.0.weight"], averaged["decoder.0.weight"])
     _, (images, _) = load_images("MNIST", DATA)
     mse = load_run(tmp_path / "run").terms(images[:256].float() / 255)["mse"].mean().item()
@@ -181,7 +164,7 @@ def test_averaged_weights_are_saved_and_tested(config, tmp_path: Path) -> None:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return checkpoint(directory)["state_dict"]
 
 
 def test_the_same_seed_gives_the_same_bits(config, tmp_path: Path) -> None:
@@ -206,10 +189,6 @@ def test_options_of_lightnings_trainer(config, tmp_path: Path) -> None:
     metrics = train(config("trainer.max_steps=7", "trainer.enable_checkpointing=false", *QUICK), tmp_path / "steps")
     assert (metrics["steps"], metrics["checkpoint"]) == (7, "last")
     assert not (tmp_path / "steps" / "checkpoints").exists()
-
-
-def checkpoint(directory: Path, name: str) -> dict:
-    return torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
 def test_last_checkpoint_with_other_validation_intervals(config, tmp_path: Path) -> None:
