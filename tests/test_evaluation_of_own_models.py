@@ -47,6 +47,9 @@ class Autoregressive(PosteriorDistribution):
         z, log_determinant = self.flow(y)
         return z, log_q - log_determinant
 
+    def detach(self) -> None:
+        return None
+
 
 class IAF(Gaussian):
     def __init__(self, latent_dim: int) -> None:

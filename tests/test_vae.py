@@ -194,6 +194,9 @@ class ShiftedDistribution(PosteriorDistribution):
         z, log_q = self.base.transform_and_log_prob(noise)
         return z + self.shift, log_q
 
+    def detach(self) -> None:
+        return None
+
 
 def test_custom_posterior(mnist: Tensor) -> None:
     vae, x = VAE(3, SMALL, posterior={"_target_": "test_vae.Shifted"}), mnist[:4]

@@ -76,8 +76,11 @@ class DReG(IWAE):
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         q = vae.encode(x, labels)
+        detached = q.detach()  # φ acts through z alone
+        if detached is None:
+            raise ConfigError(f"model.objective: DReG needs a posterior with `detach`; {type(q).__name__} has none")
         z = vae.reparameterize(q, self.samples)
-        log_weights, terms = importance_terms(vae, x, z, q.detach().log_prob(z), labels)  # φ acts through z alone
+        log_weights, terms = importance_terms(vae, x, z, detached.log_prob(z), labels)
         normalized = log_weights.detach().softmax(dim=0)  # w̃, [k, batch]
         if z.requires_grad:
             z.register_hook(lambda gradient: normalized.unsqueeze(-1) * gradient)  # the second factor w̃, for φ only

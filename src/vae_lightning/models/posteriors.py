@@ -41,21 +41,22 @@ class PosteriorDistribution(td.Distribution, ABC):
         """Return z without log q(z|x)."""
         return self.transform_and_log_prob(noise)[0]
 
+    @abstractmethod
+    def detach(self) -> PosteriorDistribution | None:
+        """Return the distribution without gradients to its parameters; None if it has no `log_prob`."""
+
     def transform_and_path_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and log q(z|x) like `transform_and_log_prob`, but log q(z|x) has gradients through z alone.
 
         The gradient of a Monte-Carlo ELBO is then the path derivative (Roeder et al. 2017). It leaves out the score
         ∂ log q(z|x)/∂φ, with expectation zero, so that its variance vanishes where q(z|x) is exact. It is unbiased for
-        a loss that is linear in log q(z|x). Without `detach`, the score is included.
+        a loss that is linear in log q(z|x). If `detach` returns None, the score is included.
         """
-        if type(self).detach is PosteriorDistribution.detach:
+        detached = self.detach()
+        if detached is None:
             return self.transform_and_log_prob(noise)
         z = self.transform(noise)
-        return z, self.detach().log_prob(z)
-
-    def detach(self) -> PosteriorDistribution:
-        """Return the distribution without gradients to its parameters. Raises ConfigError if not implemented."""
-        raise ConfigError(f"model.objective: DReG needs a posterior with `detach`; {type(self).__name__} has none")
+        return z, detached.log_prob(z)
 
     def mixture(self, temperature: float = 1.0) -> td.Distribution:
         """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations.
