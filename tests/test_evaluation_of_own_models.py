@@ -61,32 +61,31 @@ class IAF(Gaussian):
 
 
 class OwnEncode(VAE):
-    """Overrides `encode` instead of using another posterior class."""
+    """Overrides `posterior_given` instead of using another posterior class."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self.weight = nn.Parameter(torch.full((self.latent_dim, self.latent_dim), 0.4))
 
-    def encode(self, x, labels=None) -> PosteriorDistribution:
-        return Autoregressive(super().encode(x, labels), self.weight)
+    def posterior_given(self, x, labels=None) -> PosteriorDistribution:
+        return Autoregressive(super().posterior_given(x, labels), self.weight)
 
 
 class Conditional(VAE):
     """The label shifts all latents, so that reconstructions without it are wrong."""
 
-    def encode(self, x, labels=None) -> PosteriorDistribution:
-        return super().encode(x if labels is None else self.images(x) * (0.1 + labels.view(-1, 1, 1, 1) / 10), labels)
+    def posterior_given(self, x, labels=None) -> PosteriorDistribution:
+        return super().posterior_given(x if labels is None else x * (0.1 + labels.view(-1, 1, 1, 1) / 10), labels)
 
-    def decode(self, z, labels=None):
-        z = self.latents(z)
-        return super().decode(z if labels is None else z + 3 * labels.float().unsqueeze(-1))
+    def likelihood_given(self, z, labels=None):
+        return super().likelihood_given(z if labels is None else z + 3 * labels.float().unsqueeze(-1))
 
 
 class Inconsistent(VAE):
-    """Its `elbo` does not agree with `log_weights`."""
+    """Its `terms` do not agree with `log_weights`."""
 
-    def elbo(self, x, *arguments, **options) -> dict[str, Tensor]:
-        terms = super().elbo(x, *arguments, **options)
+    def terms(self, x, *arguments, **options) -> dict[str, Tensor]:
+        terms = super().terms(x, *arguments, **options)
         return terms | {"elbo": terms["elbo"] - 50}
 
 
@@ -178,8 +177,8 @@ def test_pictures_cover_the_range_of_the_prior(tmp_path: Path) -> None:
     prior = "model.prior._target_=test_evaluation_of_own_models.Far"
     trained([prior, "model.latent_dim=2", "trainer.max_steps=1"], tmp_path / "run")
     run, seen = open_run(tmp_path / "run", "cpu", trust=QUICK["trust"]), []
-    decode = run.model.decode
-    run.model.decode = lambda z, labels=None: (seen.append(run.model.latents(z).reshape(-1, 2)), decode(z, labels))[1]
+    given = run.model.likelihood_given
+    run.model.likelihood_given = lambda z, labels=None: (seen.append(z.reshape(-1, 2)), given(z, labels))[1]
     for picture in (generation.manifold, generation.traversals):
         seen.clear()
         with torch.inference_mode():

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributions as td
+from lightning import Trainer
 from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError
 from vae_lightning.models.autoencoder import Autoencoder
 from vae_lightning.models.backbones import MLP
-from vae_lightning.models.base import Array
 from vae_lightning.models.estimators import importance_weighted_bound
+from vae_lightning.models.inputs import ShapeError
 from vae_lightning.models.objectives import ELBO, IWAE, DReG
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
@@ -214,9 +215,9 @@ def test_custom_posterior(mnist: Tensor) -> None:
 class Conditional(VAE):
     """A decoder that is told the label: it shifts all latents."""
 
-    def decode(self, z: Array, labels: Tensor | None = None) -> td.Distribution:
+    def likelihood_given(self, z: Tensor, labels: Tensor | None = None) -> td.Distribution:
         shift = torch.zeros(1) if labels is None else labels.float()
-        return super().decode(self.latents(z) + shift.unsqueeze(-1))
+        return super().likelihood_given(z + shift.unsqueeze(-1))
 
 
 def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None:
@@ -237,3 +238,31 @@ def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None
         assert not torch.allclose(with_labels, shifted)
     vae.training_step((x, labels), 0)
     vae.validation_step((x, labels), 0)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_training_checks_the_first_batch_of_a_fit_and_no_other(mnist: Tensor, conditional: bool) -> None:
+    vae, labels = VAE(3, SMALL, conditional=conditional, classes=3), torch.arange(4) % 3
+    x = mnist[:4]
+    wrong = [
+        ((255 * x, labels), "pixels from 0 to 255: should be floats"),
+        (((255 * x).byte(), labels), "training needs floats"),
+        ((x[:, 0], labels), r"\(4, 28, 28\): training needs floats \(batch, \*\(1, 28, 28\)\)"),
+        *([((x, labels + 1), "labels from 1 to 3: should be a class from 0 to 2")] if conditional else []),
+    ]
+    for batch, message in wrong:
+        with pytest.raises(ShapeError, match=message):
+            vae.training_step(batch, 0)
+    vae.training_step((x, labels), 0)
+    vae.training_step((255 * x, labels), 1)  # unchecked
+
+
+def test_public_methods_check_with_and_without_a_trainer(mnist: Tensor) -> None:
+    vae = VAE(3, SMALL)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for attached in (None, trainer):
+        vae.trainer = attached
+        for call in (vae.encode, vae.elbo, vae.codes, vae.reconstruct, functools.partial(vae.log_weights, k=2)):
+            with pytest.raises(ShapeError, match="pixels from 0 to 255"):
+                call(255 * mnist[:2])
+            call((255 * mnist[:2]).byte())

@@ -78,7 +78,7 @@ def importance_sampling(
     """
 
     def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor) -> Tensor:
-        return vae.decode(z, labels).log_prob(x)
+        return vae.likelihood_given(z, labels).log_prob(x)
 
     score: Callable[..., Tensor] = log_likelihood_of
     if compile:
@@ -257,8 +257,8 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
     if abs(elbo - tested["test/elbo"]) > tolerance:
         raise RunError(
             f"{run}: elbo={elbo:.2f}, but {run.metrics_file.name} has {tested['test/elbo']:.2f}: more than sampling "
-            f"noise and rounding ({tolerance:.2f}); nothing was written. In your own model, elbo and log_weights "
-            "must use the same encode, decode and prior"
+            f"noise and rounding ({tolerance:.2f}); nothing was written. In your own model, terms and log_weights "
+            "must use the same posterior_given, likelihood_given and prior"
         )
 
 

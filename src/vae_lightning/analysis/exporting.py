@@ -39,9 +39,10 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        if isinstance(self.model, VAE) and isinstance(q := self.model.encode(images, labels), DiagonalGaussian):
-            return q.mean, q.log_variance
-        return (self.model.codes(images, labels),)
+        if isinstance(self.model, VAE):
+            q = self.model.posterior_given(images, labels)
+            return (q.mean, q.log_variance) if isinstance(q, DiagonalGaussian) else (q.mean,)
+        return (self.model.codes_given(images, labels),)
 
 
 class Decoder(nn.Module):
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         self.model = model
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.model.pictures(latents, labels)
+        return self.model.pictures_given(latents, labels)
 
 
 def export_run(run: str | Path, data_root: str | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec
-from vae_lightning.models.base import Array, ImageModel
+from vae_lightning.models.base import ImageModel
 
 
 class Autoencoder(ImageModel):
@@ -34,23 +34,22 @@ class Autoencoder(ImageModel):
         self.save_hyperparameters(logger=False)
         self.output = output
 
-    def codes(self, x: Array, labels: Array | None = None) -> Tensor:
-        """Return codes `[batch, latent_dim]` of images `[batch, *image_shape]` in [0, 1]."""
-        return self.encoded(self._scaled(self.images(x)))
-
-    def decode(self, z: Array) -> Tensor:
-        """Decode codes `[..., latent_dim]` to images `[..., *image_shape]` in the range of `output`."""
-        outputs = self.decoded(z)
-        return outputs.sigmoid() if self.output == "sigmoid" else outputs.tanh()
+    def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.encoded(self._scaled(x))
 
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         """Return loss and mse, both the mean squared error per pixel of each image, `[batch]`."""
-        error = (self.decode(self.codes(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
+        error = (self._decode(self.codes_given(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}
 
-    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
-        decoded = self.decode(z)
+    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        decoded = self._decode(z)
         return decoded if self.output == "sigmoid" else (decoded + 1) / 2
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Decode codes `[..., latent_dim]` to images `[..., *image_shape]` in the range of `output`."""
+        outputs = self.decoded(z)
+        return outputs.sigmoid() if self.output == "sigmoid" else outputs.tanh()
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.output == "sigmoid" else 2 * x - 1

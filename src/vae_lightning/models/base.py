@@ -10,47 +10,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from vae_lightning.config import ConfigError, ImageShape, PositiveInt, Spec, UserError, build
+from vae_lightning.config import ConfigError, ImageShape, PositiveInt, Spec, build
 from vae_lightning.data.pixels import Share
 from vae_lightning.models.backbones import Backbone
 from vae_lightning.models.conditional import ConditionalDecoder, ConditionalEncoder
+from vae_lightning.models.inputs import Array, as_images, as_labels, as_latents, check_batch, check_count
+from vae_lightning.models.inputs import ShapeError as ShapeError  # part of this module's interface
 from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.models.optimization import make_optimizer, make_schedule
+from vae_lightning.models.posteriors import PosteriorDistribution
 
-Array = Tensor | ArrayLike  # any input of torch.as_tensor
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
-
-
-class ShapeError(UserError):
-    """Images, latents or labels of a shape or type that the model does not accept."""
-
-
-def as_tensor(values: Array, what: str) -> Tensor:
-    """Convert numbers to a tensor. Raises ShapeError for anything that is not a rectangular array of numbers."""
-    if isinstance(values, Tensor) and not (values.is_complex() or values.is_sparse or values.is_meta):
-        return values
-    try:
-        if isinstance(values, Tensor):
-            raise TypeError
-        array = np.array(values, order="C")
-        if array.dtype.kind not in "biuf":  # bool, integers and floats
-            raise TypeError
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        raise ShapeError(f"{what}: {type(values).__name__} is not an array of real numbers") from None
-
-
-def check_count(name: str, count: object) -> None:
-    """Raise ShapeError unless `count` is a positive integer."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ShapeError(f"{name}={count}: should be a positive integer")
 
 
 class ImageModel(LightningModule, ABC):
@@ -98,6 +73,7 @@ class ImageModel(LightningModule, ABC):
         # A plain dictionary keeps them out of checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.batch_index = 0  # in the current epoch
+        self.batch_checked = False  # in the current fit
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
@@ -107,65 +83,30 @@ class ImageModel(LightningModule, ABC):
         """
 
     def images(self, x: Array) -> Tensor:
-        """Convert images to a batch `[batch, *image_shape]` in [0, 1] on the model's device.
-
-        Accepts bytes or floats; a tensor, array or list; one image or many; with or without a channel axis of size 1.
-        Raises ShapeError for another shape, and for floats outside [0, 1].
-        """
-        x = as_tensor(x, "images")
-        if self._skips_checks() and x.shape[1:] == self.image_shape and x.is_floating_point():
-            return x
-        shapes = [self.image_shape, *([self.image_shape[1:]] if self.image_shape[0] == 1 else [])]
-        if not any(x.shape[-len(s) :] == s and x.ndim <= len(s) + 1 for s in shapes):
-            raise ShapeError(f"images of shape {tuple(x.shape)}: should be {self.image_shape} or a batch of it")
-        x = x.to(self.device).reshape(-1, *self.image_shape)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        if not ((x >= 0) & (x <= 1)).all():
-            raise ShapeError(f"pixels from {x.min():g} to {x.max():g}: should be floats in [0, 1], or uint8 up to 255")
-        return x
+        """Convert images to a batch `[batch, *image_shape]` in [0, 1] on the model's device, as `as_images` does."""
+        return as_images(x, self.image_shape, self.device)
 
     def latents(self, z: Array) -> Tensor:
         """Convert a tensor, array or list to latents `[..., latent_dim]` on the model's device. Raises ShapeError."""
-        if not isinstance(z, Tensor):
-            z = as_tensor(z, "latents")
-            if not z.isfinite().all():
-                raise ShapeError("latents: some are NaN or infinite")
-        z = z.to(self.device, torch.float32)
-        if z.shape[-1:] != (self.latent_dim,):
-            raise ShapeError(f"latents of shape {tuple(z.shape)}: should end in latent_dim={self.latent_dim}")
-        return z
+        return as_latents(z, self.latent_dim, self.device)
 
-    def label_inputs(self, labels: Array | None, shape: Sequence[int]) -> list[Tensor]:
-        """Return the further input of the networks, one-hot labels `[*shape, classes]`; none without classes.
+    def image_inputs(self, x: Array, labels: Array | None) -> tuple[Tensor, Tensor | None]:
+        """Convert images, and labels that broadcast to `[batch]`, to what `…_given` take. Raises ShapeError."""
+        x = self.images(x)
+        return x, as_labels(labels, self.classes, x.shape[:1], self.device)
 
-        `labels` may be one label for all, or anything that broadcasts to `shape`. Raises ShapeError for missing labels,
-        another shape, and labels that are not integers from 0 to `classes` − 1.
-        """
-        if not self.classes:
-            return []
-        allowed = f"a class from 0 to {self.classes - 1} for each image"
-        if labels is None:
-            raise ShapeError(f"labels: missing; a conditional model needs {allowed}")
-        y = as_tensor(labels, "labels").to(self.device)
-        one_hot = (y.unsqueeze(-1) == torch.arange(self.classes, device=self.device)).float()
-        if not self._skips_checks():
-            if y.ndim > len(shape) or any(n not in (1, m) for n, m in zip(y.shape[::-1], shape[::-1], strict=False)):
-                raise ShapeError(f"labels of shape {tuple(y.shape)}: should be {tuple(shape)}, {allowed}")
-            if not one_hot.any(dim=-1).all():
-                raise ShapeError(f"labels from {y.min():g} to {y.max():g}: should be {allowed}")
-        return [one_hot.expand(*shape, self.classes)]
+    def latent_inputs(self, z: Array, labels: Array | None) -> tuple[Tensor, Tensor | None]:
+        """Convert latents `[..., latent_dim]` and labels that broadcast to `[...]` likewise. Raises ShapeError."""
+        z = self.latents(z)
+        return z, as_labels(labels, self.classes, z.shape[:-1], self.device)
 
     def every_label(self) -> list[int] | list[None]:
         """Return the label of each class; `[None]` if the model has no classes, so that one loop serves both."""
         return list(range(self.classes)) or [None]
 
-    def _skips_checks(self) -> bool:
-        """Return whether this is training or tracing, where a check of values would synchronize the device."""
-        return self._trainer is not None or torch.compiler.is_compiling()
-
-    def encoded(self, x: Tensor, labels: Array | None = None) -> Tensor:
+    def encoded(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return encoder outputs `[batch, encoder_outputs]` of images `[batch, *image_shape]`. Raises ConfigError."""
-        outputs = self.encoder(x, *self.label_inputs(labels, x.shape[:1]))
+        outputs = self.encoder(x, *self.one_hot(labels, x.shape[:1]))
         if outputs.shape[1:] != (self.encoder_outputs,):
             raise ConfigError(
                 f"model.backbone: its encoder returns {list(outputs.shape)} for {len(x)} images; "
@@ -173,10 +114,9 @@ class ImageModel(LightningModule, ABC):
             )
         return outputs
 
-    def decoded(self, z: Array, labels: Array | None = None) -> Tensor:
+    def decoded(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return decoder outputs `[..., *image_shape]`, float32, of z `[..., latent_dim]`. Raises ConfigError."""
-        z = self.latents(z)
-        inputs = [z, *self.label_inputs(labels, z.shape[:-1])]
+        inputs = [z, *self.one_hot(labels, z.shape[:-1])]
         outputs = self.decoder(*(part.reshape(-1, part.shape[-1]) for part in inputs)).float()
         if outputs.ndim != 4 or outputs.shape[2:] != self.image_shape[1:]:
             raise ConfigError(
@@ -185,20 +125,35 @@ class ImageModel(LightningModule, ABC):
             )
         return outputs.reshape(*z.shape[:-1], *outputs.shape[1:])
 
+    def one_hot(self, labels: Tensor | None, shape: Sequence[int]) -> list[Tensor]:
+        """Return the further input of the networks, one-hot labels `[*shape, classes]`; none without classes."""
+        if not self.classes or labels is None:
+            return []
+        one_hot = labels.unsqueeze(-1) == torch.arange(self.classes, device=labels.device)
+        return [one_hot.float().expand(*shape, self.classes)]
+
     @abstractmethod
+    def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the codes of images `[batch, *image_shape]` and labels `[batch]`, both unchecked."""
+
+    @abstractmethod
+    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the pictures of z `[..., latent_dim]` and labels that broadcast to `[...]`, both unchecked."""
+
     def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return the latent codes of images, `[batch, latent_dim]`: the posterior means of a VAE."""
+        return self.codes_given(*self.image_inputs(x, labels))
+
+    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
+        """Decode z `[..., latent_dim]` to images `[..., *image_shape]` in [0, 1]: the mean of p(x|z) of a VAE."""
+        return self.pictures_given(*self.latent_inputs(z, labels))
 
     @torch.no_grad()
     def all_codes(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return `codes` of many images `[n, *image_shape]`, in batches of 1,000: `[n, latent_dim]`."""
         parts = [None] * -(-len(images) // 1_000) if labels is None else labels.to(self.device).split(1_000)
         pairs = zip(images.split(1_000), parts, strict=True)
-        return torch.cat([self.codes(self.images(batch), part) for batch, part in pairs])
-
-    @abstractmethod
-    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
-        """Decode z `[..., latent_dim]` to images `[..., *image_shape]` in [0, 1]: the mean of p(x|z) of a VAE."""
+        return torch.cat([self.codes(batch, part) for batch, part in pairs])
 
     def forward(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return reconstructions of images, `[batch, *image_shape]` in [0, 1]."""
@@ -255,6 +210,15 @@ class ImageModel(LightningModule, ABC):
         *samples, _, latent_dim = shape
         return torch.randn(*samples, share.total, latent_dim, device=self.device)[..., share.rows, :]
 
+    def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
+        """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
+        sample_axis = () if samples is None else (samples,)
+        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim)
+
+    def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
+        """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
+        return q.transform(self.noise_for(q, samples))
+
     def epochs_trained(self) -> float:
         """Return the training progress in epochs, with fractions, counted in batches; infinite without a trainer."""
         if self._trainer is None:
@@ -262,7 +226,13 @@ class ImageModel(LightningModule, ABC):
         batches = int(self.trainer.num_training_batches)
         return (self.trainer.current_epoch * batches + self.batch_index) / batches
 
+    def on_fit_start(self) -> None:
+        self.batch_checked = False
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        if not self.batch_checked:
+            check_batch(*batch, self.image_shape, self.classes)
+            self.batch_checked = True
         self.batch_index = batch_index
         loss, terms = self.loss_and_terms(*batch, self.epochs_trained())
         self.count("train", terms)

@@ -44,7 +44,7 @@ class ELBO(Objective):
             )
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
-        return vae.elbo(x, labels, self.kl, epoch, self.warmup_epochs, self.free_bits)
+        return vae.negative_elbo(x, labels, self.kl, epoch, self.warmup_epochs, self.free_bits)
 
 
 class IWAE(Objective):
@@ -61,7 +61,7 @@ class IWAE(Objective):
             raise ConfigError(f"model.beta={vae.beta}: an importance-weighted bound has no KL to weight; allowed: 1")
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
-        q = vae.encode(x, labels)
+        q = vae.posterior_given(x, labels)
         z, log_q = q.transform_and_log_prob(vae.noise_for(q, self.samples))
         log_weights, terms = importance_terms(vae, x, z, log_q, labels)
         return {"loss": -importance_weighted_bound(log_weights)} | terms
@@ -75,7 +75,7 @@ class DReG(IWAE):
     """
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
-        q = vae.encode(x, labels)
+        q = vae.posterior_given(x, labels)
         detached = q.detach()  # φ acts through z alone
         if detached is None:
             raise ConfigError(f"model.objective: DReG needs a posterior with `detach`; {type(q).__name__} has none")
@@ -97,7 +97,7 @@ def importance_terms(
     z is `[k, batch, latent_dim]` and log_q, log q(z|x), is `[k, batch]`. The terms are means over these samples and
     carry no gradients.
     """
-    log_prior, p = vae.prior(vae.encode).log_prob(z), vae.decode(z, labels)
+    log_prior, p = vae.prior(vae.posterior_given).log_prob(z), vae.likelihood_given(z, labels)
     log_likelihood = p.log_prob(x)
     reconstruction, rate = -log_likelihood.detach().mean(dim=0), (log_q - log_prior).detach().mean(dim=0)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, PositiveInt
-from vae_lightning.models.base import ShapeError
+from vae_lightning.models.inputs import ShapeError
 from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, PosteriorDistribution
 
 Encode = Callable[[Tensor], PosteriorDistribution]

@@ -5,7 +5,8 @@
     log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the ELBO: `elbo`, which training maximises
 
 `log_weights` is log p(x,z) − log q(z|x), with the sample axis first. The Monte-Carlo ELBO, the IWAE bound and the NLL
-follow from it in one line each. All numbers are float32, in nats per image.
+follow from it in one line each. All numbers are float32, in nats per image. Methods named `…_given` take tensors,
+unchecked.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.models.backbones import output_bias
-from vae_lightning.models.base import Array, ImageModel, ShapeError, check_count
+from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import kl_divergence, with_free_bits
+from vae_lightning.models.inputs import Array, ShapeError, check_count
 from vae_lightning.models.likelihoods import Likelihood
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
 from vae_lightning.models.priors import Prior, check_needs_no_labels
@@ -72,26 +74,27 @@ class VAE(ImageModel):
         if conditional:
             check_needs_no_labels(self.prior, self.encode)
 
+    def posterior_given(self, x: Tensor, labels: Tensor | None = None) -> PosteriorDistribution:
+        """Return q(z|x) of images `[batch, *image_shape]`, floats in [0, 1], and labels `[batch]`."""
+        return self.posterior(self.encoded(x, labels))
+
+    def likelihood_given(self, z: Tensor, labels: Tensor | None = None) -> td.Distribution:
+        """Return p(x|z) for z `[..., latent_dim]`, and labels that broadcast to `[...]`."""
+        return self.likelihood(self.decoded(z, labels))
+
     def encode(self, x: Array, labels: Array | None = None) -> PosteriorDistribution:
-        """Return q(z|x) for images `[batch, *image_shape]` in [0, 1]. Its `mean` is `[batch, latent_dim]`.
-
-        In all methods, `x` may be any input that `images` accepts, `z` any input that `latents` accepts, and `labels`
-        one class or `[batch]`.
-        """
-        return self.posterior(self.encoded(self.images(x), labels))
-
-    def noise_for(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
-        """Draw ε ~ N(0, I): `[batch, noise_dim]`, or `[samples, batch, noise_dim]`."""
-        sample_axis = () if samples is None else (samples,)
-        return self.noise(*sample_axis, *q.batch_shape, q.noise_dim)
-
-    def reparameterize(self, q: PosteriorDistribution, samples: int | None = None) -> Tensor:
-        """Sample z = mean + σ ε, differentiable in both: `[batch, latent_dim]`, or `[samples, batch, latent_dim]`."""
-        return q.transform(self.noise_for(q, samples))
+        """Return q(z|x) of images in any format that `as_images` accepts. Its `mean` is `[batch, latent_dim]`."""
+        return self.posterior_given(*self.image_inputs(x, labels))
 
     def decode(self, z: Array, labels: Array | None = None) -> td.Distribution:
         """Return p(x|z) for z `[..., latent_dim]`: `log_prob(x)` is `[...]`, `mean` is `[..., *image_shape]`."""
-        return self.likelihood(self.decoded(z, labels))
+        return self.likelihood_given(*self.latent_inputs(z, labels))
+
+    def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.posterior_given(x, labels).mean
+
+    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.likelihood_given(z, labels).mean
 
     def elbo(
         self,
@@ -110,8 +113,14 @@ class VAE(ImageModel):
 
         Raises ConfigError for free bits without a closed form.
         """
-        x = self.images(x)
-        q = self.encode(x, labels)
+        x, labels = self.image_inputs(x, labels)
+        return self.negative_elbo(x, labels, kl, epoch, warmup_epochs, free_bits)
+
+    def negative_elbo(
+        self, x: Tensor, labels: Tensor | None, kl: KL, epoch: float, warmup_epochs: float, free_bits: float
+    ) -> dict[str, Tensor]:
+        """Return the terms of `elbo`, for tensors that are not checked."""
+        q = self.posterior_given(x, labels)
         if kl == "analytic" and self.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
             z = self.reparameterize(q)
             divergence = kl_divergence(q.mean, q.log_variance)  # [batch, latent_dim]
@@ -120,8 +129,8 @@ class VAE(ImageModel):
         else:
             sample = q.transform_and_log_prob if kl == "monte_carlo" else q.transform_and_path_log_prob
             z, log_q = sample(self.noise_for(q))
-            divergence = (log_q - self.prior(self.encode).log_prob(z)).unsqueeze(-1)  # [batch, 1]
-        p = self.decode(z, labels)
+            divergence = (log_q - self.prior(self.posterior_given).log_prob(z)).unsqueeze(-1)  # [batch, 1]
+        p = self.likelihood_given(z, labels)
         reconstruction = -p.log_prob(x)
         rate = divergence.sum(dim=-1)
         warmup = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0  # weight of the KL (Bowman et al. 2016)
@@ -140,20 +149,24 @@ class VAE(ImageModel):
 
     def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
         """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
-        return self.prior(self.encode).log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
+        log_prior = self.prior(self.posterior_given).log_prob(self.latents(z))
+        return log_prior + self.decode(z, labels).log_prob(self.images(x))
 
     def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
         """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
         check_count("k", k)
-        q = self.encode(x, labels)
-        z, log_q = q.transform_and_log_prob(self.noise_for(q, samples=k))
-        return self.log_joint(x, z, labels) - log_q
+        x, labels = self.image_inputs(x, labels)
+        q = self.posterior_given(x, labels)
+        z, log_q = q.transform_and_log_prob(self.noise_for(q, k))
+        log_prior, p = self.prior(self.posterior_given).log_prob(z), self.likelihood_given(z, labels)
+        return log_prior + p.log_prob(x) - log_q
 
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         return self.objective(self, x, labels, epoch)
 
     def on_fit_start(self) -> None:
         """Initialize the prior and the decoder's bias from the training images, unless the run is resumed."""
+        super().on_fit_start()
         if self.trainer.ckpt_path:
             return
         images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
@@ -164,12 +177,6 @@ class VAE(ImageModel):
                 mean = mean.mean(dim=(-2, -1), keepdim=True)
             bias.data.copy_(self.likelihood.outputs_with_mean(mean).flatten())
 
-    def codes(self, x: Array, labels: Array | None = None) -> Tensor:
-        return self.encode(x, labels).mean
-
-    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
-        return self.decode(z, labels).mean
-
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:
         """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
@@ -179,11 +186,11 @@ class VAE(ImageModel):
         Raises ShapeError for labels of a model without classes, or out of range.
         """
         check_count("n", n)
-        if labels is not None and not self.classes and type(self).decode is VAE.decode:
+        if labels is not None and not self.classes and type(self).likelihood_given is VAE.likelihood_given:
             raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
         if labels is None and self.classes:
             labels = torch.arange(n) % self.classes
-        return self.decode(self.prior(self.encode, temperature).sample((n,)), labels).mean
+        return self.pictures(self.prior(self.posterior_given, temperature).sample((n,)), labels)
 
 
 class Objective(ABC):
