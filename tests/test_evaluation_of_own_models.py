@@ -168,8 +168,8 @@ class Far(StandardNormal):
 
     has_analytic_kl = False
 
-    def forward(self, encode, temperature: float = 1.0):
-        normal = super().forward(encode, temperature)
+    def forward(self, temperature: float = 1.0):
+        normal = super().forward(temperature)
         return torch.distributions.TransformedDistribution(normal, torch.distributions.AffineTransform(15.0, 3.0))
 
 

@@ -63,8 +63,8 @@ def test_the_density_of_a_flow_sums_to_one(kind: str) -> None:
     side = torch.linspace(-10, 10, 401)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
-        density = prior(None).log_prob(grid).double().exp()
-        standard = FlowPrior(2)(None).log_prob(grid)  # the identity at first
+        density = prior().log_prob(grid).double().exp()
+        standard = FlowPrior(2)().log_prob(grid)  # the identity at first
     assert (density - standard.double().exp()).abs().max() > 0.005
     assert (density.sum() * (side[1] - side[0]) ** 2).item() == pytest.approx(1, abs=2e-3)
     torch.testing.assert_close(standard, td.Independent(td.Normal(torch.zeros(2), torch.ones(2)), 1).log_prob(grid))
@@ -85,7 +85,7 @@ def test_the_inverse_undoes_a_flow(kind: str) -> None:
 
 def test_temperature_scales_the_samples_of_a_flow_prior() -> None:
     prior = FlowPrior(3)
-    assert prior(None, 0.5).sample((4_000,)).std().item() == pytest.approx(0.5, rel=0.05)
+    assert prior(0.5).sample((4_000,)).std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_one_latent_dimension_is_refused() -> None:

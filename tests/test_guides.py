@@ -72,7 +72,7 @@ def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
     log_joint = vae.log_joint(x, z)
     log_likelihood = log_joint.logsumexp(dim=0) + log_area
     elbo = ((log_q + log_area).exp() * (log_joint - log_q)).sum(dim=0)
-    for log_density in (vae.prior(vae.encode).log_prob(points), log_q):
+    for log_density in (vae.prior_distribution().log_prob(points), log_q):
         total = (log_density + log_area).exp().sum(dim=0)
         torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
     assert (log_likelihood - elbo > 1).all()  # there is a gap to close
@@ -84,8 +84,8 @@ def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
     bounds = [importance_weighted_bound(group).mean(dim=0) for group in groups]
     assert all((low < high).all() for low, high in itertools.pairwise(bounds))
     torch.testing.assert_close(bounds[-1], log_likelihood, atol=0.02, rtol=0)
-    samples = vae.prior(vae.encode).sample((100_000,))
-    density = (vae.prior(vae.encode).log_prob(points) + log_area).exp().unsqueeze(1)
+    samples = vae.prior_distribution().sample((100_000,))
+    density = (vae.prior_distribution().log_prob(points) + log_area).exp().unsqueeze(1)
     assert close_in_expectation(samples, (density * points).sum(dim=0))
     assert close_in_expectation(samples.prod(dim=1), (density * points.prod(dim=1, keepdim=True)).sum())
 
@@ -145,7 +145,7 @@ def test_the_autoregressive_prior_is_a_density_and_samples_from_it(guide: Guide)
     vae = linear_vae(prior=spec).requires_grad_(False)
     vae.prior.shift.mul_(0.5)  # scales that fit the grid
     vae.prior.last.mul_(5)  # so that the second dimension depends on the first
-    p = vae.prior(vae.encode)
+    p = vae.prior_distribution()
     points, log_area = grid(20, 401)
     density = (p.log_prob(points) + log_area).exp().unsqueeze(1)
     torch.testing.assert_close(density.sum(), torch.tensor(1.0), atol=1e-3, rtol=0)

@@ -85,7 +85,7 @@ def importance_sampling(
         from vae_lightning.training.compiled import Compiled
 
         score = Compiled(log_likelihood_of, vae.device)
-    prior = vae.prior(vae.encode)
+    prior = vae.prior_distribution()
     points = curve_points(samples)
     parts: list[dict[str, Tensor]] = []
     analytic = False
@@ -154,7 +154,7 @@ def aggregate_posterior(
             for part in z.split(1_000)
         ]
     )
-    log_prior = vae.prior(vae.encode).log_prob(z)
+    log_prior = vae.prior_distribution().log_prob(z)
     return (log_conditional - log_aggregate).mean().item(), (log_aggregate - log_prior).mean().item()
 
 
@@ -258,7 +258,7 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
         raise RunError(
             f"{run}: elbo={elbo:.2f}, but {run.metrics_file.name} has {tested['test/elbo']:.2f}: more than sampling "
             f"noise and rounding ({tolerance:.2f}); nothing was written. In your own model, terms and log_weights "
-            "must use the same posterior_given, likelihood_given and prior"
+            "must use the same posterior_given, likelihood_given and prior_distribution"
         )
 
 

@@ -296,7 +296,7 @@ def first_of_each_digit(run: Run) -> list[int]:
 def latent_center_and_deviation(run: Run) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of all codes."""
     if isinstance(run.model, VAE):
-        return moments(run.model.prior(run.model.encode))
+        return moments(run.model.prior_distribution())
     codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     return codes.mean(dim=0), codes.std(dim=0)
 

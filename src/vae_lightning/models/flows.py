@@ -19,7 +19,7 @@ from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 from vae_lightning.config import ConfigError, PositiveInt
 from vae_lightning.models.backbones import linear_layers
 from vae_lightning.models.posteriors import DiagonalGaussian, Posterior, PosteriorDistribution, diagonal_gaussian
-from vae_lightning.models.priors import Encode, Prior
+from vae_lightning.models.priors import Prior
 
 # When it is imported, zuko switches off the validation of all torch.distributions. This is PyTorch's default again.
 td.Distribution.set_default_validate_args(__debug__)
@@ -147,7 +147,7 @@ class FlowPrior(Prior):
         self.flow = Flow(latent_dim, 0, layers, hidden, kind, "model/prior")
         self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
 
-    def forward(self, encode: Encode, temperature: float = 1.0) -> FlowDistribution:
+    def forward(self, temperature: float = 1.0) -> FlowDistribution:
         assert isinstance(self.zeros, Tensor)
         return FlowDistribution(DiagonalGaussian(self.zeros, self.zeros).scaled(temperature), self.flow)
 

@@ -97,7 +97,7 @@ def importance_terms(
     z is `[k, batch, latent_dim]` and log_q, log q(z|x), is `[k, batch]`. The terms are means over these samples and
     carry no gradients.
     """
-    log_prior, p = vae.prior(vae.posterior_given).log_prob(z), vae.likelihood_given(z, labels)
+    log_prior, p = vae.prior_distribution().log_prob(z), vae.likelihood_given(z, labels)
     log_likelihood = p.log_prob(x)
     reconstruction, rate = -log_likelihood.detach().mean(dim=0), (log_q - log_prior).detach().mean(dim=0)
     with torch.no_grad():

@@ -48,7 +48,7 @@ def standard_pictures(
         codes = model.all_codes(images[:10_000], labels[:10_000])
         pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
         if isinstance(model, VAE):
-            center, spread = moments(model.prior(model.encode))
+            center, spread = moments(model.prior_distribution())
             pictures["manifold"] = figures.manifold_grid(
                 lambda z, y: model.pictures(center + spread * z.to(center.device), y),
                 steps=10 if model.classes else 20,

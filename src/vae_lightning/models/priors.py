@@ -1,8 +1,7 @@
 """Priors p(z) over latents.
 
-A prior is a module. Its `forward` takes the model's `encode`, which VampPrior needs, and returns a
-`torch.distributions` object: `log_prob(z)` of z `[..., latent_dim]` is `[...]`, in nats. To add one, write a subclass
-of `Prior` and a YAML file in conf/model/prior/.
+A prior is a module. Its `forward` returns a `torch.distributions` object: `log_prob(z)` of z `[..., latent_dim]` is
+`[...]`, in nats. To add one, write a subclass of `Prior` and a YAML file in conf/model/prior/.
 """
 
 from __future__ import annotations
@@ -15,20 +14,22 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-from vae_lightning.config import ConfigError, PositiveInt
-from vae_lightning.models.inputs import ShapeError
+from vae_lightning.config import PositiveInt
 from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, PosteriorDistribution
-
-Encode = Callable[[Tensor], PosteriorDistribution]
 
 
 class Prior(nn.Module, ABC):
-    """The base class. `has_analytic_kl` is True for N(0, I): its KL from a diagonal Gaussian has a closed form."""
+    """The base class. `has_analytic_kl` is True for N(0, I): its KL from a diagonal Gaussian has a closed form.
+
+    `encodes_images` is True for a prior made of posteriors, which a conditional model cannot use.
+    """
 
     has_analytic_kl = False
+    encodes_images = False
+    posterior_given: Callable[[Tensor], PosteriorDistribution]  # q(z|x) of the model, which sets it
 
     @abstractmethod
-    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+    def forward(self, temperature: float = 1.0) -> td.Distribution:
         """Return p(z). `temperature` scales the standard deviations of samples; 1 gives the prior."""
 
     def initialize(self, images: Tensor) -> None:
@@ -48,7 +49,7 @@ class StandardNormal(Prior):
         self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
-    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+    def forward(self, temperature: float = 1.0) -> td.Distribution:
         scale = temperature * self.scale
         return td.Independent(td.Normal(self.mean, scale, validate_args=False), 1, validate_args=False)
 
@@ -60,6 +61,8 @@ class VampPrior(Prior):
     They are clamped to [0, 1], with the gradient of the identity (straight-through, Bengio et al. 2013): a clamp has no
     gradient outside, so that black pixels, which start at the bound, would stay black.
     """
+
+    encodes_images = True
 
     def __init__(
         self,
@@ -81,10 +84,10 @@ class VampPrior(Prior):
             chosen = mean + 0.01 * torch.randn(k, *mean.shape[1:])
         self.pseudo_inputs.data.copy_(chosen)
 
-    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+    def forward(self, temperature: float = 1.0) -> td.Distribution:
         u = self.pseudo_inputs
         bounded = u.clamp(0, 1).detach() + (u - u.detach())
-        return encode(bounded).mixture(temperature)
+        return self.posterior_given(bounded).mixture(temperature)
 
 
 class MixturePrior(Prior):
@@ -96,14 +99,5 @@ class MixturePrior(Prior):
         self.log_variances = nn.Parameter(torch.zeros(components, latent_dim))
         self.logits = nn.Parameter(torch.zeros(components))
 
-    def forward(self, encode: Encode, temperature: float = 1.0) -> td.Distribution:
+    def forward(self, temperature: float = 1.0) -> td.Distribution:
         return GaussianMixture(DiagonalGaussian(self.means, self.log_variances).scaled(temperature), self.logits)
-
-
-def check_needs_no_labels(prior: Prior, encode: Encode) -> None:
-    """Raise ConfigError if the prior of a conditional model encodes images: `encode` would need their labels."""
-    try:
-        prior(encode)
-    except ShapeError:
-        name = type(prior).__name__
-        raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior") from None

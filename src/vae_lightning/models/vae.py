@@ -1,6 +1,6 @@
 """The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014).
 
-    p(x, z) = p(z) p(x|z)      prior and likelihood: `prior`, `decode`
+    p(x, z) = p(z) p(x|z)      prior and likelihood: `prior_distribution`, `decode`
     q(z|x)                     posterior: `encode`
     log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the ELBO: `elbo`, which training maximises
 
@@ -26,7 +26,7 @@ from vae_lightning.models.estimators import kl_divergence, with_free_bits
 from vae_lightning.models.inputs import Array, ShapeError, check_count
 from vae_lightning.models.likelihoods import Likelihood
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
-from vae_lightning.models.priors import Prior, check_needs_no_labels
+from vae_lightning.models.priors import Prior
 
 KL = Literal["analytic", "path", "monte_carlo"]
 
@@ -69,10 +69,13 @@ class VAE(ImageModel):
         self.posterior = q
         self.likelihood = build(likelihood, Likelihood, "model.likelihood")
         self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
+        if conditional and self.prior.encodes_images:
+            name = type(self.prior).__name__
+            raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior")
+        if self.prior.encodes_images:
+            self.prior.posterior_given = self.posterior_given
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
-        if conditional:
-            check_needs_no_labels(self.prior, self.encode)
 
     def posterior_given(self, x: Tensor, labels: Tensor | None = None) -> PosteriorDistribution:
         """Return q(z|x) of images `[batch, *image_shape]`, floats in [0, 1], and labels `[batch]`."""
@@ -81,6 +84,10 @@ class VAE(ImageModel):
     def likelihood_given(self, z: Tensor, labels: Tensor | None = None) -> td.Distribution:
         """Return p(x|z) for z `[..., latent_dim]`, and labels that broadcast to `[...]`."""
         return self.likelihood(self.decoded(z, labels))
+
+    def prior_distribution(self, temperature: float = 1.0) -> td.Distribution:
+        """Return p(z). `temperature` scales the standard deviations of samples."""
+        return self.prior(temperature)
 
     def encode(self, x: Array, labels: Array | None = None) -> PosteriorDistribution:
         """Return q(z|x) of images in any format that `as_images` accepts. Its `mean` is `[batch, latent_dim]`."""
@@ -129,7 +136,7 @@ class VAE(ImageModel):
         else:
             sample = q.transform_and_log_prob if kl == "monte_carlo" else q.transform_and_path_log_prob
             z, log_q = sample(self.noise_for(q))
-            divergence = (log_q - self.prior(self.posterior_given).log_prob(z)).unsqueeze(-1)  # [batch, 1]
+            divergence = (log_q - self.prior_distribution().log_prob(z)).unsqueeze(-1)  # [batch, 1]
         p = self.likelihood_given(z, labels)
         reconstruction = -p.log_prob(x)
         rate = divergence.sum(dim=-1)
@@ -149,8 +156,7 @@ class VAE(ImageModel):
 
     def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
         """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
-        log_prior = self.prior(self.posterior_given).log_prob(self.latents(z))
-        return log_prior + self.decode(z, labels).log_prob(self.images(x))
+        return self.prior_distribution().log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
 
     def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
         """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
@@ -158,8 +164,7 @@ class VAE(ImageModel):
         x, labels = self.image_inputs(x, labels)
         q = self.posterior_given(x, labels)
         z, log_q = q.transform_and_log_prob(self.noise_for(q, k))
-        log_prior, p = self.prior(self.posterior_given).log_prob(z), self.likelihood_given(z, labels)
-        return log_prior + p.log_prob(x) - log_q
+        return self.prior_distribution().log_prob(z) + self.likelihood_given(z, labels).log_prob(x) - log_q
 
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         return self.objective(self, x, labels, epoch)
@@ -190,7 +195,7 @@ class VAE(ImageModel):
             raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
         if labels is None and self.classes:
             labels = torch.arange(n) % self.classes
-        return self.pictures(self.prior(self.posterior_given, temperature).sample((n,)), labels)
+        return self.pictures(self.prior_distribution(temperature).sample((n,)), labels)
 
 
 class Objective(ABC):
