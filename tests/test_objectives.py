@@ -88,13 +88,14 @@ def test_objectives_refuse_models_for_which_they_are_undefined() -> None:
     free = {"_target_": "vae_lightning.models.objectives.ELBO", "free_bits": 0.5, "kl": "monte_carlo"}
     with pytest.raises(ConfigError, match=r"model\.objective\.free_bits=0\.5"):
         linear_vae(objective=free)
+    vamp = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 3}
     with pytest.raises(ConfigError, match=r"free_bits=0\.5: needs a closed-form KL"):
-        linear_vae().elbo(torch.rand(1, *SHAPE), kl="monte_carlo", free_bits=0.5)
+        linear_vae(prior=vamp, objective=free | {"kl": "analytic"})
 
 
 def test_the_default_loss_is_reconstruction_and_weighted_kl_with_free_bits() -> None:
     vae, x = linear_vae(beta=3.0), torch.rand(10, *SHAPE)
-    terms = vae.elbo(x, epoch=1.0, warmup_epochs=4.0, free_bits=0.2)
+    terms = ELBO(warmup_epochs=4.0, free_bits=0.2)(vae, x, epoch=1.0)
     kl = kl_divergence(vae.encode(x).mean, vae.encode(x).log_variance)
     floored = torch.where(kl.mean(dim=0) > 0.2, kl, torch.tensor(0.2)).sum(dim=-1)
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 3 * 0.25 * floored)

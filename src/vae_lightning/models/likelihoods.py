@@ -37,6 +37,13 @@ class Likelihood(nn.Module, ABC):
     def forward(self, outputs: Tensor) -> td.Distribution:
         """Return p(x|z)."""
 
+    def initialize(self, bias: nn.Parameter, images: Tensor) -> None:
+        """Set the decoder's last `bias` so that p(x|z) has the mean of `images` `[n, …]`, uint8, as its mean."""
+        mean = images.float().mean(dim=0).div(255)
+        if bias.numel() != mean.numel():  # one per channel: for the mean pixel
+            mean = mean.mean(dim=(-2, -1), keepdim=True)
+        bias.data.copy_(self.outputs_with_mean(mean).flatten())
+
     @torch.no_grad()
     def outputs_with_mean(self, mean: Tensor) -> Tensor:
         """Find decoder outputs `[channels, height, width]` with p(x|z) of mean image `mean`, by bisection.

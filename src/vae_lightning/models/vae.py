@@ -2,11 +2,10 @@
 
     p(x, z) = p(z) p(x|z)      prior and likelihood: `prior_distribution`, `decode`
     q(z|x)                     posterior: `encode`
-    log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the ELBO: `elbo`, which training maximises
+    log p(x) ≥ E_q[log p(x|z)] − KL(q(z|x) ‖ p(z))      the bound that training maximises: `ELBO`
 
-`log_weights` is log p(x,z) − log q(z|x), with the sample axis first. The Monte-Carlo ELBO, the IWAE bound and the NLL
-follow from it in one line each. All numbers are float32, in nats per image. Methods named `…_given` take tensors,
-unchecked.
+`log_weights`, log p(x,z) − log q(z|x) with the sample axis first, gives the Monte-Carlo ELBO, the IWAE bound and the
+NLL in one line each. All numbers are float32, in nats per image. Methods named `…_given` take tensors, unchecked.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ KL = Literal["analytic", "path", "monte_carlo"]
 
 
 class VAE(ImageModel):
-    """Encoder, decoder, reparameterization and ELBO.
+    """Encoder, decoder, prior and an objective, from specs; `beta` weights the KL in the loss.
 
-    `backbone`, `likelihood`, `prior`, `posterior` and `objective` are specs, as for `ImageModel`. `beta` weights the KL
-    in the loss. `data_bias` initializes the decoder's output bias so that p(x|z) has the mean training image as mean.
-    A `conditional` model of images in `classes` classes has p(x|z, y) and q(z|x, y), with labels y (Sohn et al. 2015);
-    its numbers are those of p(x|y). Raises ConfigError if a spec is invalid.
+    `data_bias` initializes the decoder's output bias so that p(x|z) has the mean training image as mean. A
+    `conditional` model has p(x|z, y) and q(z|x, y) with labels y (Sohn et al. 2015); its numbers are those of p(x|y).
+    Raises ConfigError if a spec is invalid.
     """
 
     def __init__(
@@ -64,8 +62,7 @@ class VAE(ImageModel):
             raise ConfigError("model.conditional=true: needs the number of classes, such as classes=10")
         super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, classes if conditional else None)
         self.save_hyperparameters(logger=False)
-        self.beta = beta
-        self.data_bias = data_bias
+        self.beta, self.data_bias = beta, data_bias
         self.posterior = q
         self.likelihood = build(likelihood, Likelihood, "model.likelihood")
         self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
@@ -103,51 +100,9 @@ class VAE(ImageModel):
     def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.likelihood_given(z, labels).mean
 
-    def elbo(
-        self,
-        x: Array,
-        labels: Array | None = None,
-        kl: KL = "analytic",
-        epoch: float = math.inf,
-        warmup_epochs: float = 0.0,
-        free_bits: float = 0.0,
-    ) -> dict[str, Tensor]:
-        """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, from one sample of z per image.
-
-        loss = reconstruction + β · warm-up · kl, where the KL of each dimension counts at least `free_bits` nats.
-        Without a closed form, or with `kl="path"`, the KL is log q(z|x) − log p(z) at the sample. Its gradient is the
-        path derivative, or with `"monte_carlo"` the complete one.
-
-        Raises ConfigError for free bits without a closed form.
-        """
-        x, labels = self.image_inputs(x, labels)
-        return self.negative_elbo(x, labels, kl, epoch, warmup_epochs, free_bits)
-
-    def negative_elbo(
-        self, x: Tensor, labels: Tensor | None, kl: KL, epoch: float, warmup_epochs: float, free_bits: float
-    ) -> dict[str, Tensor]:
-        """Return the terms of `elbo`, for tensors that are not checked."""
-        q = self.posterior_given(x, labels)
-        if kl == "analytic" and self.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
-            z = self.reparameterize(q)
-            divergence = kl_divergence(q.mean, q.log_variance)  # [batch, latent_dim]
-        elif free_bits:
-            raise ConfigError(f"model.objective.free_bits={free_bits}: needs a closed-form KL; allowed: 0")
-        else:
-            sample = q.transform_and_log_prob if kl == "monte_carlo" else q.transform_and_path_log_prob
-            z, log_q = sample(self.noise_for(q))
-            divergence = (log_q - self.prior_distribution().log_prob(z)).unsqueeze(-1)  # [batch, 1]
-        p = self.likelihood_given(z, labels)
-        reconstruction = -p.log_prob(x)
-        rate = divergence.sum(dim=-1)
-        warmup = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0  # weight of the KL (Bowman et al. 2016)
-        penalty = with_free_bits(divergence, free_bits) if free_bits else rate
-        return {
-            "loss": reconstruction + self.beta * warmup * penalty,
-            "elbo": -(reconstruction + rate),
-            "reconstruction": reconstruction,
-            "kl": rate,
-        } | self.likelihood.metrics(p, x)
+    def elbo(self, x: Array, labels: Array | None = None, kl: KL = "analytic") -> dict[str, Tensor]:
+        """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, as `ELBO(kl)` computes them."""
+        return ELBO(kl)(self, *self.image_inputs(x, labels))
 
     @property
     def has_analytic_kl(self) -> bool:
@@ -172,34 +127,29 @@ class VAE(ImageModel):
     def on_fit_start(self) -> None:
         """Initialize the prior and the decoder's bias from the training images, unless the run is resumed."""
         super().on_fit_start()
-        if self.trainer.ckpt_path:
-            return
-        images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
-        self.prior.initialize(images)
-        if self.data_bias:
-            mean, bias = images.float().mean(dim=0).div(255), output_bias(self.decoder)
-            if bias.numel() != mean.numel():  # one per channel: for the mean pixel
-                mean = mean.mean(dim=(-2, -1), keepdim=True)
-            bias.data.copy_(self.likelihood.outputs_with_mean(mean).flatten())
+        if not self.trainer.ckpt_path:
+            images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
+            self.prior.initialize(images)
+            if self.data_bias:
+                self.likelihood.initialize(output_bias(self.decoder), images)
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:
         """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
 
-        `temperature` scales the standard deviations of the prior. Below 1, images are more typical and less varied.
-        `labels` is a class of a conditional model, or a list of n; by default the classes in turn, 0, 1, …, 0, 1, ….
-        Raises ShapeError for labels of a model without classes, or out of range.
+        With a `temperature` below 1, images are more typical and less varied. `labels` is a class of a conditional
+        model or a list of n, by default 0, 1, …, 0, 1, …. Raises ShapeError for labels of a model without classes.
         """
         check_count("n", n)
-        if labels is not None and not self.classes and type(self).likelihood_given is VAE.likelihood_given:
+        if labels is None:
+            labels = torch.arange(n) % self.classes if self.classes else None
+        elif not self.classes and type(self).likelihood_given is VAE.likelihood_given:
             raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
-        if labels is None and self.classes:
-            labels = torch.arange(n) % self.classes
         return self.pictures(self.prior_distribution(temperature).sample((n,)), labels)
 
 
 class Objective(ABC):
-    """The loss of a VAE; objectives.py has the subclasses."""
+    """The loss of a VAE; objectives.py has more of them."""
 
     def check(self, vae: VAE) -> None:  # noqa: B027 (most objectives accept every model)
         """Raise ConfigError if the objective is not defined for this model."""
@@ -208,5 +158,39 @@ class Objective(ABC):
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         """Return per-image terms `[batch]` in nats: `loss`, which is minimised, `elbo` (β = 1), and others to log.
 
-        x is `[batch, *image_shape]`, labels `[batch]`. `epoch` is the training progress, with fractions of an epoch.
+        x is `[batch, *image_shape]`, labels `[batch]`; `epoch` is the training progress, with fractions.
         """
+
+
+class ELBO(Objective):
+    """The negative ELBO: reconstruction + β · warm-up · KL, with one sample of z per image (Higgins et al. 2017).
+
+    `kl="analytic"` uses the closed form of the KL if there is one, and `"path"` otherwise: log q(z|x) − log p(z) at the
+    sample, with the path derivative (Roeder et al. 2017). `"monte_carlo"` has the complete gradient of the same value,
+    of higher variance. The weight of the KL rises from 0 over `warmup_epochs` (Bowman et al. 2016). The KL of each
+    latent dimension counts at least `free_bits` nats.
+    """
+
+    def __init__(self, kl: KL = "analytic", warmup_epochs: NonNegative = 0.0, free_bits: NonNegative = 0.0) -> None:
+        self.kl, self.warmup_epochs, self.free_bits = kl, warmup_epochs, free_bits
+
+    def check(self, vae: VAE) -> None:
+        if self.free_bits and not (self.kl == "analytic" and vae.has_analytic_kl):
+            allowed = "use model.objective.kl=analytic, model/prior=normal and model/posterior=gaussian"
+            raise ConfigError(f"model.objective.free_bits={self.free_bits}: needs a closed-form KL; {allowed}")
+
+    def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
+        q, prior = vae.posterior_given(x, labels), vae.prior_distribution()
+        noise = vae.noise_for(q)
+        if self.kl == "analytic" and vae.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
+            z, kl = q.transform(noise), kl_divergence(q.mean, q.log_variance)  # [batch, latent_dim]
+        else:
+            sample = q.transform_and_log_prob if self.kl == "monte_carlo" else q.transform_and_path_log_prob
+            z, log_q = sample(noise)
+            kl = (log_q - prior.log_prob(z)).unsqueeze(-1)  # [batch, 1]
+        p = vae.likelihood_given(z, labels)
+        reconstruction, rate = -p.log_prob(x), kl.sum(dim=-1)
+        penalty = with_free_bits(kl, self.free_bits) if self.free_bits else rate
+        warmup = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate}
+        return {"loss": reconstruction + vae.beta * warmup * penalty} | terms | vae.likelihood.metrics(p, x)
