@@ -6,11 +6,14 @@ import torch.distributions as td
 
 from vae_lightning.models.estimators import (
     active_units,
+    closed_form_kl,
     importance_weighted_bound,
     importance_weighted_stderr,
     kl_divergence,
     with_free_bits,
 )
+from vae_lightning.models.posteriors import DiagonalGaussian
+from vae_lightning.models.priors import MixturePrior, StandardNormal
 
 
 def test_kl_agrees_with_torch_distributions() -> None:
@@ -19,6 +22,28 @@ def test_kl_agrees_with_torch_distributions() -> None:
     theirs = td.kl_divergence(td.Normal(mean, (log_variance / 2).exp()), td.Normal(0.0, 1.0))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (ours >= 0).all()
+
+
+def test_the_closed_form_is_that_of_the_registry() -> None:
+    q = DiagonalGaussian(torch.randn(50, 7), torch.randn(50, 7) * 2)
+    assert torch.equal(closed_form_kl(q, StandardNormal(7)()), kl_divergence(q.mean, q.log_variance))
+    p = td.Independent(td.Normal(torch.randn(7), torch.rand(7) + 0.1), 1)
+    theirs = td.kl_divergence(td.Normal(q.mean, q.stddev), p.base_dist)
+    torch.testing.assert_close(closed_form_kl(q, p), theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(td.kl_divergence(q, p), theirs.sum(dim=-1), rtol=1e-4, atol=1e-5)
+    assert closed_form_kl(q, MixturePrior(7)()) is None
+    assert closed_form_kl(q, td.Independent(td.StudentT(5.0, torch.zeros(7)), 1)) is None
+
+
+class Vague(td.MultivariateNormal):
+    """A distribution of one's own."""
+
+
+def test_a_registered_formula_is_used() -> None:
+    p, q = StandardNormal(3)(), Vague(torch.randn(5, 3), torch.eye(3))
+    assert closed_form_kl(q, p) is None
+    td.register_kl(Vague, td.Independent)(lambda q, p: 0.5 * q.mean.square().sum(dim=-1))
+    torch.testing.assert_close(closed_form_kl(q, p), 0.5 * q.mean.square().sum(dim=-1, keepdim=True))
 
 
 def test_importance_weighted_bound() -> None:

@@ -166,8 +166,6 @@ def test_a_flow_on_top_of_the_true_posterior_finds_the_exact_likelihood() -> Non
 class Far(StandardNormal):
     """N(15, 3² I)."""
 
-    has_analytic_kl = False
-
     def forward(self, temperature: float = 1.0):
         normal = super().forward(temperature)
         return torch.distributions.TransformedDistribution(normal, torch.distributions.AffineTransform(15.0, 3.0))

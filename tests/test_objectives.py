@@ -91,6 +91,8 @@ def test_objectives_refuse_models_for_which_they_are_undefined() -> None:
     vamp = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 3}
     with pytest.raises(ConfigError, match=r"free_bits=0\.5: needs a closed-form KL"):
         linear_vae(prior=vamp, objective=free | {"kl": "analytic"})
+    with pytest.raises(ConfigError, match=r"free_bits=0\.5: needs a closed-form KL"):
+        ELBO(kl="monte_carlo", free_bits=0.5)(linear_vae(), torch.rand(1, *SHAPE))
 
 
 def test_the_default_loss_is_reconstruction_and_weighted_kl_with_free_bits() -> None:

@@ -26,12 +26,12 @@ from vae_lightning.data.pixels import described, evaluation_pixels, stream_seed
 from vae_lightning.files import atomic_write, read_dict, write_json
 from vae_lightning.models.estimators import (
     active_units,
+    closed_form_kl,
     importance_weighted_bound,
     importance_weighted_stderr,
-    kl_divergence,
 )
 from vae_lightning.models.likelihoods import remark
-from vae_lightning.models.posteriors import DiagonalGaussian, PosteriorDistribution
+from vae_lightning.models.posteriors import PosteriorDistribution
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
@@ -46,7 +46,7 @@ class ImportanceSampling:
     log_likelihood: Tensor  # log (1/k) Σ w, the importance-weighted bound on log p(x)
     stderr: Tensor  # standard error of log_likelihood
     reconstruction: Tensor  # −mean log p(x|z)
-    kl: Tensor  # [images, latent_dim] in closed form, or [images, 1] by Monte Carlo
+    kl: Tensor  # [images, latent_dim] or [images, 1] in closed form, [images, 1] by Monte Carlo
     analytic: bool  # whether the KL is in closed form
     deviation: Tensor  # standard deviation of the ELBO with one sample
     effective_samples: Tensor  # (Σ w)² / Σ w², between 1 and k
@@ -106,9 +106,10 @@ def importance_sampling(
             log_likelihoods.append(log_likelihood)
             log_weights.append(log_likelihood + prior.log_prob(z) - log_q)
         log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]
-        if vae.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
-            analytic = True
-            kl, one_sample = kl_divergence(q.mean, q.log_variance), log_likelihood
+        closed = closed_form_kl(q, prior)
+        analytic = closed is not None
+        if closed is not None:
+            kl, one_sample = closed, log_likelihood
         else:
             kl, one_sample = (log_likelihood - log_weight).mean(dim=0).unsqueeze(-1), log_weight
         bounds = torch.logcumsumexp(log_weight.double(), dim=0)
@@ -224,13 +225,14 @@ def evaluate(
     reconstruction = sampled.reconstruction.double().mean().item()
     dimension_kl = sampled.kl.mean(dim=0)
     kl = dimension_kl.sum().item()
+    per_dimension = sampled.analytic and len(dimension_kl) == vae.latent_dim
     results = {
         "nll": nll.mean().item(),
         "nll_stderr": nll.std().item() / math.sqrt(len(images)),
         "elbo": -reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
-        "kl_per_dimension": sorted(dimension_kl.tolist(), reverse=True) if sampled.analytic else None,
+        "kl_per_dimension": sorted(dimension_kl.tolist(), reverse=True) if per_dimension else None,
         "active_units": int(active_units(codes)),
         "mutual_information": information,
         "marginal_kl": marginal,

@@ -1,11 +1,26 @@
-"""Pure functions on tensors: KL divergence, free bits, importance-weighted bound and its error, active units."""
+"""Pure functions: KL divergence, free bits, importance-weighted bound and its error, active units."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.distributions as td
 from torch import Tensor
+
+
+def closed_form_kl(q: td.Distribution, p: td.Distribution) -> Tensor | None:
+    """Return KL(q ‖ p) in nats by the formula that is registered for `torch.distributions.kl_divergence`, or None.
+
+    It is `[batch, latent_dim]`, of each dimension, if both are a `td.Independent`, whose `base_dist` then need a
+    formula; otherwise `[batch, 1]`. `td.register_kl` adds one.
+    """
+    try:
+        if isinstance(q, td.Independent) and isinstance(p, td.Independent):
+            return td.kl_divergence(q.base_dist, p.base_dist)
+        return td.kl_divergence(q, p).unsqueeze(-1)
+    except NotImplementedError:
+        return None
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

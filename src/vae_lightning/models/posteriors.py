@@ -14,6 +14,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, PositiveInt
+from vae_lightning.models.estimators import kl_divergence
 
 LOG_VARIANCE_BOUND = 15.0  # variances from 3e-7 to 3e6: wider than any posterior needs, and exp() stays finite
 
@@ -66,13 +67,26 @@ class PosteriorDistribution(td.Distribution, ABC):
         raise ConfigError(f"model/prior=vamp: needs a posterior with `mixture`; {type(self).__name__} has none")
 
 
-class DiagonalGaussian(PosteriorDistribution, td.Independent[td.Normal]):
+class Factors(td.Normal):
+    """The factors N(meanⱼ, exp(log_varianceⱼ)) of a diagonal Gaussian."""
+
+    def __init__(self, mean: Tensor, log_variance: Tensor) -> None:
+        self.log_variance = log_variance
+        super().__init__(mean, torch.exp(0.5 * log_variance), validate_args=False)
+
+
+@td.register_kl(Factors, td.Normal)  # type: ignore[untyped-decorator]
+def _kl_of_factors(q: Factors, p: td.Normal) -> Tensor:
+    # Shifted and scaled so that p becomes N(0, 1), which changes no KL.
+    return kl_divergence((q.mean - p.mean) / p.stddev, q.log_variance - 2 * p.stddev.log())
+
+
+class DiagonalGaussian(PosteriorDistribution, td.Independent[Factors]):
     """N(mean, diag(exp(log_variance))), both `[batch, latent_dim]`."""
 
     def __init__(self, mean: Tensor, log_variance: Tensor) -> None:
         self.log_variance = log_variance
-        normal = td.Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
-        super().__init__(normal, reinterpreted_batch_ndims=1, validate_args=False)
+        super().__init__(Factors(mean, log_variance), reinterpreted_batch_ndims=1, validate_args=False)
 
     @property
     def stddev(self) -> Tensor:

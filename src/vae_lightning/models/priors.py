@@ -19,12 +19,8 @@ from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, P
 
 
 class Prior(nn.Module, ABC):
-    """The base class. `has_analytic_kl` is True for N(0, I): its KL from a diagonal Gaussian has a closed form.
+    """The base class. `encodes_images` is True for a mixture of posteriors, which a conditional model cannot use."""
 
-    `encodes_images` is True for a prior made of posteriors, which a conditional model cannot use.
-    """
-
-    has_analytic_kl = False
     encodes_images = False
     posterior_given: Callable[[Tensor], PosteriorDistribution]  # q(z|x) of the model, which sets it
 
@@ -39,7 +35,6 @@ class Prior(nn.Module, ABC):
 class StandardNormal(Prior):
     """N(0, I) over `latent_dim` dimensions (Kingma & Welling 2014)."""
 
-    has_analytic_kl = True
     mean: Tensor
     scale: Tensor
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
 from vae_lightning.models.backbones import output_bias
 from vae_lightning.models.base import ImageModel
-from vae_lightning.models.estimators import kl_divergence, with_free_bits
+from vae_lightning.models.estimators import closed_form_kl, with_free_bits
 from vae_lightning.models.inputs import Array, ShapeError, check_count
 from vae_lightning.models.likelihoods import Likelihood
-from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, Posterior, PosteriorDistribution
+from vae_lightning.models.posteriors import Posterior, PosteriorDistribution
 from vae_lightning.models.priors import Prior
 
 KL = Literal["analytic", "path", "monte_carlo"]
@@ -104,11 +104,6 @@ class VAE(ImageModel):
         """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, as `ELBO(kl)` computes them."""
         return ELBO(kl)(self, *self.image_inputs(x, labels))
 
-    @property
-    def has_analytic_kl(self) -> bool:
-        """Whether KL(q ‖ p) has a closed form: the posterior is a diagonal Gaussian and the prior is N(0, I)."""
-        return type(self.posterior) is Gaussian and self.prior.has_analytic_kl
-
     def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
         """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
         return self.prior_distribution().log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
@@ -175,15 +170,23 @@ class ELBO(Objective):
         self.kl, self.warmup_epochs, self.free_bits = kl, warmup_epochs, free_bits
 
     def check(self, vae: VAE) -> None:
-        if self.free_bits and not (self.kl == "analytic" and vae.has_analytic_kl):
+        # With an example. PyTorch remembers the formula that it finds; its compiler could not trace the search.
+        q = vae.posterior(torch.zeros(1, vae.encoder_outputs, device=vae.device))
+        self.closed_form(q, q.mixture() if vae.prior.encodes_images else vae.prior())
+
+    def closed_form(self, q: PosteriorDistribution, p: td.Distribution) -> Tensor | None:
+        """Return `closed_form_kl(q, p)`, or None for a KL at the sample. Raises ConfigError if free bits need more."""
+        kl = closed_form_kl(q, p) if self.kl == "analytic" else None
+        if self.free_bits and (kl is None or kl.shape[-1:] != q.event_shape):
             allowed = "use model.objective.kl=analytic, model/prior=normal and model/posterior=gaussian"
             raise ConfigError(f"model.objective.free_bits={self.free_bits}: needs a closed-form KL; {allowed}")
+        return kl
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         q, prior = vae.posterior_given(x, labels), vae.prior_distribution()
-        noise = vae.noise_for(q)
-        if self.kl == "analytic" and vae.prior.has_analytic_kl and isinstance(q, DiagonalGaussian):
-            z, kl = q.transform(noise), kl_divergence(q.mean, q.log_variance)  # [batch, latent_dim]
+        noise, kl = vae.noise_for(q), self.closed_form(q, prior)  # [batch, latent_dim], of each dimension
+        if kl is not None:
+            z = q.transform(noise)
         else:
             sample = q.transform_and_log_prob if self.kl == "monte_carlo" else q.transform_and_path_log_prob
             z, log_q = sample(noise)
