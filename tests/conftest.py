@@ -28,6 +28,12 @@ from vae_lightning.runs import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
+PACKAGE = ROOT / "src" / "vae_lightning"
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
 # A run of a few seconds: two training batches, one validation batch, one test batch.
 BRIEF = [
     "trainer.max_epochs=1",

@@ -15,12 +15,10 @@ import pytest
 import torch
 from conftest import DATA, ROOT
 
-from vae_lightning.config import ConfigError
 from vae_lightning.data.batches import DeviceBatches
 from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.pixels import Share
 from vae_lightning.models.vae import VAE
-from vae_lightning.training.trainer import check_accelerator
 
 # 2,001 images in batches of 100: 21 batches, and the last one is a single image. 509 to validate on.
 WORDS = [
@@ -118,26 +116,6 @@ def test_noise_and_loss_equal_those_of_the_full_batch(monkeypatch) -> None:
     assert torch.allclose(sum(found) / 2, values.mean())
 
 
-def test_more_processes_than_cores_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.devices=9999: one process per device, and this machine has"):
-        check_accelerator("cpu", 9999)
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["-m", "seed=0,1"], "-m: a sweep starts its processes itself"),
-        (["resume=auto"], "with torchrun or srun set hydra.run.dir too"),
-    ],
-)
-def test_commands_that_torchrun_cannot_start(command, monkeypatch, words, line) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("VAE_LIGHTNING_RUN", raising=False)
-    refused = command(*words)
-    assert refused.code == 2
-    assert line in refused.err
-
-
 @pytest.mark.proof
 def test_two_nodes_by_torchrun(command, tmp_path: Path) -> None:
     with socket.socket() as s:
@@ -170,12 +148,3 @@ def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
     assert rows == rows_two
     assert metrics == metrics_two
     assert all(torch.equal(value, weights_two[name]) for name, value in weights.items())
-
-
-@pytest.mark.proof
-def test_a_sweep_over_two_processes(tmp_path: Path) -> None:
-    words = [*WORDS, *TWO, f"data.root={DATA}", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1"]
-    finished = subprocess.run([sys.executable, ROOT / "train.py", "-m", *words], env=ENVIRONMENT, cwd=tmp_path)
-    assert finished.returncode == 0
-    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2
-    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]

@@ -1,19 +1,15 @@
-"""Random overrides and configuration files: a complete run or an error in one line, never a traceback."""
+"""Random overrides: a complete run, or an error in one line and no files, never a traceback."""
 
-import copy
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
 from conftest import BRIEF
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from vae_lightning.config import flatten
-from vae_lightning.runs.resume import set_key
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2"))  # make proof has hundreds
 FUZZ = settings(
@@ -33,11 +29,7 @@ EXCLUDED = (
 )
 ODD = [2**40, -(2**70), float("nan"), float("inf"), 1e-9]
 NUMBERS = st.integers(-3, 70) | st.sampled_from([-1.5, -0.0, 1e-3, 0.5, 2.5]) | st.sampled_from(ODD)
-WORDS = st.sampled_from(
-    ["", "cpu", "null", "nul", "os.system", "torch.nn.Linear", "vae_lightning.models.backbones.Conv", "..", "a b", "ä",
-     "~", "vae_lightning.models.vae.VAE", "lightning.pytorch.callbacks.EarlyStopping",
-     "torch.optim.lr_scheduler.StepLR", "{", "%s"]
-)  # fmt: skip
+WORDS = st.sampled_from(["", "cpu", "null", "nul", "os.system", "torch.nn.Linear", "..", "a b", "ä", "~", "{", "%s"])
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["_target_", "a", "hidden"]), inner),
@@ -66,18 +58,6 @@ def as_override(value: Any) -> str:
     )
 
 
-def check(result: Any, directory: Path, left_before: set[Path]) -> None:
-    """Check for a complete run, or for an error in one line and no new files."""
-    assert result.code in (0, 2), result.err
-    assert "Traceback" not in result.err
-    if result.code == 0:
-        assert (directory / "metrics.json").exists() or not directory.exists()
-    else:
-        assert len([line for line in result.err.splitlines() if "Warning" not in line]) == 1, result.err
-        half = {path for path in directory.rglob("*") if path.is_file()} - left_before
-        assert {path.name for path in half} <= {"train.log"}, half
-
-
 def test_overrides(config, command, tmp_path: Path) -> None:
     known = keys(config())
 
@@ -86,44 +66,10 @@ def test_overrides(config, command, tmp_path: Path) -> None:
     def fuzz(overrides: dict[str, Any]) -> None:
         words = [f"++{key}={as_override(value)}" for key, value in overrides.items()]
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        check(command(*BRIEF, "trainer.accelerator=cpu", *words, "hydra.run.dir=run"), tmp_path / "run", set())
-
-    fuzz()
-
-
-def test_changed_configurations_of_existing_runs(command, tmp_path: Path) -> None:
-    assert command(*BRIEF, "trainer.accelerator=cpu", "hydra.run.dir=complete", "model.backbone.hidden=[8]").code == 0
-    (tmp_path / "complete" / "metrics.json").unlink()
-    saved = yaml.safe_load((tmp_path / "complete" / "config.yaml").read_text())
-    some = [key for key in keys(saved) if key != "trainer"]  # without max_epochs Lightning trains 1,000 epochs
-
-    @FUZZ
-    @given(st.dictionaries(st.sampled_from(some), VALUES, min_size=1, max_size=2))
-    def fuzz(changes: dict[str, Any]) -> None:
-        changed = copy.deepcopy(saved)
-        for key, value in changes.items():
-            try:
-                set_key(changed, key, value)
-            except (KeyError, TypeError):  # the first change removed the parent of the second key
-                return
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(tmp_path / "complete", tmp_path / "run")
-        (tmp_path / "run" / "config.yaml").write_text(yaml.dump(changed))
-        result = command("resume=run")
+        result = command(*BRIEF, "trainer.accelerator=cpu", *words, "hydra.run.dir=run")
         assert result.code in (0, 2), result.err
-        assert "Traceback" not in result.err
-        assert result.code == 0 or len([line for line in result.err.splitlines() if "Warning" not in line]) == 1
-        assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+        if result.code == 2:
+            assert len([line for line in result.err.splitlines() if "Warning" not in line]) == 1, result.err
+            assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
     fuzz()
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe", b"model: [", b"seed: 1", b"- 1", b"model: {}\ndata: {}\nseed: 0"]
-)
-def test_invalid_config_files(command, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_bytes(content)
-    result = command("resume=run")
-    assert result.code == 2
-    assert len(result.err.splitlines()) == 1

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, composed
+from conftest import BRIEF, FILES, composed
 from hydra import compose, initialize
 from hydra.errors import ConfigCompositionException
 from lightning.pytorch import Trainer
-from test_structure import FILES
 
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.fast_loop import FastLoop
@@ -75,8 +74,6 @@ def test_callback_metrics_can_be_restored() -> None:
 
 
 def test_hydra_says_what_we_look_for() -> None:
-    with initialize("../conf", version_base="1.3"):
-        with pytest.raises(ConfigCompositionException, match=r"^Could not override 'model.latent_dmi'"):
-            compose("train", ["model.latent_dmi=2"])
-        with pytest.raises(ValueError, match=r"^Config group override"):
-            compose("train", ["model=null"])
+    refused = pytest.raises(ConfigCompositionException, match=r"^Could not override 'model.latent_dmi'\.")
+    with initialize("../conf", version_base="1.3"), refused:
+        compose("train", ["model.latent_dmi=2"])

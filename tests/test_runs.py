@@ -2,10 +2,7 @@ import json
 import os
 import re
 import shutil
-import sys
-import time
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -13,19 +10,25 @@ import yaml
 from conftest import BRIEF, composed
 from PIL import Image
 
-from vae_lightning.config import ConfigError, UserError
+from vae_lightning.config import UserError
 from vae_lightning.models.base import ShapeError
 from vae_lightning.runs.directory import RunDirectory, RunError
-from vae_lightning.runs.loading import load_checkpoint, load_run, open_run
-from vae_lightning.runs.resume import check_files
+from vae_lightning.runs.loading import load_run, open_run
 from vae_lightning.training.train import train
 
 
 def test_a_directory_holds_one_run(tmp_path: Path) -> None:
-    RunDirectory(tmp_path / "run").create({"seed": 1})
-    with pytest.raises(RunError, match="already contains a run"):
-        RunDirectory(tmp_path / "run").create({"seed": 2})
+    run = RunDirectory(tmp_path / "run")
+    with run.locked():
+        run.create({"seed": 1})
+        with pytest.raises(RunError, match="is being trained by another process"), RunDirectory(run).locked():
+            pass
+    with pytest.raises(RunError, match="already contains a run"), run.locked():
+        run.create({"seed": 2})
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
+    with RunDirectory(tmp_path / "unused").locked():
+        pass
+    assert not (tmp_path / "unused").exists(), "nothing was written"
 
 
 def test_load_run_refuses_incomplete_runs(tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ class Payload:
     ran = False
 
     def __reduce__(self):
-        return (exec, ("import test_runs; test_runs.Payload.ran = True",))
+        return (exec, (f"import {__name__}; {__name__}.Payload.ran = True",))
 
 
 def test_load_run_unpickles_nothing(tmp_path: Path) -> None:
@@ -104,54 +107,32 @@ def test_configuration_and_checkpoint_must_have_the_same_protocol(config, tmp_pa
         open_run(tmp_path / "run", "cpu")
 
 
-def test_trust_must_be_a_list(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trust=os: should be a list of modules, \[os\]"):
-        load_run(run, trust="os")
-
-
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("model__prior", {"_target_": "vae_lightning.models.priors.Prior"}, "abstract class Prior"),
-        (
-            "model__backbone",
-            {"_target_": "vae_lightning.models.backbones.Backbone"},
-            "vae_lightning.models.backbones.Backbone cannot be built from its",
-        ),
-        ("model__latent_dim", 10**12, "cannot be built from its"),
-        ("model__latent_dim", 10**30, "is not a plain value"),
-        ("model__backbone", {"_target_": "torch.utils.model_dump.__main__.X"}, "not in vae_lightning or torch.optim"),
-        ("model___target_", "vae_lightning.models.base.ImageModel", "no such key"),
+        ("model__backbone", {"_target_": "os.system", "command": "touch owned"}, "must be a subclass of vae_lightning"),
+        ("data__batch_size", 0, "data.batch_size=0: should be greater than or equal to 1"),
+        ("model__backbone", {"_target_": "wide.Wide"}, "model.backbone._target_=wide.Wide: cannot be imported"),
+        ("model__latent_dim", 4, "best.ckpt: its weights do not fit the configured model"),
         ("seed", "x", "seed=x"),
-        ("model__backbone", {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [1] * 1_000}, "at most 100"),
     ],
 )
-def test_unbuildable_configurations_get_one_line(run: Path, key: str, value, line: str) -> None:
+def test_unbuildable_configurations_get_one_line(
+    run: Path, key: str, value, line: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     rewrite(run, **{key: value})
     with pytest.raises(UserError, match=re.escape(line)) as error:
         open_run(run, "cpu")
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (lambda w: w * float("nan"), "NaN or infinite"),
-        (lambda w: w.to(torch.complex64), "of another type"),
-        (lambda w: w.double(), "of another type"),
-        (lambda w: w[:1], "weights do not fit the configured model"),
-    ],
-)
-def test_invalid_weights_are_refused(run: Path, spoil, line: str) -> None:
-    file = run / "checkpoints" / "best.ckpt"
-    checkpoint = torch.load(file, weights_only=True)
-    checkpoint["state_dict"]["encoder.1.weight"] = spoil(checkpoint["state_dict"]["encoder.1.weight"])
-    torch.save(checkpoint, file)
-    with pytest.raises(RunError, match=line):
-        load_run(run)
-    torch.save(torch.zeros(3), file)
-    with pytest.raises(RunError, match="damaged"):
-        load_run(run)
+def test_classes_of_the_user_are_loaded_by_their_names(run: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere.py").write_text("from vae_lightning.models.backbones import MLP as Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewrite(run, model__backbone={"_target_": "elsewhere.Mine", "hidden": [16]})
+    assert load_run(run).latent_dim == 3
 
 
 def test_truncated_checkpoints_are_refused(run: Path) -> None:
@@ -164,25 +145,6 @@ def test_truncated_checkpoints_are_refused(run: Path) -> None:
     torch.save([1, 2], best)
     with pytest.raises(RunError, match=r"best\.ckpt: damaged"):
         load_run(run)
-
-
-def test_weights_of_another_model_are_refused(run: Path) -> None:
-    file = run / "config.yaml"
-    file.write_text(file.read_text().replace("latent_dim: 3", "latent_dim: 4"))
-    with pytest.raises(RunError, match=r"best\.ckpt: its weights do not fit the configured model$"):
-        load_run(run)
-
-
-def test_other_code_is_loaded_only_if_trusted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere.py").write_text("from vae_lightning.models.backbones import MLP as Mine\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    file = run / "config.yaml"
-    file.write_text(file.read_text().replace("vae_lightning.models.backbones.MLP", "elsewhere.Mine"))
-    for trust in ((), ("else",)):
-        with pytest.raises(RunError, match=r"_target_=elsewhere.Mine: .* trust=\[(else,)?elsewhere\] allows it"):
-            load_run(run, trust)
-    assert "elsewhere" not in sys.modules  # refused before it was imported
-    assert load_run(run, trust=["elsewhere"]).latent_dim == 3
 
 
 def test_loaded_model_accepts_common_image_formats(run: Path, mnist: torch.Tensor) -> None:
@@ -205,21 +167,11 @@ def test_loaded_model_accepts_common_image_formats(run: Path, mnist: torch.Tenso
     assert vae.log_joint(grey, torch.zeros(2, 3).tolist()).shape == (2,)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "environment.json", "train.log", "checkpoints"])
-def test_a_new_run_keeps_existing_files(name: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("kept")
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(RunError, match=rf"contains {name}; a run needs a directory of its own"):
-        RunDirectory(tmp_path).create({})
-    assert (tmp_path / name).read_text() == "mine"
-    assert not (tmp_path / "config.yaml").exists()
-
-
 def test_reopen_keeps_the_evaluations_of_earlier_weights(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.create({"trainer": {"callbacks": [{"scheduling": {0: 2}}]}, "model": {}, "data": {}, "seed": 0})
     assert run.read_config()["trainer"]["callbacks"] == [{"scheduling": {0: 2}}], "integer keys survive"
-    for number, metrics in enumerate([{"epochs": 1}, {"epochs": 1}, {"epochs": "../../evil"}, {}]):
+    for number, metrics in enumerate([{"epochs": 1}, {"epochs": 1}, {}, {}]):
         run.evaluations.mkdir()
         (run.evaluations / "a.json").write_text(str(number))
         run.evaluation_file.write_text(str(number))
@@ -236,30 +188,6 @@ def test_reopen_keeps_the_evaluations_of_earlier_weights(tmp_path: Path) -> None
         assert (tmp_path / f"evaluation_{ending}.json").read_text() == str(number)
         assert (tmp_path / f"evaluations_{ending}" / "a.json").read_text() == str(number)
         assert not number or (tmp_path / f"evaluation_{ending}.csv").read_text() == str(number)
-
-
-def test_resume_writes_through_no_link_to_files_of_others(run: Path, tmp_path: Path) -> None:
-    handed, mine = RunDirectory(tmp_path / "handed"), RunDirectory(run)
-    handed.create(mine.read_config())
-    handed.checkpoints.symlink_to(mine.checkpoints)  # checkpoints of another run
-    with pytest.raises(RunError, match="checkpoints: is a link; a resumed run would write through it"):
-        check_files(handed)
-    handed.checkpoints.unlink()
-    (tmp_path / "empty").mkdir()
-    handed.checkpoints.symlink_to(tmp_path / "empty")
-    with pytest.raises(RunError, match="is a link"):
-        check_files(handed)
-    for file in mine.checkpoints.iterdir():  # `run` is a copy
-        content = torch.load(file, weights_only=True)
-        content["progress"]["directory"] = str(run)
-        torch.save(content, file)
-    elsewhere = tmp_path / "elsewhere"
-    mine.checkpoints.rename(elsewhere)
-    mine.checkpoints.symlink_to(elsewhere)  # this run's own, moved to another disk
-    check_files(mine)
-    os.mkfifo(mine.path / "train.fifo")
-    with pytest.raises(RunError, match=r"train\.fifo: is neither a file nor a directory"):
-        check_files(mine)
 
 
 @pytest.mark.parametrize("shape", [(28, 27), (2, 3, 28, 28), (784,), (1, 1, 1, 28, 28), (28,), ()])
@@ -287,24 +215,6 @@ def test_errors_name_invalid_pixels_and_latents(run: Path) -> None:
         vae.decode([float("nan"), 0, 0])
 
 
-def test_files_that_would_take_long_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = run / "checkpoints" / "best.ckpt"
-    with ZipFile(file, "w", ZIP_DEFLATED) as bomb:
-        bomb.writestr("best/data.pkl", bytes(1_000))
-    with ZipFile(file.with_name("last.ckpt"), "w") as repeated:
-        repeated.writestr("last/data.pkl", bytes(1_000))
-        repeated.filelist += repeated.filelist * 9
-    monkeypatch.setattr(ZipFile, "testzip", lambda self: pytest.fail("an entry was read"))
-    (run / "config.yaml").write_text(f"seed: {'1:' * 150_000}1\n")
-    started = time.monotonic()
-    for checkpoint in (file, file.with_name("last.ckpt")):
-        with pytest.raises(RunError, match="damaged, or contains more than weights"):
-            load_checkpoint(checkpoint)
-    with pytest.raises(RunError, match="an unquoted value of more than 1000 characters"):
-        load_run(run)
-    assert time.monotonic() - started < 1
-
-
 def test_latest_is_the_newest_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
     (tmp_path / "outputs" / "vae").mkdir(parents=True)
     for age, name in enumerate(("newest", "older", "oldest")):
@@ -319,6 +229,4 @@ def test_latest_is_the_newest_run(run: Path, tmp_path: Path, monkeypatch: pytest
         RunError, match="outputs/vae: contains 3 runs and is not one itself; the newest is outputs/vae/newest"
     ):
         load_run("outputs/vae")
-    refused = script("evaluate.py", "outputs/vae/newest")
-    assert (refused.code, refused.err) == (2, "outputs/vae/newest: say run=outputs/vae/newest\n")
     assert script("train.py", "resume=latest").out.splitlines()[-1].endswith("outputs/vae/newest")

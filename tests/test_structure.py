@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import FILES, PACKAGE
 
-PACKAGE = ROOT / "src" / "vae_lightning"
 ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch"]
 
 
@@ -27,11 +26,6 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-FILES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-    for path in PACKAGE.rglob("*.py")
-    if path != PACKAGE / "__init__.py"
-}
 GRAPH = {name.removesuffix(".__init__"): imports(path) for name, path in FILES.items()}
 
 

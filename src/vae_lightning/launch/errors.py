@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
@@ -37,5 +38,8 @@ def error_line(error: Exception) -> str | None:
         return f"{unknown[0].rstrip('.')}{did_you_mean(unknown[1], [*keys, *groups])}{allowed}"
     if isinstance(error, UserError | HydraException | OmegaConfBaseException | MisconfigurationException | OSError):
         return text
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if isinstance(error, ValueError | RuntimeError) and frame.f_globals["__name__"].startswith("lightning."):
+        return text  # Lightning has more checks of arguments, with these exceptions
     advice = "lower data.batch_size, with trainer.accumulate_grad_batches for the same steps, or the model's width"
     return f"out of memory: {advice} ({text})" if out_of_memory(error) else None

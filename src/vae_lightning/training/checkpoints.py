@@ -130,12 +130,12 @@ class Progress(Callback):
             "logged": {key: value.detach().clone() for key, value in trainer.callback_metrics.items()},
             "should_stop": trainer.should_stop,
             "history": self.history.saved(),
+            # The first step that is not logged yet; at the start of an epoch its learning rate is.
+            "purge_step": trainer.global_step + (self.next_batch == 0),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, ImageModel)
-        if "progress" not in checkpoint:
-            raise RunError(f"{self.run.last_checkpoint}: was not written by train.py, so it cannot be resumed")
         self.restored = restored = checkpoint["progress"]
         self.random = restored["random"]
         self.history.restore(restored["history"])
@@ -205,6 +205,16 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_last(run: RunDirectory) -> dict[str, Any] | None:
+    """Return the last checkpoint of a run; None without any. Raises RunError if the run cannot be resumed from it."""
+    if not run.last_checkpoint.exists():
+        return None
+    checkpoint = load_checkpoint(run.last_checkpoint)
+    if "progress" not in checkpoint:
+        raise RunError(f"{run.last_checkpoint}: was not written by train.py, so it cannot be resumed")
+    return checkpoint
 
 
 def epochs_started(checkpoint: dict[str, Any]) -> int:

@@ -38,7 +38,7 @@ def make_loggers(
         kind = locate(spec.get("_target_"), Logger, f"logger.{name}._target_")
         given = {key: value for key, value in offered.items() if key in signature(kind).parameters and key not in spec}
         if issubclass(kind, TensorBoardLogger):
-            given["purge_step"] = (checkpoint["global_step"] if checkpoint else 0) if resume else None
+            given["purge_step"] = (checkpoint["progress"]["purge_step"] if checkpoint else 0) if resume else None
         try:
             loggers[name] = build(spec, Logger, f"logger.{name}", **given)
         except ModuleNotFoundError as error:

@@ -28,7 +28,7 @@ from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
 from vae_lightning.runs.loading import load_checkpoint, load_weights
 from vae_lightning.training.callbacks import Figures
-from vae_lightning.training.checkpoints import Interval, Progress, epochs_started
+from vae_lightning.training.checkpoints import Interval, Progress, epochs_started, load_last
 from vae_lightning.training.history import History, format_terms
 from vae_lightning.training.loggers import make_loggers, opened
 from vae_lightning.training.process import log_to, share_log, steady_cpu
@@ -88,8 +88,7 @@ def train(
         model = build(c.model, ImageModel, "model", **of_data)
 
         # 3. Loggers, callbacks and trainer
-        file = run.last_checkpoint if resume and run.last_checkpoint.exists() else None
-        checkpoint = load_checkpoint(file) if file else None
+        checkpoint = load_last(run) if resume else None
         loggers = make_loggers(c.logger, run, resume, checkpoint)
         validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
         options = c.trainer | ({} if validates else {"limit_val_batches": 0})
@@ -116,7 +115,7 @@ def train(
             write_environment(run, environment)
 
         # 5. Fit
-        trainer.fit(model, data, ckpt_path=file, weights_only=True)
+        trainer.fit(model, data, ckpt_path=run.last_checkpoint if checkpoint else None, weights_only=True)
         stop.stepping = False
         stop.check()  # a signal during the last step: everything is saved
 
