@@ -87,7 +87,7 @@ def _quick_ends_of_runs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MNISTDataModule, "checksums", remembered)
-        patch.setattr(environment, "describe_code", cache(environment.describe_code))
+        patch.setattr(environment, "_git", cache(environment._git))
         patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
         yield
 

@@ -92,16 +92,8 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
     check_arguments(target, arguments, path, given)
     try:
         return target(**{**arguments, **given})
-    except UserError:
-        raise
     except ValueError as error:  # the class rejected its arguments, with a message
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether `error` means that memory ran out. PyTorch has no exception class for the CPU's memory."""
-    named = type(error).__name__ == "OutOfMemoryError"
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,7 +109,9 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
     module_name, _, class_name = str(name).rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except (ImportError, TypeError) as error:  # TypeError: a relative name
+    except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
+        if getattr(error, "name", module_name) not in (module_name, module_name.partition(".")[0]):
+            raise  # the module exists, and imports another one that does not
         raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
     target = getattr(module, class_name, None)
     if target is None:

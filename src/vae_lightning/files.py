@@ -1,7 +1,5 @@
 """Write files atomically, and read dictionaries from JSON and YAML files."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -18,7 +16,7 @@ PARTIAL = ".partial-"  # prefix of temporary files
 
 
 class FileError(UserError):
-    """A file that cannot be read, or has unexpected content."""
+    """A file that cannot be read."""
 
 
 @contextmanager
@@ -54,8 +52,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_dict(path: Path) -> dict[str, Any]:
     """Read a dictionary from a JSON or YAML file. Raises FileError."""
+    load = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        text = path.read_text(encoding="utf-8")
-        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+        return dict(load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # TypeError: not a dictionary
         raise FileError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error

@@ -17,37 +17,35 @@ from typing import Any
 
 from vae_lightning.training.signals import Interrupted
 
+TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it
+
 
 def main(command: Callable[[], None]) -> None:
-    """Run a command. Errors that the user can fix take one line on stderr, with exit status 2.
+    """Run a command. An error that the user can fix takes one line on stderr, and the exit status is 2.
 
-    HYDRA_FULL_ERROR=1 shows their traceback instead.
+    HYDRA_FULL_ERROR=1 shows its traceback instead.
     """
     sys.path.insert(0, os.getcwd())  # for the user's own classes
     gc.disable()  # imports create no garbage, and looking for it takes a fifth of the time to start
+    os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", ""))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them over many lines
     try:
-        from vae_lightning.launch.errors import TRACEBACK, error_line
-
-        os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", ""))
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them over many lines
         command()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has closed it, such as in `… --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        return
     except Interrupted as stop:
-        print(f"{stop}; to resume it: the same command, in the same directory", file=sys.stderr)
-        raise SystemExit(stop.status) from None
+        line, status = f"{stop}; to resume it: the same command, in the same directory", stop.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        line, status = "interrupted", 130
     except Exception as error:
-        if (line := error_line(error)) is None:
+        from vae_lightning.launch.errors import error_line
+
+        if (found := error_line(error)) is None:
             raise
-        print(line, file=sys.stderr)
-        raise SystemExit(2) from None
+        line, status = found, 2
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop("VAE_LIGHTNING_TRACEBACK", "")
+        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop(TRACEBACK)
+    print(line, file=sys.stderr)
+    raise SystemExit(status)
 
 
 def train_command() -> None:

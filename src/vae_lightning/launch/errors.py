@@ -11,12 +11,12 @@ from hydra.errors import HydraException, MissingConfigException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_lightning.config import UserError, did_you_mean, out_of_memory
+from vae_lightning.config import UserError, did_you_mean
+from vae_lightning.launch.commands import TRACEBACK
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parents[1]
 CONF = CHECKOUT / "conf" if (CHECKOUT / "conf" / "train.yaml").exists() else PACKAGE / "conf"
-TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it
 
 
 def error_line(error: Exception) -> str | None:
@@ -26,20 +26,22 @@ def error_line(error: Exception) -> str | None:
         return None
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return (
-            f"{group}={choice}: no such choice{did_you_mean(choice, error.options)} Allowed: {', '.join(error.options)}"
-        )
+        near, allowed = did_you_mean(choice, error.options), ", ".join(error.options)
+        return f"{group}={choice}: no such choice{near} Allowed: {allowed}"
     if isinstance(error, HydraException) and (unknown := re.match(r"Could not override '([^']+)'\.", text)):
         node = getattr(error.__cause__, "parent_node", None)  # of the configuration, where the key was looked up
         path = unknown[1].rpartition(".")[0]
         keys = [f"{path}.{key}".lstrip(".") for key in node or ()]
         groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*/")]
-        allowed = f" Allowed: {', '.join(keys or groups)}"
-        return f"{unknown[0].rstrip('.')}{did_you_mean(unknown[1], [*keys, *groups])}{allowed}"
+        near, allowed = did_you_mean(unknown[1], [*keys, *groups]), ", ".join(keys or groups)
+        return f"{unknown[0].rstrip('.')}{near} Allowed: {allowed}"
     if isinstance(error, UserError | HydraException | OmegaConfBaseException | MisconfigurationException | OSError):
         return text
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if isinstance(error, ValueError | RuntimeError) and frame.f_globals["__name__"].startswith("lightning."):
         return text  # Lightning has more checks of arguments, with these exceptions
-    advice = "lower data.batch_size, with trainer.accumulate_grad_batches for the same steps, or the model's width"
-    return f"out of memory: {advice} ({text})" if out_of_memory(error) else None
+    # PyTorch has no exception class for the memory of a CPU.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        advice = "lower data.batch_size, with trainer.accumulate_grad_batches for the same steps, or the model's width"
+        return f"out of memory: {advice} ({text})"
+    return None

@@ -40,10 +40,10 @@ def run_job(config: DictConfig) -> None:
     except Exception as error:
         line = error_line(error)
         if hydra.mode == RunMode.MULTIRUN:
-            reason = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
-            log.error("%s: %s", directory.name, reason, exc_info=line is None)
+            line = f"{directory.name}: {line or repr(error)}"
+            log.error("%s", line, exc_info=error_line(error) is None)
             with FailedJobs.file(hydra).open("a", encoding="utf-8") as file:
-                file.write(f"{directory.name}: {reason}\n")
+                file.write(f"{line}\n")
         elif line is None:
             raise
         else:
@@ -65,19 +65,20 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
         return search(config, directory, **options)
     if sweep:
+        resume = "auto"
         prepare_job(config["trainer"], directory, hydra)
     elif named and resume != "latest":
         resume = os.path.join(hydra.runtime.cwd, resume)  # hydra.job.chdir may have changed the directory
-    plan = plan_run(config, directory, hydra.overrides.task, "auto" if sweep else resume)
-    if plan.action == "finished":
-        log.info("%s: finished already; nothing to do", plan.run)
-        return plan.run.path
+    plan = plan_run(config, directory, hydra.overrides.task, resume)
     try:
-        train(plan.config, plan.run, resume=plan.action == "resume")
+        if plan.action == "finished":
+            log.info("%s: finished already; nothing to do", plan.run)
+        else:
+            train(plan.config, plan.run, resume=plan.action == "resume")
     except Interrupted as stop:
+        if sweep and callable(signal.getsignal(signal.SIGUSR2)):
+            signal.raise_signal(signal.SIGUSR2)  # to submitit, which queues the job again
         if sweep:
-            if callable(signal.getsignal(signal.SIGUSR2)):  # submitit's: it queues the job again
-                signal.raise_signal(signal.SIGUSR2)
             raise
         if getattr(rank_zero_only, "rank", 0):  # Lightning takes another status for a crash and kills the other ranks
             raise SystemExit(0) from None
@@ -87,25 +88,20 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
 
 
 def prepare_job(trainer: dict[str, Any], directory: Path, hydra: HydraConf) -> None:
-    """Let a job of a sweep train in the process that its launcher gave it, with its share of threads and GPUs.
+    """Give a job of a sweep, in the process of its launcher, its share of threads and GPUs.
 
     Raises ConfigError for several devices, and for a second job with the same overrides.
     """
-    started = FailedJobs.started
-    several = trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1
-    if several or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(
-            f"trainer.devices={trainer['devices']}: a job of a sweep trains in one process, on one device. For more, "
-            "start the runs one by one with resume=auto"
-        )
-    if directory in started:
+    if trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1 or "WORLD_SIZE" in os.environ:
+        advice = "a job of a sweep trains in one process, on one device; start such runs one by one, with resume=auto"
+        raise ConfigError(f"trainer.devices={trainer['devices']}: {advice}")
+    if directory in FailedJobs.started:
         raise ConfigError(f"{directory}: another job of this sweep has the same overrides")
-    started.add(directory)
+    FailedJobs.started.add(directory)
     if threads := hydra.launcher.get("cpus_per_task"):
         torch.set_num_threads(threads)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    if "," in visible and not torch.cuda.is_initialized():  # the launcher has not assigned one
-        gpus = visible.split(",")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    if len(gpus) > 1:  # the launcher has not assigned one
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(hydra.job.num) % len(gpus)]
 
 

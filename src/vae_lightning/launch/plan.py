@@ -1,12 +1,4 @@
-"""Which run a command is about, and what to do with it. A run is its directory; there is no other search.
-
-    python train.py                                         # start a run in a new directory
-    python train.py resume=RUN_DIR                          # resume it; also a checkpoint in it, or resume=latest
-    python train.py resume=RUN_DIR trainer.max_epochs=60    # train it for longer
-    python train.py model.latent_dim=5 resume=auto          # start, resume or skip outputs/vae/latent_dim-5
-
-With `resume=auto`, and for every job of a sweep, the directory is composed from the overrides of the command.
-"""
+"""Which run a command is about: a run is its directory, which the command names or composes from its overrides."""
 
 from __future__ import annotations
 
@@ -15,9 +7,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -35,9 +26,8 @@ CHANGEABLE = ("trainer.max_epochs", *HARMLESS)
 LONGEST_NAME = 150  # characters
 
 
-@dataclass
-class Plan:
-    """A run directory, its configuration, and what to do with it."""
+class Plan(NamedTuple):
+    """A run, its configuration, and what to do with it."""
 
     run: RunDirectory
     config: dict[str, Any]
@@ -45,40 +35,29 @@ class Plan:
 
 
 def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], resume: str | None) -> Plan:
-    """Return the run of a command with this `config` and `resume`; a new run gets `directory`.
+    """Plan the run of a command: `resume` names it, or is auto or None for the run in `directory`.
 
-    Raises RunError or ConfigError if that run cannot be resumed, or not with these settings.
+    Raises RunError or ConfigError if that run cannot be resumed, or not with this `config`.
     """
     run = RunDirectory(directory) if resume in (None, "auto") else RunDirectory.locate(resume)[0]
     if resume is None or (resume == "auto" and run.state == "new"):
         return Plan(run, config, "start")
+    given = config if resume == "auto" else [re.split("[=@]", word.lstrip("+~"))[0] for word in overrides]
+    keys = [key.replace("/", ".") for key in given]
     former = run.read_config()
-    keys = list(config) if resume == "auto" else [re.split("[=@]", word.lstrip("+~"))[0] for word in overrides]
-    changed = with_changes(former, config, [key.replace("/", ".") for key in keys], run)
+    changed, theirs, ours = {"test": True} | copy.deepcopy(former), flatten(former), flatten(config)
+    for key in (key for key in ours | theirs if any(f"{key}.".startswith(f"{name}.") for name in keys)):
+        old, new = theirs.get(key, "missing"), ours.get(key, "missing")
+        if old != new and (key not in CHANGEABLE or key not in ours):
+            allowed = ", ".join(CHANGEABLE)
+            raise ConfigError(f"{key}={new}: is {old} in {run}; when a run is resumed, only {allowed} may change")
+        if old != new:
+            set_key(changed, key, new)
     longer = changed["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
     if longer and changed["model"].get("schedule"):
         log.warning("model.schedule stays as it was for trainer.max_epochs=%s", former["trainer"].get("max_epochs"))
     untested = changed["test"] and not former.get("test", True)
     return Plan(run, changed, "resume" if run.state == "unfinished" or longer or untested else "finished")
-
-
-def with_changes(
-    former: dict[str, Any], config: dict[str, Any], keys: Sequence[str], run: RunDirectory
-) -> dict[str, Any]:
-    """Return the configuration `former` of `run`, with the values of `config` for `keys` and the keys below them.
-
-    Raises ConfigError for the first key that differs and is not in CHANGEABLE.
-    """
-    changed, theirs, ours = copy.deepcopy(former), flatten(former), flatten(config)
-    for key in ours | theirs:
-        old, new = theirs.get(key, "missing"), ours.get(key, "missing")
-        if old == new or not any(f"{key}.".startswith(f"{name}.") for name in keys):
-            continue
-        if key not in CHANGEABLE or key not in ours:
-            allowed = ", ".join(CHANGEABLE)
-            raise ConfigError(f"{key}={new}: is {old} in {run}; when a run is resumed, only {allowed} may change")
-        set_key(changed, key, new)
-    return changed
 
 
 def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
@@ -90,10 +69,10 @@ def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def run_name(overrides: Sequence[str]) -> str:
-    """Return the name of a run directory from its overrides, such as `latent_dim-5_backbone-conv`.
+    """Return the name of a directory from overrides: `latent_dim-5_backbone-conv`, or `default` without any.
 
-    It consists of the shortest ends of the keys that are unambiguous, and has no character that shells or Hydra would
-    want quoted. A hash replaces what is longer than `LONGEST_NAME`. `default` is the name without overrides.
+    It has the shortest ends of the keys that are unambiguous, no character that shells or Hydra would want quoted, and
+    a hash in place of what is longer than `LONGEST_NAME`.
     """
     values: dict[str, str] = {}
     for word in overrides:

@@ -12,7 +12,6 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +45,6 @@ def search(
 
     Raises UserError, and Interrupted if a signal stopped the search; the same command resumes it.
     """
-    if not config["data"].get("val_size"):
-        raise ConfigError(f"data.val_size={config['data'].get('val_size')}: a search needs validation images")
     try:
         import optuna
     except ImportError:
@@ -85,7 +82,6 @@ def search(
         try:
             plan = plan_run(trial_config, run.path, [], "auto")
             train(plan.config, run, plan.action == "resume", callbacks=[Report(trial)])
-            loss = min(study.trials[trial.number].intermediate_values.values(), default=float("nan"))
         except Interrupted:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             retry(study, study.trials[trial.number])
@@ -93,18 +89,18 @@ def search(
         except UserError as error:
             log.error("trial %s: %s", run.path.name, error)
             raise
-        log.info("trial %s: val/loss %.2f", run.path.name, loss)
-        return loss
+        return min(study.trials[trial.number].intermediate_values.values(), default=float("nan"))
 
     while True:
-        states = Counter(trial.state.name.lower() for trial in latest_trials(study, directory).values())
+        latest = {run_of(trial, directory).path: trial for trial in study.trials}  # of each run
+        states = Counter(trial.state.name.lower() for trial in latest.values())
         if states.total() - states["waiting"] < trials:
             study.optimize(run_trial, n_trials=1, catch=UserError)
         elif not states["running"]:
             return finish(study, directory, states)
         else:
             time.sleep(GRACE)
-            optuna.storages.fail_stale_trials(study)  # then they wait to be retried
+            optuna.storages.fail_stale_trials(study)  # those whose process was killed wait to be retried
             if states["running"] == sum(trial.state.name == "RUNNING" for trial in study.trials):
                 log.info("%s: other processes are still searching", directory)
                 return directory
@@ -124,12 +120,13 @@ class Report(Callback):
             raise TrialPruned
 
 
-def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) -> None:
-    """Raise ConfigError for a key or range that cannot be searched."""
+def check_space(space: Space, config: dict[str, Any]) -> None:
+    """Raise ConfigError for a search without validation images, and for a key or range that cannot be searched."""
     import optuna
 
-    known = flatten(config)
-    trial = optuna.create_study().ask()
+    known, trial = flatten(config), optuna.create_study().ask()
+    if not known.get("data.val_size"):
+        raise ConfigError(f"data.val_size={known.get('data.val_size')}: a search needs validation images")
     for key, choice in space.items():
         where = f"hparams_search.space.{key}"
         if key not in known:
@@ -138,12 +135,11 @@ def check_space(space: Mapping[str, Mapping[str, Any]], config: dict[str, Any]) 
             raise ConfigError(f"{where}: validation losses under different values of it cannot be compared")
         try:
             suggest(trial, key, choice)
-        except (TypeError, ValueError, OverflowError):
-            wanted = "{low: …, high: …, log: true} or {choices: […]}"
-            raise ConfigError(f"{where}={dict(choice)}: should be {wanted}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{where}={choice}: {' '.join(str(error).split())}") from None
 
 
-def suggest(trial: optuna.Trial, key: str, choice: Mapping[str, Any]) -> Any:
+def suggest(trial: optuna.Trial, key: str, choice: dict[str, Any]) -> Any:
     """Return Optuna's value for one key of the space: an integer if low and high are integers."""
     if "choices" in choice:
         return trial.suggest_categorical(key, **choice)
@@ -156,11 +152,6 @@ def run_of(trial: optuna.Trial | optuna.trial.FrozenTrial, directory: Path) -> R
     return RunDirectory(directory / "trials" / trial.user_attrs.get("directory", str(trial.number)))
 
 
-def latest_trials(study: optuna.Study, directory: Path) -> dict[str, optuna.trial.FrozenTrial]:
-    """Return the latest trial of each run, by the name of its directory."""
-    return {run_of(trial, directory).path.name: trial for trial in study.trials}
-
-
 def finish(study: optuna.Study, directory: Path, states: Counter[str]) -> Path:
     """Test the run of the best trial, write search.json, and return the run's directory."""
     if not states["complete"]:
@@ -170,8 +161,8 @@ def finish(study: optuna.Study, directory: Path, states: Counter[str]) -> Path:
     metrics = read_dict(run.metrics_file)
     if "test/loss" not in metrics:
         metrics = train(run.read_config() | {"test": True}, run, resume=True)
-    metrics = {"val/loss": best.value} | {key: value for key, value in metrics.items() if key.startswith("test/")}
-    content = {"trials": states, "best": run.path.name, "params": best.params, "run": str(run)}
-    write_json(directory / "search.json", content | metrics)
-    log.info("best trial: %s  %s", run.path.name, "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
+    tested = {key: value for key, value in metrics.items() if key.startswith("test/")}
+    content = {"trials": states, "run": str(run), "params": best.params, "val/loss": best.value}
+    write_json(directory / "search.json", content | tested)
+    log.info("best trial: %s  val/loss %.2f  test/loss %.2f", run.path.name, best.value, tested["test/loss"])
     return run.path

@@ -16,7 +16,6 @@ from vae_lightning.config import UserError
 from vae_lightning.files import PARTIAL, FileError, atomic_write, read_dict, write_json
 
 StrPath = str | os.PathLike[str]
-UNFINISHED = "unfinished"  # key in metrics.json of a run that was resumed after it had finished
 
 
 class RunError(UserError):
@@ -27,14 +26,6 @@ def runs_in(directory: Path) -> list[Path]:
     """Return the run directories up to four levels below `directory`, sorted from oldest to newest."""
     found = [file for depth in ("*", "*/*", "*/*/*", "*/*/*/*") for file in directory.glob(f"{depth}/config.yaml")]
     return [file.parent for file in sorted(found, key=lambda file: file.stat().st_mtime)]
-
-
-def newest_run(directory: Path) -> Path:
-    """Return the newest run below `directory`, for `latest`. Raises RunError if there is none."""
-    runs = runs_in(directory)
-    if not runs:
-        raise RunError(f"latest: no run found in {directory}/")
-    return runs[-1]
 
 
 class RunDirectory:
@@ -60,8 +51,7 @@ class RunDirectory:
     def __str__(self) -> str:
         return str(self.path)
 
-    def __fspath__(self) -> str:
-        return str(self.path)
+    __fspath__ = __str__
 
     @classmethod
     def locate(cls, path: StrPath) -> tuple[RunDirectory, Path]:
@@ -69,7 +59,11 @@ class RunDirectory:
 
         The checkpoint of a directory is the best one, or the last one if there is no best one yet.
         """
-        path = newest_run(Path("outputs")) if str(path) == "latest" else Path(path)
+        path = Path(path)
+        if str(path) == "latest":
+            if not (runs := runs_in(Path("outputs"))):
+                raise RunError("latest: no run found in outputs/")
+            path = runs[-1]
         if path.suffix == ".ckpt" and not path.is_dir():
             return cls(path.absolute().parent.parent), path
         run = cls(path)
@@ -85,7 +79,7 @@ class RunDirectory:
             metrics = read_dict(self.metrics_file)
         except FileError:
             return "unfinished"
-        return "finished" if metrics and not metrics.get(UNFINISHED) else "unfinished"
+        return "finished" if metrics and not metrics.get("unfinished") else "unfinished"
 
     def create(self, config: dict[str, Any]) -> None:
         """Write config.yaml into the new, locked run. Raises RunError if the directory already has something else."""
@@ -123,7 +117,7 @@ class RunDirectory:
             if path.exists():
                 os.replace(path, new)
         if metrics:
-            write_json(self.metrics_file, metrics | {UNFINISHED: True})
+            write_json(self.metrics_file, metrics | {"unfinished": True})
         self.write_config(config)
 
     def write_config(self, config: dict[str, Any]) -> None:

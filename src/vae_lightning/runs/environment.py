@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,23 @@ MOST_FILES = 100  # names of files that git does not track
 
 def describe_environment(model: ImageModel, device: torch.device, data: ImageDataModule) -> dict[str, Any]:
     """Describe what is needed to repeat a run: code, versions, machine, command, data and model size."""
+    status = _git("status", "--porcelain")
     return {
         "command": shlex.join(sys.argv),
         "seed": data.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        **describe_code(),
-        "data_checksums": data.checksums(),
-        "parameters": count_parameters(model),
-        "encoder_parameters": count_parameters(model.encoder),
-        "decoder_parameters": count_parameters(model.decoder),
-    }
-
-
-def describe_code() -> dict[str, Any]:
-    """Describe the code: versions, git commit and uncommitted changes."""
-    status = _git("status", "--porcelain")
-    return {
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": None if status is None else not status,
         "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
         "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")][:MOST_FILES],
+        "data_checksums": data.checksums(),
+        "parameters": count_parameters(model),
+        "encoder_parameters": count_parameters(model.encoder),
+        "decoder_parameters": count_parameters(model.decoder),
     }
 
 
@@ -64,13 +57,6 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     return f"{'' if device.type == 'cpu' else f'{device.type}, '}{model} ({os.cpu_count()} cores)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -23,7 +23,6 @@ from vae_lightning.models.estimators import active_units, kl_divergence
 from vae_lightning.models.pictures import standard_pictures
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
-from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.loggers import log_pictures, tensorboard_writers
 
 log = logging.getLogger(__name__)
@@ -73,10 +72,8 @@ class NonFiniteGuard(Callback):
         self._stop(trainer, f"{split}/{term} became NaN or infinite {where}")
 
     def _stop(self, trainer: Trainer, problem: str) -> NoReturn:
-        raise TrainingError(
-            f"{problem} (epoch {trainer.current_epoch + 1}); {last_good(trainer)}. "
-            "A lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
-        )
+        advice = "a lower model.learning_rate, or trainer.gradient_clip_val=1, may help"
+        raise TrainingError(f"{problem} (epoch {trainer.current_epoch + 1}); {advice}")
 
 
 class SkipNonFinite(Callback):
@@ -111,22 +108,14 @@ class SkipNonFinite(Callback):
         self.in_a_row += 1
         log.warning("the gradient of step %d is not finite; its update is skipped", trainer.global_step + 1)
         if self.in_a_row == self.IN_A_ROW:
-            raise TrainingError(
-                f"{self.IN_A_ROW} updates in a row were not finite, the last at step {trainer.global_step + 1} "
-                f"(epoch {trainer.current_epoch + 1}); {last_good(trainer)}"
-            )
+            step = trainer.global_step + 1
+            raise TrainingError(f"{self.IN_A_ROW} updates in a row were not finite, the last at step {step}")
         for parameter in module.parameters():
             parameter.grad = None  # the optimizer skips parameters without a gradient
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.log("health/skipped", float(self.skipped), sync_dist=True)
         self.skipped = 0
-
-
-def last_good(trainer: Trainer) -> str:
-    """Name the last good checkpoint, for an error message."""
-    checkpoint = RunDirectory(trainer.default_root_dir).last_checkpoint
-    return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
 
 def held_out_images(trainer: Trainer) -> tuple[Tensor, Tensor]:
