@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,8 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from vae_lightning import figures
-from vae_lightning.analysis.evaluation import VALUES
-from vae_lightning.analysis.reports import Result, find_results, is_number, make_table, page, sanitize
+from vae_lightning.analysis.reports import Result, find_results, make_table, page
 from vae_lightning.config import UserError
 from vae_lightning.files import FileError, read_dict
 from vae_lightning.runs.directory import RunDirectory, RunError
@@ -66,7 +64,7 @@ class Side:
     @property
     def bias(self) -> float:
         """How much lower the mean estimate is than the log likelihood, in nats per image; NaN for one sample."""
-        return mean_of(torch.stack([evaluation.stderr for evaluation in self.evaluations]).square()) / 2
+        return torch.stack([evaluation.stderr for evaluation in self.evaluations]).square().mean().item() / 2
 
 
 def estimate(mean: float, parts: Sequence[tuple[float, int]]) -> Estimate:
@@ -88,7 +86,7 @@ def paired_difference(ours: Tensor, baseline: Tensor) -> tuple[Estimate, Estimat
     is of the configurations: it adds the variance over seeds of both sides. None if a side has a single run.
     """
     difference = ours.mean(dim=0) - baseline.mean(dim=0)
-    mean = mean_of(difference)
+    mean = difference.mean().item()
     parts = [variance_of_mean(difference)]
     of_runs = estimate(mean, parts)
     if min(len(ours), len(baseline)) < 2:
@@ -101,10 +99,6 @@ def variance_of_mean(values: Tensor) -> tuple[float, int]:
     return values.var().item() / len(values), len(values) - 1
 
 
-def mean_of(values: Tensor) -> float:
-    return values.mean().item()
-
-
 def find_sides(paths: Iterable[Path]) -> tuple[list[tuple[str, list[Result]]], list[str]]:
     """Return the configurations in and below each path, each with a label and its runs; and notes on runs left out.
 
@@ -115,12 +109,11 @@ def find_sides(paths: Iterable[Path]) -> tuple[list[tuple[str, list[Result]]], l
     for path in paths:
         results, left_out = find_results([path])
         table = make_table("", results, ())
-        notes += left_out
-        notes += [f"left out: {sanitize(run)}: a later run has the same seed" for run in table.repeated]
+        notes += left_out + table.repeated
         for row in table.rows:
             row.results.sort(key=lambda result: str(result.run))
         for row in sorted(table.rows, key=lambda row: str(row.results[0].run)):
-            sides.append((sanitize(f"{path}: {row.names}" if row.settings else path), row.results))
+            sides.append((f"{path}: {row.names}" if row.settings else str(path), row.results))
     return sides, notes
 
 
@@ -130,10 +123,8 @@ def evaluations(run: RunDirectory, split: str) -> dict[int, tuple[Path, dict[str
     for file in (run.evaluation_file, *sorted(run.evaluations.glob("*.json"))):
         if file.with_suffix(".csv").exists():
             content = read_dict(file)
-            samples = content.get("samples")
-            best = content.get("checkpoint") == run.best_checkpoint.stem
-            if best and f"{split}/nll" in content and isinstance(samples, int):
-                found.setdefault(samples, (file, content))
+            if content["checkpoint"] == run.best_checkpoint.stem and f"{split}/nll" in content:
+                found.setdefault(content["samples"], (file, content))
     return found
 
 
@@ -158,8 +149,7 @@ def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluatio
     first, _, reference = chosen[0]
     for run, _, content in chosen:
         for key in CONDITIONS:
-            ours, theirs = sanitize(content.get(key))[:40], sanitize(reference.get(key))[:40]
-            if ours != theirs:
+            if (ours := content[key]) != (theirs := reference[key]):
                 raise RunError(f"{run}: {key}={ours}, but {first} has {key}={theirs}; the two cannot be compared")
     return [Evaluation(run, content, *read_values(file, content, split)) for run, file, content in chosen]
 
@@ -167,23 +157,19 @@ def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluatio
 def read_values(file: Path, content: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
     """Read log likelihoods and standard errors `[images]` from the CSV file that belongs to an evaluation.
 
-    Raises FileError if it is damaged, or disagrees with `content`, the evaluation in `file`.
+    Raises FileError if it is damaged, or of another evaluation than `content`, which is in `file`: a killed process may
+    have written one of the two only.
     """
-    images, nll, table = content.get("images"), content[f"{split}/nll"], file.with_suffix(".csv")
-    if not (isinstance(images, int) and images > 1 and is_number(nll)):
-        raise FileError(f"{file}: images={sanitize(images)} and {split}/nll={sanitize(nll)} are not allowed")
-    header, _, rows = table.read_text(encoding="utf-8").partition("\n")
+    images, nll, table = content["images"], content[f"{split}/nll"], file.with_suffix(".csv")
     try:
-        if header != VALUES or rows.count("\n") != images:
-            raise ValueError(f"it should have the columns {VALUES} and {images} rows, and has {rows.count(chr(10))}")
-        values = torch.from_numpy(np.loadtxt(StringIO(rows), delimiter=",", comments=None, ndmin=2))
-        if values.shape != (images, 2) or not values[:, 0].isfinite().all():
-            raise ValueError("it has rows without two numbers")
-        if not math.isclose(mean := -mean_of(values[:, 0]), nll, rel_tol=1e-6, abs_tol=1e-5):
+        log_likelihood, stderr = torch.from_numpy(np.loadtxt(table, delimiter=",", skiprows=1, ndmin=2)).T
+        if not len(stderr) == images > 1:
+            raise ValueError(f"should have {images} rows, at least 2, and has {len(stderr)}")
+        if not math.isclose(mean := -log_likelihood.mean().item(), nll, rel_tol=1e-6, abs_tol=1e-5):
             raise ValueError(f"its mean nll is {mean:.6f}, but that in {file.name} is {nll:.6f}")
     except ValueError as error:
-        raise FileError(f"{table}: cannot be used ({' '.join(str(error).split())[:300]})") from error
-    return values[:, 0], values[:, 1]
+        raise FileError(f"{table}: cannot be used ({error}); evaluate the run again") from error
+    return log_likelihood, stderr
 
 
 def compare(
@@ -191,10 +177,15 @@ def compare(
     split: Literal["test", "val"] = "test",
     to: str = "outputs/report",
 ) -> str:
-    """Compare the configurations in and below `runs` with the first; return the text to print.
+    """Compare evaluated runs with a baseline, image by image: the difference in log likelihood and its 95 % interval.
 
-    Writes comparison.md and a picture per comparison to the directory `to`. Raises UserError for runs that cannot be
-    compared.
+        python compare.py outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
+        python compare.py outputs/sweeps/priors                        # the baseline is that of the first run in it
+        python compare.py outputs/a outputs/b split=val
+
+    evaluate.py must have evaluated each run, with the same number of samples; docs/numbers.md explains the numbers.
+    Writes comparison.md and a picture per comparison to the directory `to`; returns the text to print. Raises UserError
+    for runs that cannot be compared.
     """
     found, notes = find_sides(map(Path, runs))
     if len(found) < 2:
@@ -208,7 +199,7 @@ def compare(
     baseline, *others = [Side(label, [next(read) for _ in results]) for label, results in found]
     content = baseline.evaluations[0].content
     heading = (
-        f"{next(iter(protocols))}: {sanitize(content.get('quantity'))} of {content['images']} {split} images, "
+        f"{next(iter(protocols))}: {content['quantity']} of {content['images']} {split} images, "
         f"{content['samples']} importance samples, nats per image"
     )
     rows = [side_cells(baseline)]
@@ -218,9 +209,11 @@ def compare(
         notes += remarks(side, baseline)
     try:
         images = evaluated_images(baseline.evaluations[0], split)
-        drawn += [draw(side, baseline, images) for side in others]
+        for side in others:
+            difference = side.log_likelihood.mean(dim=0) - baseline.log_likelihood.mean(dim=0)
+            drawn.append(figures.differences(difference, images, f"{side.label}\nminus {baseline.label}"))
     except UserError as error:
-        notes.append(f"no pictures: {sanitize(error)}")
+        notes.append(f"no pictures: {error}")
 
     destination = Path(to)
     markdown_file = destination / "comparison.md"
@@ -238,7 +231,7 @@ def side_cells(side: Side) -> dict[str, str]:
     """Return the cells of a row: label, number of runs, mean ± standard deviation over seeds."""
     means = side.log_likelihood.mean(dim=1)
     spread = f" ± {means.std().item():.2f}" if len(means) > 1 else ""
-    return {"": side.label, "runs": str(len(means)), "mean": f"{mean_of(means):.2f}{spread}"}
+    return {"": side.label, "runs": str(len(means)), "mean": f"{means.mean().item():.2f}{spread}"}
 
 
 def difference_cells(side: Side, baseline: Side) -> dict[str, str]:
@@ -250,7 +243,7 @@ def difference_cells(side: Side, baseline: Side) -> dict[str, str]:
         "stderr": f"{of_runs.stderr:.3f}",
         "95 % interval": interval(of_runs),
         "95 % over seeds": interval(of_configurations) if of_configurations else "",
-        "gained": f"{100 * mean_of(gained):.0f} %",
+        "gained": f"{100 * gained.mean().item():.0f} %",
     }
 
 
@@ -277,20 +270,12 @@ def remarks(side: Side, baseline: Side) -> list[str]:
 def evaluated_images(evaluation: Evaluation, split: str) -> Tensor:
     """Return the images of an evaluation, as bytes. Raises UserError if they are missing or not the same."""
     data = open_run(evaluation.run, "cpu").data
-    if data.checksums()[split] != evaluation.content.get("images_sha256"):
+    if data.checksums()[split] != evaluation.content["images_sha256"]:
         raise RunError(f"{evaluation.run}: its {split} images on this machine are not the evaluated ones")
     images: Tensor = getattr(data, f"{split}_images")
     return images
 
 
-def draw(side: Side, baseline: Side, images: Tensor) -> Figure:
-    """Draw the differences of all images, with those that changed most."""
-    difference = side.log_likelihood.mean(dim=0) - baseline.log_likelihood.mean(dim=0)
-    return figures.differences(difference, images, f"{side.label}\nminus {baseline.label}")
-
-
 def as_table(rows: Sequence[dict[str, str]], style: str) -> str:
-    names = list(rows[-1])
-    cells = [[row.get(name, "") for name in names] for row in rows]
-    align = ["left"] + ["right"] * (len(names) - 1)
-    return tabulate(cells, names, tablefmt=style, disable_numparse=True, colalign=align)
+    align = ["left"] + ["right"] * (len(rows[-1]) - 1)
+    return tabulate(rows, "keys", tablefmt=style, disable_numparse=True, colalign=align)

@@ -36,8 +36,6 @@ from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
 
-VALUES = "log_likelihood,stderr"  # columns of the CSV file of an evaluation, in nats
-
 
 @dataclass
 class ImportanceSampling:
@@ -277,8 +275,12 @@ def evaluate_run(
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run: print a table, write the files that `write_evaluation` describes, and return the results.
+    """Evaluate a trained VAE: print a table, and write evaluation.json to its run directory.
 
+        python evaluate.py run=outputs/vae/2026-11-21_10-00-00-000000
+        python evaluate.py run=outputs/… samples=500 split=val
+
+    conf/evaluate.yaml lists the options; docs/numbers.md explains the metrics. Returns the content of evaluation.json.
     Raises UserError if the run or its data cannot be opened or evaluated.
     """
     finished = RunDirectory.locate(run)[0].state == "finished"  # before the checkpoint is read
@@ -348,8 +350,8 @@ def write_evaluation(
     figures.save(curve, file.with_suffix(".png"))
     best = checkpoint.resolve() == run.best_checkpoint.resolve() and content["checkpoint"] == run.best_checkpoint.stem
     if split == "test" and best:  # a run that is still trained will have another best checkpoint
-        current = (read_dict(run.evaluation_file) if run.evaluation_file.exists() else {}).get("samples")
-        if not isinstance(current, int) or content["samples"] >= current:
+        current = read_dict(run.evaluation_file)["samples"] if run.evaluation_file.exists() else 0
+        if content["samples"] >= current:
             write_values(run.evaluation_values, values)
             write_json(run.evaluation_file, content)
             figures.save(curve, run.figures / "nll_curve.png")
@@ -357,9 +359,9 @@ def write_evaluation(
 
 
 def write_values(path: Path, values: Tensor) -> None:
-    """Write `values` `[images, 2]` as CSV with the columns of VALUES, one row per image in the order of the data."""
+    """Write `values` `[images, 2]`, in nats, as CSV with one row per image in the order of the data."""
     with atomic_write(path) as partial:
-        np.savetxt(partial, values.cpu().numpy(), fmt="%.6f", delimiter=",", header=VALUES, comments="")
+        np.savetxt(partial, values.cpu().numpy(), "%.6f", ",", header="log_likelihood,stderr", comments="")
 
 
 def format_results(results: dict[str, Any], heading: str, warning: str) -> str:

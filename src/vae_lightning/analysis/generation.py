@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -228,27 +227,26 @@ def generate_run(
 ) -> Path:
     """Save one picture in the figures/ of a run, and return the path of the file.
 
-    `options` are the arguments of the function named `what`; None means the default. They are part of the name of the
-    file, manifold_plane=principal.png, as is another checkpoint than the best one, so that different pictures have
-    different names.
+        python generate.py run=outputs/… what=samples n=100 temperature=0.8
+        python generate.py run=outputs/… what=reconstructions images=[3,18,61]
+        python generate.py run=outputs/… what=manifold               # latent_dim=2; else plane=principal or plane=[1,2]
+        python generate.py run=outputs/… what=scatter format=pdf
+        python generate.py run=outputs/… what=traversals
+        python generate.py run=outputs/… what=interpolations
+        python generate.py run=outputs/… what=decode z=[0.5,0]
+        python generate.py run=outputs/… what=nearest                # samples above their nearest training images
+        python generate.py run=outputs/… what=walk                   # animated GIF
+
+    conf/generate.yaml lists the options, the arguments of the function named `what`; null means the default. They are
+    part of the file's name, manifold_plane=principal.png, as is another checkpoint than the best one.
     Raises UserError for a run that cannot be opened, an option that the picture does not have, or a wrong value.
     """
     function = PICTURES[what]
     arguments = {name: value for name, value in options.items() if value is not None}
-    if what == "decode" and "z" not in arguments:
-        raise ConfigError("what=decode: z is missing; set the latents to decode: z=[0.5,0] or z=[[0.5,0],[2,0]]")
-    options_of = {name: [*signature(picture).parameters][1:] for name, picture in PICTURES.items()}
-    for option in arguments:
-        if option not in options_of[what]:
-            others = ", ".join(name for name, allowed in options_of.items() if option in allowed)
-            allowed = ", ".join(options_of[what])
-            raise ConfigError(f"what={what}: {option} is an option of {others} only; allowed: {allowed}")
     try:
         check_arguments(function, arguments, "", given=("run",))
     except ConfigError as error:
         raise ConfigError(f"what={what}: {error}") from None
-    if what == "walk" and format != "png":
-        raise ConfigError(f"format={format}: what=walk is always an animated GIF; leave format out")
     opened = open_run(run, accelerator, data_root)
     picture = function(opened, **arguments)
     suffix = "gif" if isinstance(picture, list) else format

@@ -10,11 +10,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
 from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ from tabulate import tabulate
 from vae_lightning import figures
 from vae_lightning.analysis.generation import first_of_each_digit, select_test_images
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
-from vae_lightning.data.pixels import Pixels, described
+from vae_lightning.data.pixels import described
 from vae_lightning.files import read_dict, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import load_run, open_run
@@ -40,8 +40,6 @@ IGNORED_KEYS = (
 )
 MAX_RUNS_IN_FIGURE = 10  # figures have ten colours
 LONGEST_LABEL = 100  # characters of a row's settings, with their full keys
-# Allowed values of the keys of metrics.json that become headings.
-HEADING_VALUES = {"data": r"[\w .-]{1,60}", "pixels": "|".join(get_args(Pixels))}
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Table:
     keys: list[str]
     metrics: list[str]
     rows: list[Row]
-    repeated: list[Path]  # older runs with the same configuration and seed
+    repeated: list[str]  # notes on older runs with the same configuration and seed
 
     @property
     def numeric_keys(self) -> list[str]:
@@ -109,8 +107,7 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             try:
                 results[run.path.resolve()] = read_result(run)
             except UserError as error:
-                reason = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
-                notes.append(f"left out: {sanitize(folder)}: {sanitize(reason)}")
+                notes.append(f"left out: {error}")
     if not results:
         raise RunError("; ".join([f"{', '.join(map(str, paths))}: no finished run found", *notes[:1]]))
     return [results[directory] for directory in sorted(results)], list(dict.fromkeys(notes))
@@ -124,27 +121,22 @@ def read_result(run: RunDirectory) -> Result:
     measured = read_dict(run.metrics_file)
     if run.state != "finished":
         raise RunError(f"{run}: not finished, its {file} is of the first {measured.get('epochs')} epochs")
-    for key, allowed in HEADING_VALUES.items():
-        if not re.fullmatch(allowed, str(measured.get(key))):
-            raise RunError(f"{run}: {file}: {key}={str(measured.get(key))[:40]!r} is not allowed")
-    metrics = {key: value for key, value in measured.items() if re.fullmatch(r"test/\w+", key) and is_number(value)}
+    metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_number(value)}
     if run.evaluation_file.exists():
         evaluated = read_dict(run.evaluation_file)
-        for key in HEADING_VALUES:
+        for key in ("data", "pixels"):
             if evaluated.get(key) != measured.get(key):
                 raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
         for name in EVALUATION_METRICS:
             if is_number(value := evaluated.get(f"test/{name}")):
                 count = SAMPLES.get(name)
-                column = f"{name} (k={sanitize(evaluated.get(count))})" if count else name
+                column = f"{name} (k={evaluated[count]})" if count else name
                 metrics[f"test/{column}"] = float(value)
     model = config["model"]
-    likelihood = model.get("likelihood")
-    target = (likelihood if isinstance(likelihood, dict) else model).get("_target_")
-    shape = measured.get("image_shape")
-    channels = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 1
     given = ", given the label" if model.get("conditional") else ""
-    protocol = f"{measured['data']}, {described(measured['pixels'], channels)} pixels{given}, {class_name(target)}"
+    pixels = described(measured["pixels"], measured["image_shape"][0])
+    likelihood = class_name((model.get("likelihood") or model)["_target_"])
+    protocol = f"{measured['data']}, {pixels} pixels{given}, {likelihood}"
     protocol += " tanh" if model.get("output") == "tanh" else ""  # pixels from -1 to 1: four times the squared error
     return Result(run, flatten(config), metrics, protocol)
 
@@ -170,10 +162,10 @@ def make_table(protocol: str, results: Sequence[Result], metrics: Sequence[str])
     repeated = []
     for result in sorted(results, key=lambda result: result.run.metrics_file.stat().st_mtime, reverse=True):
         values = {key: comparable(result.config.get(key)) for key in keys}
-        settings = {sanitize(key.removesuffix("._target_")): cells[key][value] for key, value in values.items()}
+        settings = {key.removesuffix("._target_"): cells[key][value] for key, value in values.items()}
         row = rows.setdefault(str(values), Row(settings, []))
         if any(other.config["seed"] == result.config["seed"] for other in row.results):
-            repeated.append(result.run.path)
+            repeated.append(f"left out: {result.run}: a later run has the same configuration and seed")
         else:
             row.results.append(result)
     known = list(dict.fromkeys(metric for result in results for metric in result.metrics))
@@ -256,16 +248,10 @@ def write_csv(tables: Sequence[Table], file: Path) -> None:
         writer.writeheader()
         for table in tables:
             for row in table.rows:
-                cells = {key: as_cell(value) for key, value in row.settings.items()}
-                cells |= {"protocol": table.protocol, "runs": len(row.results)}
+                cells = row.settings | {"protocol": table.protocol, "runs": len(row.results)}
                 for metric in table.metrics:
                     cells[metric], cells[f"{metric} std"] = row.statistics(metric)
                 writer.writerow(cells)
-
-
-def as_cell(value: Any) -> Any:
-    """Return a setting for a spreadsheet, which would compute a text that begins with =, + or -."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-")) else value
 
 
 def plots(table: Table) -> dict[str, Figure]:
@@ -282,7 +268,7 @@ def plots(table: Table) -> dict[str, Figure]:
                     name = ", ".join(str(value) for other, value in row.settings.items() if other != key)
                     lines.setdefault(name, []).append((row.settings[key], average, deviation or 0.0))
             if lines and len(lines) <= MAX_RUNS_IN_FIGURE:
-                name = re.sub("[^A-Za-z0-9=._-]+", "_", f"{metric}_against_{key}")[:150]
+                name = re.sub("[^A-Za-z0-9=._-]+", "_", f"{metric}_against_{key}")
                 drawn[name] = figures.against(lines, key, ", ".join(filter(None, (metric, unit))))
     best = best_rows(table)
     curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
@@ -308,14 +294,14 @@ def best_rows(table: Table) -> list[Row]:
 def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | None:
     """Return (metric, points) from history.csv: val/loss per epoch, or train/loss without a validation split.
 
-    None if the file cannot be read: the report then has a figure less.
+    None for a run without either; values that are not finite are left out.
     """
-    with suppress(OSError, KeyError, ValueError, TypeError, csv.Error):
-        rows = list(csv.DictReader(run.history_file.read_text(encoding="utf-8").splitlines()))
-        for metric in ("val/loss", "train/loss"):
-            points = [(int(row["epoch"]), float(row[metric])) for row in rows if row.get(metric)]
-            if points and all(abs(value) < 1e9 for _, value in points):
-                return metric, points
+    text = run.history_file.read_text(encoding="utf-8") if run.history_file.exists() else ""
+    rows = list(csv.DictReader(text.splitlines()))
+    for metric in ("val/loss", "train/loss"):
+        points = [(int(row["epoch"]), float(row[metric])) for row in rows if is_number(float(row.get(metric) or "nan"))]
+        if points:
+            return metric, points
     return None
 
 
@@ -337,14 +323,18 @@ def report(
     style: Literal["terminal", "markdown", "csv", "latex"] = "terminal",
     to: str = "outputs/report",
 ) -> str:
-    """Write report.md, report.csv, report.tex and figures of all runs in and below `runs`; return the text to print.
+    """Compare many runs in one table and plots: the keys that differ, and mean ± standard deviation over seeds.
 
-    `to` is the directory of the report. Raises UserError if there is no finished run, or no run has a metric.
+        python report.py outputs/sweeps/2026-11-21_10-00-00-000000
+        python report.py outputs metrics=[test/loss,test/kl] style=markdown
+        python report.py outputs/vae outputs/sweeps to=outputs/report style=latex
+
+    Writes report.md, report.csv, report.tex and figures of all runs in and below `runs` to the directory `to`; returns
+    the text to print. Raises UserError if there is no finished run, or no run has a metric.
     """
     results, notes = find_results([Path(path) for path in runs])
     compared = tables(results, metrics)
-    repeated = [directory for table in compared for directory in table.repeated]
-    notes += [f"left out: {sanitize(run)}: a later run has the same configuration and seed" for run in repeated]
+    notes += [note for table in compared for note in table.repeated]
     markdown = as_text(compared, "markdown")
     destination = Path(to)
     markdown_file, csv_file = destination / "report.md", destination / "report.csv"
@@ -357,7 +347,7 @@ def report(
                 if picture := reconstructions(table):
                     drawn["reconstructions"] = picture
             except UserError as error:
-                notes.append(f"no picture of reconstructions: {sanitize(error)}")
+                notes.append(f"no picture of reconstructions: {error}")
             for name, figure in drawn.items():
                 file = f"{number}_{name}.png"
                 figures.save(figure, scratch / file)
@@ -393,7 +383,7 @@ def comparable(value: Any) -> str:
 
 
 def cell_values(key: str, values: Sequence[Any]) -> dict[str, Any]:
-    """Return the settings of a key as a table shows them, numbers or harmless text on one line, by `comparable` value.
+    """Return the settings of a key as a table shows them, numbers or text, by `comparable` value.
 
     A class is shown without its module, unless the table has another class of the same name.
     """
@@ -402,20 +392,11 @@ def cell_values(key: str, values: Sequence[Any]) -> dict[str, Any]:
         names = [class_name(target) for target in shown.values()]
         if len({*names}) == len(names):
             shown = dict(zip(shown, names, strict=True))
-    return {value: cell if is_number(cell) else sanitize(cell) for value, cell in shown.items()}
-
-
-def sanitize(text: object) -> str:
-    """Return text from a run's files on one line, at most 500 characters, without markup or terminal commands.
-
-    Neither Markdown, HTML, LaTeX nor a terminal gives a meaning to what is left.
-    """
-    text = re.sub(r"[^\w\s.,:;=+()\[\]{}'/-]", "?", " ".join(str(text).split()))[:500]
-    return text.replace("](", "] (").replace("://", ": //").replace("www.", "www .")
+    return {value: cell if is_number(cell) else str(cell) for value, cell in shown.items()}
 
 
 def class_name(target: object) -> str:
-    return sanitize(str(target).rpartition(".")[2])
+    return str(target).rpartition(".")[2]
 
 
 def is_number(value: object) -> TypeGuard[float]:
