@@ -1,6 +1,5 @@
 """The command `python compare.py …`: paired differences between configurations, and refusals."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import BRIEF, Finished
+from helpers import change_json, fake_run
 from matplotlib.figure import Figure
-from test_reports import fake_run
 from torch import Tensor
 
 from vae_lightning.analysis.comparisons import paired_difference
@@ -107,13 +106,13 @@ B = [-79.0, -89.0]
     [
         ({"pixels": "dynamic"}, "b: MNIST, dynamic pixels, but a: MNIST, grey pixels; the two cannot be compared"),
         ({"quantity": "negative cross-entropy"}, "b: quantity=negative cross-entropy, but a has quantity=log density"),
+        ({"data": "KMNIST"}, "b: KMNIST, grey pixels, but a: MNIST, grey pixels; the two cannot be compared"),
         ({"values": [*B, -9.0]}, "b: images=3, but a has images=2; the two cannot be compared"),
         ({"images_sha256": "b2"}, "b: images_sha256=b2, but a has images_sha256=a1; the two cannot be compared"),
         ({"samples": 3}, "b: no log likelihoods of each test image with 5 importance samples, as for the others; "
                          "run python evaluate.py run=b samples=5"),
         ({"split": "val"}, "b: no log likelihoods of each test image with 5 importance samples"),
         ({"checkpoint": "last"}, "b: no log likelihoods of each test image with 5 importance samples"),
-        ({"images": None}, "b: images=None, but a has images=2"),
     ],
 )  # fmt: skip
 def test_runs_that_cannot_be_compared_are_refused(
@@ -121,17 +120,12 @@ def test_runs_that_cannot_be_compared_are_refused(
 ) -> None:
     evaluated(tmp_path / "a", [-80.0, -90.0])
     evaluated(tmp_path / "b", **{"values": B, **changed})
+    if "data" in changed:
+        change_json(tmp_path / "b" / "metrics.json", data=changed["data"])
     result = compare_py("a", "b")
     assert (result.code, result.out, len(result.err.splitlines())) == (2, "", 1)
     assert result.err.startswith(line)
     assert not (tmp_path / "outputs").exists()
-
-
-def test_the_conditions_of_the_compared_evaluations_count(compare_py, tmp_path: Path) -> None:
-    for samples in (5, 50):
-        evaluated(tmp_path / "a", [-80.0, -90.0], samples=samples)
-        evaluated(tmp_path / "b", B, samples=samples, images_sha256="a1" if samples == 5 else "b2")
-    assert compare_py("a", "b").err.startswith("b: images_sha256=b2, but a has images_sha256=a1; the two cannot")
 
 
 def test_conditional_runs_with_different_likelihoods_can_be_compared(compare_py, tmp_path: Path) -> None:
@@ -139,15 +133,6 @@ def test_conditional_runs_with_different_likelihoods_can_be_compared(compare_py,
     evaluated(tmp_path / "a", [-80.0, -90.0], model={"conditional": True})
     evaluated(tmp_path / "b", B, model={"conditional": True, "likelihood": gaussian})
     assert compare_py("a", "b").out.startswith("MNIST, grey pixels, given the label: log density of 2 test images")
-
-
-def test_another_data_set_is_refused(compare_py, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        evaluated(tmp_path / name, B)
-    for name in ("metrics.json", "evaluation.json"):
-        file = tmp_path / "b" / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "KMNIST"}))
-    assert compare_py("a", "b").err.startswith("b: KMNIST, grey pixels, but a: MNIST, grey pixels; the two cannot")
 
 
 def test_runs_without_an_evaluation_get_the_commands_to_run(compare_py, tmp_path: Path) -> None:
@@ -160,21 +145,15 @@ def test_runs_without_an_evaluation_get_the_commands_to_run(compare_py, tmp_path
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("log_likelihood,stderr\n-79.0,0.1\n-89.0,0.1", "it should have the columns log_likelihood,stderr and 2 rows"),
-        ("log_likelihood,stderr\n-79.0,0.1\n-8", "it should have the columns log_likelihood,stderr and 2 rows"),
-        ("log_likelihood,stderr\n-79.0,0.1\n-89.0\n", "the number of columns changed"),
-        ("log_likelihood,stderr\n-79.0\n-89.0\n", "it has rows without two numbers"),
-        ("log_likelihood,stderr\n-79.0,0.1\nnan,0.1\n", "it has rows without two numbers"),
-        ("log_likelihood,stderr\n-79.0,0.1\nx,0.1\n", "could not convert string 'x'"),
-        ("log_likelihood,stderr\n-79.0,0.1\n-98.0,0.1\n", "its mean nll is 88.500000, but that in evaluation.json"),
-        ("stderr,log_likelihood\n-79.0,0.1\n-89.0,0.1\n", "it should have the columns"),
-        ("", "it should have the columns"),
+        ("-79.0,0.1\n", "should have 2 rows, at least 2, and has 1"),
+        ("-79.0,0.1\nx,0.1\n", "could not convert string 'x'"),
+        ("-79.0,0.1\n-98.0,0.1\n", "its mean nll is 88.500000, but that in evaluation.json is 84.000000"),
     ],
 )
 def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare_py, tmp_path: Path) -> None:
     for name in ("a", "b"):
         evaluated(tmp_path / name, B)
-    (tmp_path / "b" / "evaluation.csv").write_text(text)
+    (tmp_path / "b" / "evaluation.csv").write_text(f"log_likelihood,stderr\n{text}")
     result = compare_py("a", "b")
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert result.err.startswith(f"b/evaluation.csv: cannot be used ({line}")
@@ -183,7 +162,7 @@ def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare_py, t
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "runs: missing; say compare.py outputs"),
+        ([], "runs: missing"),
         (["nowhere"], "nowhere: no such directory"),
         (["a"], "a: one configuration only; name the baseline first, then the runs to compare"),
         (["a", "empty"], "empty: no finished run found"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 from conftest import BRIEF, DATA
+from helpers import Few
 from linear import LATENT_DIM, SCALE, SHAPE, exact_log_likelihood, linear_vae
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from vae_lightning.analysis.explorer import make_application
 from vae_lightning.analysis.exporting import export_run
 from vae_lightning.analysis.generation import PICTURES
 from vae_lightning.config import ConfigError
-from vae_lightning.data.mnist import MNISTDataModule, load_images
+from vae_lightning.data.mnist import load_images
 from vae_lightning.models.base import ShapeError
 from vae_lightning.models.objectives import ELBO, IWAE, DReG
 from vae_lightning.models.vae import VAE
@@ -30,14 +31,6 @@ BACKBONES = {
     "conv": {"_target_": "vae_lightning.models.backbones.Conv", "channels": [4]},
     "residual": {"_target_": "vae_lightning.models.backbones.ResidualConv", "channels": [4]},
 }
-
-
-class Few(MNISTDataModule):
-    """500 training images and 100 test images of MNIST."""
-
-    def load(self):
-        (train, labels), (test, test_labels) = super().load()
-        return (train[:500], labels[:500]), (test[:100], test_labels[:100])
 
 
 def conditional_linear_vae() -> tuple[VAE, Tensor]:
@@ -137,10 +130,10 @@ class Unlabelled(Few):
 
 
 def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> None:
-    words = ["data._target_=test_conditional.Few", f"data.root={DATA}", "data.val_size=100", "model.latent_dim=2"]
+    words = ["data._target_=helpers.Few", f"data.root={DATA}", "data.val_size=100", "model.latent_dim=2"]
     words += ["model.backbone.hidden=[16]", "figures.points=[[0.5,0]]", "model.data_bias=true"]
     train(config(*words, "model.conditional=true", *BRIEF), tmp_path / "run")
-    run = open_run(tmp_path / "run", "cpu", trust=["test_conditional"])
+    run = open_run(tmp_path / "run", "cpu")
     with torch.inference_mode():
         for name, function in PICTURES.items():
             picture = function(run, **({"z": [0.0, 1.0]} if name == "decode" else {}))
@@ -151,9 +144,7 @@ def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> Non
         assert PICTURES["samples"](run, n=3, y=7).shape[1:] == (32, 3 * 30 + 2)
         with pytest.raises(ConfigError, match="y=10: should be a class from 0 to 9"):
             PICTURES["samples"](run, y=10)
-    found = evaluate_run(
-        str(tmp_path / "run"), samples=2, probes=False, class_samples=1, accelerator="cpu", trust=["test_conditional"]
-    )
+    found = evaluate_run(str(tmp_path / "run"), samples=2, probes=False, class_samples=1, accelerator="cpu")
     assert 0 <= found["test/class_accuracy"] <= 1
     assert found["test/marginal_nll"] > 0
     asyncio.run(explore(run))

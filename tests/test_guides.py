@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import blocks
 from linear import LATENT_DIM, SCALE, SHAPE, linear_vae
-from test_pages import blocks
 from torch import Tensor
 
 from vae_lightning.analysis.evaluation import aggregate_posterior

@@ -14,17 +14,16 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from conftest import DATA
-from test_resuming import differences, read_results
+from conftest import DATA, SMALL, differences, read_results
 
 from vae_lightning.analysis.evaluation import evaluate_run
 from vae_lightning.analysis.reports import find_results
 from vae_lightning.training.checkpoints import Progress
 
-SMALL = [
-    "trainer.max_epochs=2", "data._target_=test_conditional.Few", f"data.root={DATA}", "data.batch_size=20",
-    "data.val_size=100", "trainer.accelerator=cpu", "figures.embedded=0", "trainer.enable_model_summary=false",
-    "model.backbone.hidden=[16]", "figures.samples=[1,2]", "figures.pairs=1",
+WORDS = [
+    *SMALL, "data._target_=helpers.Few", f"data.root={DATA}", "data.batch_size=20", "data.val_size=100",
+    "trainer.accelerator=cpu", "trainer.limit_train_batches=null", "trainer.limit_test_batches=null",
+    "figures.samples=[1,2]", "figures.pairs=1",
 ]  # fmt: skip
 # Settings of one row exclude each other.
 SETTINGS = {
@@ -79,7 +78,7 @@ def draw(number: int, seed: int) -> list[tuple[str, str]]:
     ids="  ".join,
 )
 def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [*SMALL, *(word for setting in pair for word in split(setting))]
+    words = [*WORDS, *(word for setting in pair for word in split(setting))]
     if any("model/backbone=conv" in setting for setting in pair):
         words.remove("model.backbone.hidden=[16]")
     uninterrupted = command(*words, "hydra.run.dir=uninterrupted")
@@ -112,7 +111,7 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
     # 0: it finished before it could stop
     assert stopped.code in ((75,) if pair in FOUND else (0, 75)), stopped.err
     if stopped.code == 75:
-        resumed = command("resume=run", "trust=[test_conditional]")
+        resumed = command("resume=run")
         assert resumed.code == 0, resumed.err
     if not any("1s" in setting for setting in pair):
         one, two = read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")
@@ -121,7 +120,7 @@ def test_pairs_work_together(pair: tuple[str, str], command, tmp_path: Path, mon
         assert differences(one, two) == []
 
     if "model=autoencoder" not in pair:
-        evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False, trust=["test_conditional"])
+        evaluated = evaluate_run(str(tmp_path / "run"), samples=20, probes=False)
         assert math.isfinite(evaluated["test/nll"])
     results, notes = find_results([tmp_path])
     assert (len(results), notes) == (2, [])
