@@ -162,11 +162,9 @@ def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare_py, t
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "runs: missing"),
         (["nowhere"], "nowhere: no such directory"),
         (["a"], "a: one configuration only; name the baseline first, then the runs to compare"),
         (["a", "empty"], "empty: no finished run found"),
-        (["a", "a", "split=tset"], "split=tset: should be 'test' or 'val'; did you mean test?"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(words: list[str], line: str, compare_py, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -60,13 +58,6 @@ def test_splits() -> None:
     assert everything.val_dataloader() == []
     with pytest.raises(ConfigError, match=r"data.val_size=60000: leaves no image.* 0 to 59999"):
         module(val_size=60_000)
-
-
-def test_second_setup_does_nothing() -> None:
-    data = module(val_size=10_000)
-    before = data.train_images
-    data.setup("test")
-    assert data.train_images is before
 
 
 def test_an_epoch_has_every_image_once_and_a_short_last_batch() -> None:
@@ -132,36 +123,6 @@ def test_bernoulli_draw_has_the_right_mean() -> None:
         drawn = bernoulli_draw(images, torch.Generator().manual_seed(0), Share(len(images))).float().mean().item()
         assert drawn == pytest.approx(byte / 255, abs=4 * (0.25 / 400_000) ** 0.5)
         assert byte not in (0, 255) or drawn == byte / 255
-
-
-def test_read_only_root(copied: Path) -> None:
-    raw = copied / "MNIST" / "raw"
-    before = sorted(raw.iterdir())
-    raw.chmod(0o555)
-    try:
-        load_images("MNIST", copied)
-        assert sorted(raw.iterdir()) == before
-    finally:
-        raw.chmod(0o755)
-
-
-def test_partly_extracted_files_are_ignored(copied: Path) -> None:
-    (copied / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0")
-    (train, _), _ = load_images("MNIST", copied)
-    assert len(train) == 60_000
-
-
-@pytest.mark.proof
-def test_concurrent_loads_do_not_interfere(copied: Path) -> None:
-    code = (
-        "from vae_lightning.data.mnist import load_images; from pathlib import Path;"
-        f"print(sum(images.sum().item() for images, _ in load_images('MNIST', Path({str(copied)!r}))))"
-    )
-    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    sums = [job.communicate(timeout=120)[0].strip() for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0]
-    assert len(set(sums)) == 1
-    assert int(sums[0]) > 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
@@ -253,22 +214,6 @@ def test_large_data_sets_stay_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 2, 10**9))
     assert not fits(images, gpu)
     assert fits(images, torch.device("cpu"))
-    batches = DeviceBatches(
-        images, torch.arange(1_000), 100, device=torch.device("meta")
-    )  # batches are on the training device
-    x, labels = next(iter(batches))
-    assert {x.device.type, labels.device.type} == {"meta"}
-    assert x.shape == (100, 1, 28, 28)
-
-
-def test_invalid_files_without_checksums_are_refused(tmp_path: Path) -> None:
-    raw = tmp_path / "EMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split in ("train", "test"):
-        for kind in ("images-idx3", "labels-idx1"):
-            (raw / f"emnist-letters-{split}-{kind}-ubyte").write_bytes(b"garbage")
-    with pytest.raises(DataError, match="EMNIST-letters is incomplete"):
-        load_images("EMNIST-letters", tmp_path)
 
 
 def test_streams_of_different_keys_differ() -> None:

@@ -48,9 +48,3 @@ def test_every_experiment_trains(experiment: str, config, tmp_path: Path) -> Non
 def is_tutorial(composed: dict[str, Any]) -> bool:
     """Return whether it is a system of a tutorial: these train on all 60,000 images."""
     return bool(composed["data"]["pixels"] == "grey")
-
-
-def test_a_misspelt_experiment_gets_the_nearest_name(command) -> None:
-    refused = command("experiment=deep_bays")
-    assert refused.code == 2
-    assert "did you mean deep_bayes_32?" in refused.err

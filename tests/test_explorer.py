@@ -18,7 +18,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vae_lightning.analysis.explorer import as_bytes, describe, normalize_drawing
+from vae_lightning.analysis.explorer import describe, normalize_drawing
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.train import train
 
@@ -121,21 +121,6 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
 
 @pytest.mark.proof
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-@pytest.mark.parametrize("trained", [["model.latent_dim=1"]], indirect=True)
-def test_a_map_of_one_latent_dimension(served: str, browser: webdriver.Chrome) -> None:
-    browser.get(served)
-    wait = WebDriverWait(browser, 20)
-    wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
-    shown = picture(browser, "decoded")
-    latent_map = browser.find_element(By.ID, "map")
-    drag = ActionChains(browser, duration=50).move_to_element_with_offset(latent_map, 0, 0).click_and_hold()
-    drag.move_by_offset(120, 0).release().perform()
-    wait.until(lambda b: picture(b, "decoded") != shown)
-    assert browser.find_element(By.ID, "problem").text == ""
-
-
-@pytest.mark.proof
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 @pytest.mark.parametrize("trained", [["model.conditional=true"]], indirect=True)
 def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) -> None:
     browser.get(served)
@@ -201,14 +186,6 @@ def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:
     assert (placed[0] * rows).sum() / placed.sum() == pytest.approx(14, abs=0.5)
     assert (placed[0] * columns).sum() / placed.sum() == pytest.approx(14, abs=0.5)
     assert torch.equal(normalize_drawing(torch.zeros(1, 28, 28)), torch.zeros(1, 28, 28))
-    corner = torch.zeros(1, 28, 28)
-    corner[:, 0, 0] = 1
-    assert normalize_drawing(corner).sum() > 0
-
-
-def test_normalizing_hardly_changes_a_test_digit(mnist: torch.Tensor) -> None:
-    moved = torch.stack([normalize_drawing(x) for x in mnist[:50]])
-    assert (moved - mnist[:50]).abs().mean() < 0.04  # a shift by one pixel changes it by 0.065
 
 
 def test_the_axes_span_latent_space(config, tmp_path: Path) -> None:
@@ -221,8 +198,3 @@ def test_the_axes_span_latent_space(config, tmp_path: Path) -> None:
         torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=0, atol=1e-5)
         assert (gram.diagonal() > 0).all()
         assert len(basis["names"]) == 4
-
-
-def test_bytes_are_in_row_order() -> None:
-    assert as_bytes(torch.tensor([[[0.0, 1.0], [0.5, 2.0]]])) == bytes([0, 255, 128, 255])
-    assert as_bytes(torch.tensor([[[1]], [[2]], [[3]]], dtype=torch.uint8)) == bytes([1, 2, 3])

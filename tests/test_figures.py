@@ -15,14 +15,9 @@ def test_reconstructions_are_below_their_originals() -> None:
 
 
 def test_reconstruction_grid_fills_its_rows() -> None:
-    for pairs, rows, columns in ((8, 1, 8), (25, 5, 5), (10, 1, 10), (16, 2, 8)):
+    for pairs, rows, columns in ((2, 1, 2), (8, 1, 8), (25, 5, 5), (16, 2, 8)):
         x = torch.rand(pairs, 1, 28, 28)
         assert figures.reconstruction_grid(x, x).shape == (3, 2 * rows * 30 + 2, columns * 30 + 2)
-
-
-def test_reconstruction_grid_of_few_pairs_has_no_empty_cells() -> None:
-    x = torch.rand(2, 1, 28, 28)
-    assert figures.reconstruction_grid(x, x).shape == (3, 62, 62)
 
 
 def test_image_grid_columns() -> None:
@@ -46,20 +41,6 @@ def test_manifold_latents_are_quantiles_of_the_normal_distribution() -> None:
     of_two_classes = figures.manifold_grid(first_coordinate, steps=4, labels=[0, 1])
     assert torch.equal(of_two_classes[:, 2:114, 2:114], grid)
     assert (of_two_classes[:, 2:114, 116:228] == 1).all()
-
-
-def test_scatter_labels_every_digit() -> None:
-    figure = figures.latent_scatter(torch.randn(300, 2), torch.arange(300) % 10)
-    (axes,) = figure.axes
-    assert sorted(text.get_text() for text in axes.texts) == list("0123456789")
-    assert len({tuple(colour) for colour in axes.collections[0].get_facecolor()}) == 10
-
-
-def test_labels_are_spread() -> None:
-    points = torch.cat([torch.zeros(5, 2), torch.rand(5, 2), torch.tensor([[9.0, 9.0]])])
-    spread = figures.spread_labels(points, 0.5)
-    assert torch.pdist(spread).min() > 0.45
-    torch.testing.assert_close(spread[-1], points[-1])
 
 
 def test_loss_curves_have_one_panel_per_term_and_one_line_per_split() -> None:

@@ -80,12 +80,10 @@ def test_every_picture_is_drawn(generate_py, directory) -> None:
     [
         ("", "what: missing"),
         ("what=sampels", "what=sampels: should be 'samples', 'reconstructions'"),
-        ("what=samples n=0", "what=samples: n=0: should be greater than or equal to 1."),
         (
             "what=samples plane=[1,2]",
             "what=samples: plane=[1, 2]: no such key. Allowed: n, columns, y, temperature, seed",
         ),
-        ("what=samples format=gif", "format=gif: should be 'png', 'pdf' or 'svg'."),
         ("what=reconstructions images=[10000]", "images=10000: should be less than 10000, the number of test images"),
         ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: should be pairs, an even number of indices"),
         ("what=manifold", "latent_dim=3; a plane needs 2 latent dimensions: set plane=principal or plane=[1,2]"),
@@ -104,13 +102,6 @@ def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, dir
     assert line in result.err
     assert len(result.err.splitlines()) == 1
     assert sorted(run.rglob("*")) == before
-
-
-def test_interpolations_of_any_number_of_classes(directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = open_run(directory("model.latent_dim=3"), "cpu")
-    for classes in (1, 2, 3):
-        run.data.test_labels = torch.arange(len(run.data.test_images)) % classes
-        assert generation.interpolations(run, columns=2).get_axes()
 
 
 def test_planes_of_larger_latent_spaces(directory) -> None:
@@ -161,9 +152,9 @@ def test_nearest_training_images_are_the_nearest(directory) -> None:
 
 def test_samples_depend_on_seed_and_temperature(directory) -> None:
     run = open_run(directory("model.latent_dim=3"), "cpu")
-    assert torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=3))
-    assert not torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=4))
-    assert not torch.equal(generation.samples(run, seed=3), generation.samples(run, seed=3, temperature=0.5))
+    one, again, other = (generation.samples(run, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
     hot, cold = (run.model.sample(2_000, temperature).std(dim=0).mean() for temperature in (1.0, 0.01))
     assert cold < 0.1 * hot
 

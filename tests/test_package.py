@@ -4,15 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
-from itertools import chain
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 MINE = """
 from vae_lightning.models.backbones import MLP
@@ -64,15 +59,13 @@ code, out, err = run("vae-train", *mine, "hydra.run.dir=outputs/run")
 assert code == 0, err
 assert out.splitlines()[-1].endswith("outputs/run")
 code, _, err = run("vae-train", *mine, "model.backbone.widht=3")
-assert (code, err) == (2, "model.backbone.widht=3: no such key; did you mean model.backbone.width? "
-                          "Allowed under model.backbone: _target_, width\\n"), err
+assert code == 2 and "did you mean model.backbone.width?" in err, err
 code, _, err = run("vae-train", *mine, "model/backbone=mni")
 assert code == 2 and "did you mean mine? Allowed: conv, gated_mlp, mine, mlp, residual_conv" in err, err
-trust = "trust=[mine,squares]"
 for name, *words in [
-    ("vae-evaluate", "run=outputs/run", "samples=3", "probes=false", trust),
-    ("vae-generate", "run=outputs/run", "what=samples", trust),
-    ("vae-report", "outputs", trust),
+    ("vae-evaluate", "run=outputs/run", "samples=3", "probes=false"),
+    ("vae-generate", "outputs/run", "what=samples"),
+    ("vae-report", "outputs"),
     ("vae-compare", "--help"),
     ("vae-explore", "--help"),
     ("vae-export", "--help"),
@@ -117,17 +110,3 @@ def test_the_wheel_works_without_its_checkout(site: Path, tmp_path: Path) -> Non
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_oldest_versions_are_pinned() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [
-        project["optional-dependencies"][name]
-        for name in ("export", "explore", "launchers", "optuna", "wandb", "mlflow")
-    ]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *chain(*extras)]]
-    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if "==" in line]
-    pinned = {canonicalize_name(name): Version(version) for name, _, version in (x.partition("==") for x in lines)}
-    for requirement in wanted:
-        (oldest,) = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
-        assert pinned[canonicalize_name(requirement.name)] == oldest, requirement

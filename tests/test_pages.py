@@ -166,20 +166,11 @@ def run_python(code: str) -> None:
         assert list(found.shape) == wanted, expression
 
 
-def check_dataset(runs: list[Path]) -> None:
-    found = [json.loads((run / "metrics.json").read_text())["data"] for run in runs]
-    assert found == ["Squares", "Folder", "CIFAR"]
-
-
 def check_logger(runs: list[Path]) -> None:
     lines = [json.loads(line) for line in (runs[-1] / "log.jsonl").read_text().splitlines()]
     assert lines[0]["model.latent_dim"] == 20
     assert "test/elbo" in lines[-1]
     assert (runs[-1] / "test_samples.png").exists()
-
-
-def check_callback(runs: list[Path]) -> None:
-    assert "train/weight_norm" in (runs[-1] / "history.csv").read_text().splitlines()[0]
 
 
 def check_second_stage(runs: list[Path]) -> None:
@@ -191,9 +182,7 @@ def check_second_stage(runs: list[Path]) -> None:
 
 # What the runs of a page must show, beside that they load.
 CHECKS = {
-    "dataset.md": check_dataset,
     "logger.md": check_logger,
-    "callback.md": check_callback,
     "second_stage.md": check_second_stage,
 }
 

@@ -2,7 +2,6 @@
 
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,19 +22,6 @@ def test_the_page_has_the_recorded_results() -> None:
     results = [Result.of(row, read_results()) for row in ROWS]
     _, _, rest = PAGE.read_text().partition(f"{START}\n")
     assert rest.partition(f"\n{END}")[0].splitlines() == tables(results)
-
-
-def test_results_of_earlier_settings_are_left_out_and_misses_are_bold() -> None:
-    (row,) = (row for row in ROWS if row.name == "davidson_2")
-    recorded = read_results()
-    assert Result.of(row, recorded).runs == recorded["davidson_2"]
-    assert not Result.of(replace(row, words=f"{row.words} seed=1"), recorded).runs
-    run = recorded["davidson_2"]["0"]
-    earlier = {"davidson_2": {"0": run | {"settings": run["settings"] | {"trainer": {"max_epochs": 3}}}}}
-    assert "not run yet" in Result.of(row, earlier).line()
-    worse = Result.of(row, {"davidson_2": {"0": run | {"test/nll": 135.71}, "1": run | {"test/nll": 135.75}}})
-    assert worse.missed
-    assert "| **135.73 ± 0.46** | 2, spread 0.03 |" in worse.line()
 
 
 def test_an_archive_has_the_files_of_a_run_without_the_user(tmp_path: Path) -> None:

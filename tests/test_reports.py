@@ -63,12 +63,6 @@ def test_equal_settings_are_one_row_and_equal_names_of_two_classes_are_not(tmp_p
     assert rows == {"deep.MLP": [102.0], "wide.MLP": [100.0, 101.0]}
 
 
-def test_long_settings_are_rows_by_number_in_figures(tmp_path: Path) -> None:
-    for number, widths in enumerate(([400] * 30, [300] * 30)):
-        fake_run(tmp_path / str(number), 100.0, backbone={**MLP, "hidden": widths})
-    assert [row.label for row in only_table(tmp_path).rows] == ["row 1", "row 2"]
-
-
 def test_each_protocol_has_its_own_table(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", 100.0)
     fake_run(tmp_path / "b", 90.0, pixels="dynamic")
@@ -176,10 +170,7 @@ def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_pa
     [
         (["nowhere"], "nowhere: no such directory"),
         (["."], ".: no finished run found"),
-        ([], "runs: missing"),
         (["runs", "metrics=[test/los]"], "metrics=test/los: no run has it; did you mean test/loss?"),
-        (["runs", "style=excel"], "style=excel: should be 'terminal', 'markdown', 'csv' or 'latex'"),
-        (["runs", "stile=csv"], "Could not override 'stile'; did you mean style? Allowed: "),
     ],
 )
 def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report_py, tmp_path: Path) -> None:
