@@ -6,7 +6,7 @@ python train.py model.latent_dim=20 trainer.accelerator=gpu
 python train.py experiment=leaky_mlp_200                            # a published system: see conf/experiment/
 python train.py -m model.latent_dim=2,5,20,200 model/backbone=mlp,conv   # a sweep: one run directory per job
 python train.py resume=outputs/vae/2026-11-21_10-00-00-000000       # resume exactly where it stopped
-python train.py repeat=outputs/vae/2026-11-21_10-00-00-000000       # train its configuration again: the same numbers
+python train.py model.latent_dim=5 resume=auto                      # start, resume or skip outputs/vae/latent_dim-5
 python train.py hparams_search=optuna                               # settings of lowest validation loss
 python train.py --cfg job                                           # show the configuration and stop
 

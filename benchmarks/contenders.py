@@ -32,14 +32,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vae_lightning.data.mnist import load_images
-from vae_lightning.launch.cli import plain as as_plain_values
 from vae_lightning.models.backbones import MLP, Backbone, Conv
-from vae_lightning.runs.resume import run_config
 from vae_lightning.training.process import steady_cpu
 from vae_lightning.training.train import train
 
@@ -276,8 +274,8 @@ def train_config(system: str, batch: int, device: str, callback: str) -> dict[st
         composed = compose("train", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
     with open_dict(composed):
-        del composed["hydra"]
-    config = run_config(as_plain_values(composed))
+        del composed["hydra"], composed["resume"]
+    config: Any = OmegaConf.to_container(composed, resolve=True)
     config["data"]["root"] = str(ROOT / "data")
     config["trainer"]["callbacks"] = [{"_target_": callback}]
     config["trainer"]["enable_progress_bar"] = False

@@ -30,7 +30,7 @@ from reproduce import ROOT, machine, write_between
 
 from vae_lightning import figures
 from vae_lightning.config import UserError
-from vae_lightning.files import read_json, write_json
+from vae_lightning.files import read_dict, write_json
 
 RUNS = ROOT / "outputs" / "published"
 PAGE, RESULTS = ROOT / "docs" / "published.md", ROOT / "docs" / "published.json"
@@ -67,8 +67,7 @@ class Row:
 
 
 GATED = "experiment=gated_40"
-FASHION = "data._target_=fashion.DebianFashionMNIST data.name=FashionMNIST"
-TRUST = "trust=[fashion]"  # benchmarks/fashion.py
+FASHION = "data._target_=fashion.DebianFashionMNIST data.name=FashionMNIST"  # benchmarks/fashion.py
 ROWS = [
     *(
         Row(f"davidson_{d}", f"experiment=davidson model.latent_dim={d}", printed, printed, seeds)
@@ -109,12 +108,12 @@ def make(row: Row, seed: int) -> dict[str, Any]:
 
     run("train.py", *row.words.split(), f"seed={seed}", "test=false", f"hydra.run.dir={directory}", "resume=auto")
     if not evaluated.exists():
-        run("evaluate.py", f"run={directory}", f"samples={SAMPLES}", "probes=false", "compile=true", TRUST)
-    evaluation, metrics = read_json(evaluated), read_json(directory / "metrics.json")
+        run("evaluate.py", f"run={directory}", f"samples={SAMPLES}", "probes=false", "compile=true")
+    evaluation, metrics = read_dict(evaluated), read_dict(directory / "metrics.json")
     return {
         "words": row.words,
         "settings": settings,
-        "machine": machine(read_json(directory / "environment.json")),
+        "machine": machine(read_dict(directory / "environment.json")),
         "latent_dim": metrics["latent_dim"],
         "epochs": metrics["epochs"],
         "minutes": metrics["seconds"] / 60,
@@ -123,7 +122,7 @@ def make(row: Row, seed: int) -> dict[str, Any]:
 
 def read_results() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the recorded result of each row and seed. Raises FileError."""
-    return read_json(RESULTS) if RESULTS.exists() else {}
+    return read_dict(RESULTS) if RESULTS.exists() else {}
 
 
 @dataclass

@@ -72,16 +72,12 @@ GROUPS = {
 TIME = "a time such as 30s, 10min or 2h"
 TYPES = {
     "resume": "path, `auto`, `latest` or null",
-    "repeat": "path, `latest` or null",
-    "timeout": f"{TIME}, or null",
-    "trust": "list of strings",
     "run": "path or `latest`",
     "runs": "list of paths",
     "to": "path",
     "data_root": "path or null",
     "data.root": "path or null",
     "images": "list of integers ≥ 0, or null",
-    "hparams_search.timeout": f"{TIME}, or null",
     "hparams_search.space": "`{low: …, high: …, log: true}` or `{choices: […]}` for each key",
     "trainer.callbacks": "list of `{_target_: class, argument: value}`",
     "trainer.checkpoint_every": f"number of steps, {TIME}, or null",
@@ -103,8 +99,8 @@ HYDRA = {
 
 HEADER = """# Configuration
 
-This page lists every configuration key of all commands with its type, its default and an explanation. `make docs`
-writes it from the YAML files in `conf/` and from the type hints that check the values.
+Every configuration key of all commands, with its type, its default and an explanation. `make docs` writes this list
+from the YAML files in `conf/` and from the type hints that check the values.
 
 ```
 python train.py model.latent_dim=2                  # set a key
