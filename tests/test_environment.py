@@ -2,9 +2,13 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import MLP
 
+from vae_lightning.models.vae import VAE
 from vae_lightning.runs import environment
 
 
@@ -14,8 +18,10 @@ def test_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.Monk
         subprocess.run(["git", "-C", tmp_path, *author, *words], check=True, capture_output=True)
 
     def code() -> dict:
-        return environment.describe_code.__wrapped__()  # conftest.py keeps one result for all runs
+        data = SimpleNamespace(seed=0, checksums=dict)
+        return environment.describe_environment(VAE(backbone=MLP), torch.device("cpu"), data)
 
+    monkeypatch.setattr(environment, "_git", environment._git.__wrapped__)  # conftest.py keeps its results
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "model.py"))
     (tmp_path / "model.py").write_text("beta = 1\n")
     for words in (["init"], ["add", "."], ["commit", "-m", "first"]):

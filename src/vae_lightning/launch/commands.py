@@ -78,7 +78,8 @@ def analysis_command(name: str, function: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(name, [word for word in sys.argv[1:] if word not in runs])
     if runs:
-        config["runs" if "runs" in config else "run"] = runs if "runs" in config else runs[0]
+        several = "runs" in config.keys()  # noqa: SIM118 (`in config` is false for a missing value)
+        config["runs" if several else "run"] = runs if several else runs[0]
     if missing := OmegaConf.missing_keys(config):
         raise ConfigError(f"{min(missing)}: missing")
     options: Any = OmegaConf.to_container(config, resolve=True)

@@ -31,7 +31,7 @@ def error_line(error: Exception) -> str | None:
     if isinstance(error, HydraException) and (unknown := re.match(r"Could not override '([^']+)'\.", text)):
         node = getattr(error.__cause__, "parent_node", None)  # of the configuration, where the key was looked up
         path = unknown[1].rpartition(".")[0]
-        keys = [f"{path}.{key}".lstrip(".") for key in node or ()]
+        keys = [f"{path}.{key}".lstrip(".") for key in node or () if key != "hydra"]
         groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*/")]
         near, allowed = did_you_mean(unknown[1], [*keys, *groups]), ", ".join(keys or groups)
         return f"{unknown[0].rstrip('.')}{near} Allowed: {allowed}"
