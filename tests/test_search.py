@@ -108,10 +108,10 @@ def test_a_search_without_a_finished_trial(config, training: Training, tmp_path:
     [
         ({"model.latent_dmi": {"low": 1, "high": 2}}, "no such key; did you mean model.latent_dim?"),
         ({"model.objective.warmup_epochs": {"low": 1, "high": 2}}, "cannot be compared"),
-        ({"model.latent_dim": {"low": 2, "high": 1}}, "should be"),
-        ({"model.latent_dim": {"low": 1, "hihg": 2}}, "should be"),
-        ({"model.latent_dim": {"choices": []}}, "should be"),
-        ({"model.latent_dim": {}}, "should be"),
+        ({"model.latent_dim": {"low": 2, "high": 1}}, r"latent_dim=\{.*: .low <= high. must hold"),
+        ({"model.latent_dim": {"low": 1, "hihg": 2}}, "unexpected keyword argument 'hihg'"),
+        ({"model.latent_dim": {"choices": []}}, "must contain one or more elements"),
+        ({"model.latent_dim": {}}, "missing 2 required positional"),
     ],
 )
 def test_an_invalid_space_is_refused(config, space, message) -> None:

@@ -12,7 +12,7 @@ from vae_lightning import figures
 from vae_lightning.config import ConfigError
 from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.figures import loss_curves
-from vae_lightning.models.vae import VAE
+from vae_lightning.models.vae import ELBO, VAE
 from vae_lightning.runs.loading import load_run
 from vae_lightning.training.callbacks import TrainingError
 from vae_lightning.training.train import train
@@ -242,31 +242,31 @@ def test_divergence_is_an_error_of_one_line(config, tmp_path: Path) -> None:
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     accumulated: int, step: int, config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    elbo, calls = VAE.elbo, 0
+    elbo, calls = ELBO.__call__, 0
 
-    def fails(self: VAE, *arguments) -> dict[str, torch.Tensor]:
+    def fails(self: ELBO, vae: VAE, *arguments) -> dict[str, torch.Tensor]:
         nonlocal calls
-        calls += self.training
-        terms = elbo(self, *arguments)
+        calls += vae.training
+        terms = elbo(self, vae, *arguments)
         return terms | {name: terms[name] * math.nan for name in ("kl", "loss")} if calls == 8 else terms
 
-    monkeypatch.setattr(VAE, "elbo", fails)
+    monkeypatch.setattr(ELBO, "__call__", fails)
     directory = tmp_path / "run"
     words = ["trainer.max_epochs=4", f"trainer.accumulate_grad_batches={accumulated}", *QUICK]
-    with pytest.raises(TrainingError, match=rf"train/kl became NaN or infinite at step {step} \(epoch 2\)") as error:
+    with pytest.raises(TrainingError, match=rf"train/kl became NaN or infinite at step {step} \(epoch 2\)"):
         train(config(*words), directory)
-    assert str(directory / "checkpoints" / "last.ckpt") in str(error.value)
     assert all(value.isfinite().all() for value in weights(directory).values())
     assert not (directory / "metrics.json").exists()
 
 
 def test_validation_that_is_not_finite_stops_the_run(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elbo = VAE.elbo
-    monkeypatch.setattr(
-        VAE,
-        "elbo",
-        lambda self, x, *how: elbo(self, x, *how) | ({} if self.training else {"loss": x.sum((1, 2, 3)) * math.inf}),
-    )
+    elbo = ELBO.__call__
+
+    def fails(self: ELBO, vae: VAE, *arguments) -> dict[str, torch.Tensor]:
+        terms = elbo(self, vae, *arguments)
+        return terms if vae.training else terms | {"loss": terms["loss"] * math.inf}
+
+    monkeypatch.setattr(ELBO, "__call__", fails)
     with pytest.raises(TrainingError, match="val/loss became NaN or infinite after step 2"):
         train(config(*BRIEF), tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))

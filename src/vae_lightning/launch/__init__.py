@@ -1,1 +1,3 @@
-"""The command line, sweeps, the hyperparameter search, and their subprocesses."""
+"""The command line, sweeps, the hyperparameter search, and their errors."""
+
+TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it

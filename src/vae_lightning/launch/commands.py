@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vae_lightning.launch import TRACEBACK
 from vae_lightning.training.signals import Interrupted
-
-TRACEBACK = "VAE_LIGHTNING_TRACEBACK"  # environment variable: HYDRA_FULL_ERROR as the user has set it
 
 
 def main(command: Callable[[], None]) -> None:

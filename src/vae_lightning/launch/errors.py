@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from vae_lightning.config import UserError, did_you_mean
-from vae_lightning.launch.commands import TRACEBACK
+from vae_lightning.launch import TRACEBACK
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parents[1]
