@@ -18,16 +18,16 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PY
 
 
 class Killed(Callback):
-    """Kill the process of a run with three latent dimensions at a step, once."""
+    """Send the process of a run with three latent dimensions a signal at a step, once."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, name: str = "SIGKILL") -> None:
+        self.step, self.name = step, name
 
     def on_train_batch_start(self, trainer, module, *rest) -> None:
         once = Path(trainer.default_root_dir).parent / f"killed_{self.step}"
         if trainer.global_step == self.step and module.latent_dim == 3 and not once.exists():
             once.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[self.name])
 
 
 def sweep(directory: Path, *words: str) -> subprocess.CompletedProcess:
@@ -58,7 +58,7 @@ def test_a_failed_job_does_not_stop_a_sweep(command, tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["seed=1,1"], "another job of this sweep has the same overrides"),
-        (["seed=1,2", "trainer.devices=2"], "trainer.devices=2: a job of a sweep trains in one process, on one device"),
+        (["seed=1,2", "trainer.devices=2"], "trainer.devices=2: a job of a sweep or search trains on one device"),
         (["seed=1,2", "resume=somewhere"], "resume=somewhere: is for one run; the same command resumes a sweep"),
     ],
 )
@@ -68,12 +68,22 @@ def test_jobs_that_a_sweep_refuses(command, words: list[str], line: str) -> None
     assert line in refused.err.splitlines()[-1]
 
 
-def test_gpus_are_assigned_in_turn(monkeypatch, tmp_path: Path) -> None:
+def test_a_stopped_sweep_is_resumed_by_the_same_command(command, tmp_path: Path) -> None:
+    words = ["-m", "hydra.sweep.dir=sweep", "model.latent_dim=3,4", *SMALL]
+    words += ["trainer.callbacks=[{_target_: test_sweeps.Killed, step: 7, name: SIGTERM}]"]
+    stopped = command(*words)
+    assert (stopped.code, finished(tmp_path / "sweep")) == (75, [])
+    assert stopped.err == "stopped by SIGTERM after step 8; to resume it: the same command, in the same directory\n"
+    again = command(*words)
+    assert (again.code, finished(tmp_path / "sweep")) == (0, [3, 4])
+    assert "resuming after step 8" in again.out
+
+
+def test_gpus_are_assigned_in_turn(monkeypatch) -> None:
     found = []
     for number in range(4):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")
-        hydra = type("Hydra", (), {"job": type("Job", (), {"num": number}), "launcher": {}})
-        jobs.prepare_job({"devices": "auto", "num_nodes": 1}, tmp_path / str(number), hydra)
+        jobs.use_one_device({"devices": "auto", "num_nodes": 1}, number)
         found.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert found == ["5", "7", "9", "5"]
 

@@ -34,6 +34,8 @@ def run_job(config: DictConfig) -> None:
     """Run the job that Hydra composed. A failed job of a sweep is logged and noted, and the other jobs go on."""
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
+    if getattr(rank_zero_only, "rank", 0):  # the first process writes the log
+        logging.root.setLevel(logging.ERROR)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True)
         rank_zero_only(print)(search_or_train(plain, directory, hydra))
@@ -63,10 +65,15 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
         raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")
     if options:
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
+        use_one_device(config["trainer"], 0)
         return search(config, directory, **options)
     if sweep:
         resume = "auto"
-        prepare_job(config["trainer"], directory, hydra)
+        if directory in FailedJobs.started:
+            raise ConfigError(f"{directory}: another job of this sweep has the same overrides")
+        FailedJobs.started.add(directory)
+        use_one_device(config["trainer"], int(hydra.job.num))
+        torch.set_num_threads(hydra.launcher.get("cpus_per_task") or torch.get_num_threads())
     elif named and resume != "latest":
         resume = os.path.join(hydra.runtime.cwd, resume)  # hydra.job.chdir may have changed the directory
     plan = plan_run(config, directory, hydra.overrides.task, resume)
@@ -76,8 +83,8 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
         else:
             train(plan.config, plan.run, resume=plan.action == "resume")
     except Interrupted as stop:
-        if sweep and callable(signal.getsignal(signal.SIGUSR2)):
-            signal.raise_signal(signal.SIGUSR2)  # to submitit, which queues the job again
+        if "submitit" in getattr(signal.getsignal(signal.SIGUSR2), "__module__", ""):
+            signal.raise_signal(signal.SIGUSR2)  # submitit queues the job again
         if sweep:
             raise
         if getattr(rank_zero_only, "rank", 0):  # Lightning takes another status for a crash and kills the other ranks
@@ -87,22 +94,17 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
     return plan.run.path
 
 
-def prepare_job(trainer: dict[str, Any], directory: Path, hydra: HydraConf) -> None:
-    """Give a job of a sweep, in the process of its launcher, its share of threads and GPUs.
+def use_one_device(trainer: dict[str, Any], number: int) -> None:
+    """Let one of several runs of a process use one device: the GPU of that number, if the launcher assigned none.
 
-    Raises ConfigError for several devices, and for a second job with the same overrides.
+    Raises ConfigError for several devices, since torch.distributed serves one run of a process.
     """
     if trainer["devices"] not in (1, "1", "auto") or trainer["num_nodes"] != 1 or "WORLD_SIZE" in os.environ:
-        advice = "a job of a sweep trains in one process, on one device; start such runs one by one, with resume=auto"
+        advice = "a job of a sweep or search trains on one device; start runs on more one by one, with resume=auto"
         raise ConfigError(f"trainer.devices={trainer['devices']}: {advice}")
-    if directory in FailedJobs.started:
-        raise ConfigError(f"{directory}: another job of this sweep has the same overrides")
-    FailedJobs.started.add(directory)
-    if threads := hydra.launcher.get("cpus_per_task"):
-        torch.set_num_threads(threads)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    if len(gpus) > 1:  # the launcher has not assigned one
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(hydra.job.num) % len(gpus)]
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
 
 def resume_override(directory: Path) -> str:

@@ -38,7 +38,8 @@ TRAINER_DEFAULTS = {
     name: parameter.default for name, parameter in signature(Trainer).parameters.items() if name not in OURS
 }
 ConfigStore.instance().store(group="trainer", name="lightning", node=TRAINER_DEFAULTS)
-# Callbacks of Lightning that do not resume, or train another run than the configuration describes (DESIGN, section 4).
+# Refused callbacks of Lightning: pruning, scheduled accumulation and SWA do not resume exactly, and the finders train
+# with another batch size or learning rate than the configuration says.
 REFUSED = (
     *(BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, ModelPruning, StochasticWeightAveraging),
 )
