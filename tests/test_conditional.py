@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import BRIEF, DATA
+from conftest import BRIEF, DATA, MLP
 from helpers import Few
 from linear import LATENT_DIM, SCALE, SHAPE, exact_log_likelihood, linear_vae
 from torch import Tensor, nn
@@ -24,10 +24,9 @@ from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import load_run, open_run
 from vae_lightning.training.train import train
 
-SMALL = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [16]}
 BACKBONES = {
-    "mlp": SMALL,
-    "gated": SMALL | {"gated": True},
+    "mlp": MLP,
+    "gated": MLP | {"gated": True},
     "conv": {"_target_": "vae_lightning.models.backbones.Conv", "channels": [4]},
     "residual": {"_target_": "vae_lightning.models.backbones.ResidualConv", "channels": [4]},
 }
@@ -83,7 +82,7 @@ def test_both_networks_of_every_backbone_use_the_label(name: str, mnist: Tensor)
 
 
 def test_samples_are_of_the_class_or_of_all_classes_in_turn() -> None:
-    vae = VAE(2, SMALL, conditional=True, classes=3)
+    vae = VAE(2, MLP, conditional=True, classes=3)
     vae.prior.scale.zero_()
     drawn = [vae.sample(4, labels=y) for y in (None, 1, [2, 1, 0, 0])]
     of_class = [vae.pictures(torch.zeros(2), y) for y in range(3)]
@@ -92,7 +91,7 @@ def test_samples_are_of_the_class_or_of_all_classes_in_turn() -> None:
 
 
 def test_missing_and_wrong_labels_get_one_clear_line(mnist: Tensor, command) -> None:
-    vae, x = VAE(2, SMALL, conditional=True, classes=10), mnist[:3]
+    vae, x = VAE(2, MLP, conditional=True, classes=10), mnist[:3]
     missing = "labels: missing; a conditional model needs a class from 0 to 9 for each image"
     for call in (lambda: vae.encode(x), lambda: vae.reconstruct(x), lambda: vae.decode([0.0, 0.0])):
         with pytest.raises(ShapeError, match=missing):
@@ -109,9 +108,9 @@ def test_missing_and_wrong_labels_get_one_clear_line(mnist: Tensor, command) -> 
     with pytest.raises(
         ShapeError, match=r"labels=7: the model is not conditional; train one with model\.conditional=true"
     ):
-        VAE(2, SMALL).sample(4, labels=7)
+        VAE(2, MLP).sample(4, labels=7)
     with pytest.raises(ConfigError, match=r"model\.conditional=true: needs the number of classes"):
-        VAE(2, SMALL, conditional=True)
+        VAE(2, MLP, conditional=True)
     unlabelled = ["data._target_=test_conditional.Unlabelled", "data.val_size=100"]
     for words, line in (
         (["model/prior=vamp"], "model.conditional=true: VampPrior encodes without labels; use another prior"),

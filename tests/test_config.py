@@ -11,17 +11,10 @@ from vae_lightning.config import (
     UserError,
     build,
     check_arguments,
-    did_you_mean,
-    flatten,
 )
-from vae_lightning.models.backbones import MLP, Backbone
 
 
 def sample(size: PositiveInt, weight: NonNegative = 1.0, mode: Literal["fast", "slow"] = "fast") -> None: ...
-
-
-def test_valid_arguments_are_accepted() -> None:
-    check_arguments(sample, {"size": 3, "weight": 2, "mode": "slow"}, "a.b")
 
 
 @pytest.mark.parametrize(
@@ -51,14 +44,6 @@ def test_a_word_in_place_of_a_list() -> None:
 
     with pytest.raises(ConfigError, match=r"^metrics=nll: should be a list, such as \[nll\]\.$"):
         check_arguments(function, {"metrics": "nll"}, "")
-
-
-def test_build_passes_arguments_to_the_class() -> None:
-    spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [7]}
-    network = build(spec, Backbone, "model.backbone", latent_dim=2, encoder_outputs=4)
-    assert isinstance(network, MLP)
-    assert network.encoder[1].out_features == 7
-    assert spec == {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [7]}
 
 
 @pytest.mark.parametrize(
@@ -103,12 +88,3 @@ def test_a_bug_of_a_class_keeps_its_traceback() -> None:
 def test_build_needs_a_target() -> None:
     with pytest.raises(UserError, match=r"model\._target_: missing"):
         build({"latent_dim": 2}, nn.Module, "model")
-
-
-def test_did_you_mean() -> None:
-    assert did_you_mean("covn", ["mlp", "conv"]) == "; did you mean conv?"
-    assert did_you_mean("xyz", ["mlp", "conv"]) == "."
-
-
-def test_flatten_keeps_empty_dictionaries() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [{"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}]}

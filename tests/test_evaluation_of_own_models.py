@@ -15,7 +15,6 @@ from vae_lightning.analysis import generation
 from vae_lightning.analysis.evaluation import evaluate, evaluate_run
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.posteriors import Gaussian, PosteriorDistribution
-from vae_lightning.models.priors import StandardNormal
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunError
 from vae_lightning.runs.loading import open_run
@@ -60,17 +59,6 @@ class IAF(Gaussian):
         return Autoregressive(super().forward(outputs), self.weight)
 
 
-class OwnEncode(VAE):
-    """Overrides `posterior_given` instead of using another posterior class."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(**options)
-        self.weight = nn.Parameter(torch.full((self.latent_dim, self.latent_dim), 0.4))
-
-    def posterior_given(self, x, labels=None) -> PosteriorDistribution:
-        return Autoregressive(super().posterior_given(x, labels), self.weight)
-
-
 class Conditional(VAE):
     """The label shifts all latents, so that reconstructions without it are wrong."""
 
@@ -107,7 +95,6 @@ BRIEF = [
 ]  # fmt: skip
 OWN = {
     "part": ["model.posterior._target_=test_evaluation_of_own_models.IAF"],
-    "method": ["model._target_=test_evaluation_of_own_models.OwnEncode"],
     "conditional": ["model._target_=test_evaluation_of_own_models.Conditional"],
     "vamp": ["model/prior=vamp", "model.prior.pseudo_inputs=5", "model/posterior=full_covariance"],
     "flow": ["model/prior=flow", "model/posterior=flow", "model.prior.hidden=[8]", "model.posterior.hidden=[8]"],
@@ -131,7 +118,7 @@ def test_evaluation_agrees_with_log_weights_and_with_the_run_s_test(kind: str, t
     assert found["test/elbo"] == pytest.approx(weights.mean().item(), abs=0.3)
     assert found["test/elbo"] == pytest.approx(metrics["test/elbo"], abs=1.5)
     assert found["test/reconstruction"] + found["test/kl"] == pytest.approx(-found["test/elbo"], rel=1e-5)
-    flow = kind in ("part", "method", "flow")
+    flow = kind in ("part", "flow")
     assert (found["test/mutual_information"] is None) == flow, "there is no mixture of flows"
     for name in ("reconstructions", "traversals", "interpolations", "samples", "walk"):
         assert getattr(generation, name)(run) is not None
@@ -161,27 +148,3 @@ def test_a_flow_on_top_of_the_true_posterior_finds_the_exact_likelihood() -> Non
     assert results["elbo"] < exact.mean().item() - 0.01
     assert not sampled.analytic
     assert results["kl_per_dimension"] is None
-
-
-class Far(StandardNormal):
-    """N(15, 3² I)."""
-
-    def forward(self, temperature: float = 1.0):
-        normal = super().forward(temperature)
-        return torch.distributions.TransformedDistribution(normal, torch.distributions.AffineTransform(15.0, 3.0))
-
-
-def test_pictures_cover_the_range_of_the_prior(tmp_path: Path) -> None:
-    prior = "model.prior._target_=test_evaluation_of_own_models.Far"
-    trained([prior, "model.latent_dim=2", "trainer.max_steps=1"], tmp_path / "run")
-    run, seen = open_run(tmp_path / "run", "cpu"), []
-    given = run.model.likelihood_given
-    run.model.likelihood_given = lambda z, labels=None: (seen.append(z.reshape(-1, 2)), given(z, labels))[1]
-    for picture in (generation.manifold, generation.traversals):
-        seen.clear()
-        with torch.inference_mode():
-            picture(run)
-        z = torch.cat(seen)
-        assert z.mean().item() == pytest.approx(15, abs=0.2)
-        assert 18 < z.max().item() < 26
-        assert 4 < z.min().item() < 12

@@ -15,8 +15,7 @@ from linear import LATENT_DIM, SCALE, SHAPE, linear_vae
 from torch import Tensor
 
 from vae_lightning.analysis.evaluation import aggregate_posterior
-from vae_lightning.config import ConfigError, build
-from vae_lightning.models.backbones import Backbone
+from vae_lightning.config import ConfigError
 from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
 
 Guide = Callable[[str], Any]
@@ -123,20 +122,6 @@ def test_total_correlation_needs_a_diagonal_gaussian_and_a_normal_prior(guide: G
     prior = {"_target_": "vae_lightning.models.priors.VampPrior", "pseudo_inputs": 3}
     with pytest.raises(ConfigError, match=r"TCVAE needs model/posterior=gaussian and model/prior=normal"):
         linear_vae(objective={"_target_": "tcvae.TCVAE"}, prior=prior)
-
-
-def test_the_transformer_takes_images_of_every_shape_that_patches_divide(guide: Guide) -> None:
-    guide("transformer")
-    sizes: dict[str, Any] = {"latent_dim": 3, "encoder_outputs": 6, "image_shape": (3, 8, 12)}
-    spec = {"_target_": "transformer.Transformer", "width": 8}
-    networks = build(spec | {"patch": 4}, Backbone, "model.backbone", **sizes)
-    assert networks.encoder(torch.rand(5, 3, 8, 12)).shape == (5, 6)
-    pictures = networks.decoder(torch.randn(5, 3))
-    assert pictures.shape == (5, 3, 8, 12)
-    (pictures[:, :, :4, :4].sum()).backward()
-    assert networks.decoder[2].positions.grad.abs().amin(dim=0).gt(0).all()  # a patch attends to every position
-    with pytest.raises(ConfigError, match=r"model\.backbone\.patch=7: should divide the sides of the image, \[8, 12\]"):
-        build(spec, Backbone, "model.backbone", **sizes)
 
 
 def test_the_autoregressive_prior_is_a_density_and_samples_from_it(guide: Guide) -> None:

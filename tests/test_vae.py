@@ -1,39 +1,27 @@
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributions as td
+from conftest import MLP
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae_lightning.config import ConfigError
+from vae_lightning.models import backbones
 from vae_lightning.models.autoencoder import Autoencoder
-from vae_lightning.models.backbones import MLP
-from vae_lightning.models.estimators import closed_form_kl, importance_weighted_bound
+from vae_lightning.models.estimators import closed_form_kl
 from vae_lightning.models.inputs import ShapeError
 from vae_lightning.models.objectives import ELBO, IWAE, DReG
 from vae_lightning.models.posteriors import DiagonalGaussian, Gaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
 
-SMALL = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [16]}
 GAUSSIAN = {"_target_": "vae_lightning.models.likelihoods.Gaussian"}
 
 
-class Halves(nn.Module):
-    """An encoder whose posterior is N(0.5, 0.8²) in each dimension, whatever the image."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.outputs = torch.tensor([0.5] * latent_dim + [2 * math.log(0.8)] * latent_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outputs.expand(len(x), -1)
-
-
-@pytest.mark.parametrize("latent_dim", [1, 2, 5, 20, 200])
+@pytest.mark.parametrize("latent_dim", [1, 20])
 @pytest.mark.parametrize("backbone", ["MLP", "Conv"])
 def test_shapes(latent_dim: int, backbone: str, mnist: Tensor) -> None:
     vae = VAE(latent_dim, {"_target_": f"vae_lightning.models.backbones.{backbone}"})
@@ -50,93 +38,23 @@ def test_shapes(latent_dim: int, backbone: str, mnist: Tensor) -> None:
     assert vae.sample(6).shape == (6, 1, 28, 28)
 
 
-def test_reparameterization_has_posterior_moments_and_gradients() -> None:
-    vae = VAE(2, SMALL)
-    vae.encoder = Halves(2)
-    outputs = vae.encoder.outputs.requires_grad_()
-    z = vae.reparameterize(vae.encode(torch.zeros(1, 1, 28, 28)), samples=200_000)
-    assert z.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert z.std().item() == pytest.approx(0.8, rel=0.01)
-    z.square().mean().backward()  # E[z²] = mean² + exp(log variance), averaged over 2 dimensions
-    assert outputs.grad is not None
-    assert outputs.grad.tolist() == pytest.approx([0.5, 0.5, 0.32, 0.32], abs=0.02)
-
-
-def test_loss_of_an_image_does_not_depend_on_its_batch(mnist: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = VAE(5, SMALL).eval()
-    noise = torch.randn(len(mnist), 5)
-    seen = 0
-
-    def fixed_noise(*shape: int, **_: Any) -> Tensor:
-        nonlocal seen
-        seen += shape[0]
-        return noise[seen - shape[0] : seen]
-
-    monkeypatch.setattr(torch, "randn", fixed_noise)
-    together = vae.elbo(mnist)["loss"]
-    seen = 0
-    apart = torch.cat([vae.elbo(batch)["loss"] for batch in mnist.split(64)])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-3)
-
-
-def test_mean_log_weight_is_the_elbo_and_more_samples_raise_the_bound(mnist: Tensor) -> None:
-    vae = VAE(5, SMALL)
-    vae.encoder = Halves(5)
-    with torch.no_grad():
-        weights = vae.log_weights(mnist[:10], k=4_000)
-        elbo = torch.stack([vae.elbo(mnist[:10])["elbo"] for _ in range(400)])
-    error = (weights.var(0) / len(weights) + elbo.var(0) / len(elbo)).sqrt()
-    assert ((weights.mean(0) - elbo.mean(0)).abs() < 5 * error).all()
-    bounds = [importance_weighted_bound(weights[:k]).mean().item() for k in (1, 100, 4_000)]
-    assert bounds[0] < bounds[1] < bounds[2]
-
-
-def test_nll_is_exact_where_x_does_not_depend_on_z(mnist: Tensor) -> None:
-    vae = VAE(1, SMALL)
-    vae.encoder = Halves(1)
-    for parameter in vae.decoder.parameters():
-        nn.init.zeros_(parameter)  # logits 0: p(x|z) = 2⁻⁷⁸⁴ for every z, and so is p(x)
-    x = (mnist[:4] > 0.5).float()
-    nll = -importance_weighted_bound(vae.log_weights(x, k=20_000))
-    assert nll.tolist() == pytest.approx([784 * math.log(2)] * 4, abs=0.02)
-
-
-def test_black_white_and_extreme_images_have_finite_losses_and_gradients() -> None:
-    for name in ("Bernoulli", "ContinuousBernoulli", "Gaussian"):
-        vae = VAE(3, SMALL, {"_target_": f"vae_lightning.models.likelihoods.{name}"})
-        x = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
-        vae.elbo(x)["loss"].mean().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters() if p.requires_grad)
-
-
-def test_gaussian_adds_the_squared_error(mnist: Tensor) -> None:
-    terms = VAE(3, SMALL, GAUSSIAN).elbo(mnist[:8])
-    constant = 784 / 2 * math.log(math.pi)
-    torch.testing.assert_close(terms["squared_error"], terms["reconstruction"] - constant, rtol=1e-4, atol=1e-2)
-
-
 def test_numbers_are_float32_under_mixed_precision(mnist: Tensor) -> None:
-    vae = VAE(5, SMALL)
+    vae = VAE(5, MLP)
     with torch.autocast("cpu", torch.bfloat16):
         terms = vae.elbo(mnist[:8])
     assert {value.dtype for value in terms.values()} == {torch.float32}
 
 
 def test_hyperparameters_rebuild_the_model() -> None:
-    vae = VAE(3, SMALL, GAUSSIAN, beta=2.0)
+    vae = VAE(3, MLP, GAUSSIAN, beta=2.0)
     again = VAE(**vae.hparams)
     again.load_state_dict(vae.state_dict())
     assert (again.latent_dim, again.beta, again.likelihood.scale.item()) == (3, 2.0, pytest.approx(0.5**0.5))
 
 
-def test_invalid_backbone_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"model.backbone.hiden=\[4\]: no such key; did you mean hidden"):
-        VAE(2, {"_target_": "vae_lightning.models.backbones.MLP", "hiden": [4]})
-
-
 @pytest.mark.parametrize(("output", "scale"), [("sigmoid", 1.0), ("tanh", 2.0)])
 def test_autoencoder_error_is_per_pixel_on_the_output_scale(output: str, scale: float, mnist: Tensor) -> None:
-    model = Autoencoder(3, SMALL, output=output)
+    model = Autoencoder(3, MLP, output=output)
     terms = model.terms(mnist[:8])
     error = (scale * (model.reconstruct(mnist[:8]) - mnist[:8])).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms["mse"], error)
@@ -145,7 +63,7 @@ def test_autoencoder_error_is_per_pixel_on_the_output_scale(output: str, scale: 
     assert 0 <= model.reconstruct(mnist[:8]).min() <= model.reconstruct(mnist[:8]).max() <= 1
 
 
-class Flat(MLP):
+class Flat(backbones.MLP):
     """A decoder that forgets the shape of images."""
 
     def __init__(self, **options: Any) -> None:
@@ -153,7 +71,7 @@ class Flat(MLP):
         self.decoder = self.decoder[:-1]
 
 
-class Narrow(MLP):
+class Narrow(backbones.MLP):
     """An encoder with one output too few."""
 
     def __init__(self, encoder_outputs: int, **options: Any) -> None:
@@ -200,7 +118,7 @@ class ShiftedDistribution(PosteriorDistribution):
 
 
 def test_custom_posterior(mnist: Tensor) -> None:
-    vae, x = VAE(3, SMALL, posterior={"_target_": "test_vae.Shifted"}), mnist[:4]
+    vae, x = VAE(3, MLP, posterior={"_target_": "test_vae.Shifted"}), mnist[:4]
     assert closed_form_kl(vae.encode(x), vae.prior_distribution()) is None
     torch.manual_seed(1)
     terms = vae.elbo(x)
@@ -221,7 +139,7 @@ class Conditional(VAE):
 
 
 def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None:
-    vae, x, labels = Conditional(3, SMALL).eval(), mnist[:4], torch.arange(4)
+    vae, x, labels = Conditional(3, MLP).eval(), mnist[:4], torch.arange(4)
 
     def drawn(call: Callable[..., Any], *arguments: Any) -> Tensor:
         torch.manual_seed(0)
@@ -242,7 +160,7 @@ def test_labels_reach_every_method_of_a_conditional_model(mnist: Tensor) -> None
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_training_checks_the_first_batch_of_a_fit_and_no_other(mnist: Tensor, conditional: bool) -> None:
-    vae, labels = VAE(3, SMALL, conditional=conditional, classes=3), torch.arange(4) % 3
+    vae, labels = VAE(3, MLP, conditional=conditional, classes=3), torch.arange(4) % 3
     x = mnist[:4]
     wrong = [
         ((255 * x, labels), "pixels from 0 to 255: should be floats"),
@@ -258,7 +176,7 @@ def test_training_checks_the_first_batch_of_a_fit_and_no_other(mnist: Tensor, co
 
 
 def test_public_methods_check_with_and_without_a_trainer(mnist: Tensor) -> None:
-    vae = VAE(3, SMALL)
+    vae = VAE(3, MLP)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     for attached in (None, trainer):
         vae.trainer = attached
