@@ -1,4 +1,4 @@
-"""The structure of the package: order of imports, no circular imports, light imports."""
+"""The structure of the package: order of imports, no circular imports, light imports, private names."""
 
 import ast
 import re
@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import FILES, PACKAGE
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch"]
 
@@ -54,28 +58,41 @@ def test_no_circular_imports() -> None:
         visit(name, ())
 
 
-def test_importing_the_package_is_light_and_has_no_side_effects() -> None:
-    code = """
-import atexit, gc, sys
-before = gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks()
-import vae_lightning
-assert not {"torch", "lightning", "hydra"} & set(sys.modules)
-assert before == (gc.isenabled(), gc.get_freeze_count(), atexit._ncallbacks())
-from vae_lightning import VAE, Autoencoder, MNISTDataModule, load_run
-assert not {"hydra", "sklearn", "optuna"} & set(sys.modules), "needed only for commands"
-assert gc.isenabled()
+@pytest.mark.parametrize(
+    ("names", "heavy"),
+    [
+        ("__doc__", {"torch", "lightning", "hydra"}),
+        pytest.param("VAE, Autoencoder, MNISTDataModule, load_run", {"hydra", "sklearn"}, marks=pytest.mark.proof),
+    ],
+)
+def test_importing_the_package_is_light_and_has_no_side_effects(names: str, heavy: set[str]) -> None:
+    code = f"""
+import gc, sys
+before = gc.isenabled(), gc.get_freeze_count()
+from vae_lightning import {names}
+assert before == (gc.isenabled(), gc.get_freeze_count())
+assert not {heavy} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_only_run_directory_names_the_files_of_a_run() -> None:
-    files = ("config.yaml", "metrics.json", "history.csv", "environment.json", "train.log", ".ckpt")
-    files += ("evaluation.json", "evaluation.csv")
-    names = re.compile("|".join([*(name.replace(".", r"\.", 1) for name in files), "^checkpoints$"]))
+def test_private_names_are_used_in_three_files() -> None:
     found = set()
     for module, file in FILES.items():
-        nodes = list(ast.walk(ast.parse(file.read_text())))
-        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
-        found |= {module for string in strings if names.search(str(string))}
-    assert found == {"runs.directory"}
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]\w*[^_]$", node.attr):
+                owner = node.value.id if isinstance(node.value, ast.Name) else ""
+                found |= set() if owner in ("self", "cls") else {module}
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("vae_lightning"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                found |= {module} if private or "._" in (node.module or "") else set()
+    assert found == {"training.fast_loop", "training.compiled", "training.checkpoints"}
+
+
+def test_lightning_keeps_what_a_resumed_run_sets() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit_loop._restarting = True
+    assert trainer.fit_loop.restarting is True
+    trainer.callback_metrics["val/loss"] = torch.tensor(1.0)
+    assert trainer.callback_metrics["val/loss"] == 1.0
+    assert "current_score" in ModelCheckpoint().state_dict()
