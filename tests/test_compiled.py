@@ -86,10 +86,10 @@ def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "overrides", "reason"),
     [
-        (no_compiler, ["model.backbone.hidden=[17]"], "compiler"),
+        pytest.param(no_compiler, ["model.backbone.hidden=[17]"], "compiler", marks=pytest.mark.proof),
         (old_version, [], r"PyTorch 2\.\S+ cannot trace gradients"),
         (None, ["model.objective._target_=test_compiled.Branching"], r"ata-dependent.*test_compiled.py:\d+"),
-        (None, ["trainer.detect_anomaly=true"], "trainer.detect_anomaly=true"),
+        pytest.param(None, ["trainer.detect_anomaly=true"], "trainer.detect_anomaly=true", marks=pytest.mark.proof),
     ],
 )
 def test_one_line_where_it_cannot_be_compiled(

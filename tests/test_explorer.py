@@ -1,9 +1,8 @@
 """The explorer in a headless browser, and the answers of its server."""
 
+import asyncio
 import shutil
-import socket
-import subprocess
-import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,30 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, ROOT, composed
+from aiohttp.test_utils import TestServer
+from conftest import composed
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vae_lightning.analysis.explorer import describe, normalize_drawing
+from vae_lightning.analysis.explorer import make_application, normalize_drawing
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.train import train
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-
-def start(run: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
-    """Start explore.py in a subprocess; return the process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "explore.py"), f"run={run}", f"port={port}", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout
-    line = process.stdout.readline()
-    assert line.startswith(f"http://127.0.0.1:{port}"), process.communicate()
-    return process, line.split()[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +37,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def served(trained: Path) -> Iterator[str]:
-    """Serve the run; yield the address."""
-    process, address = start(trained)
-    yield address
-    process.terminate()
-    process.communicate(timeout=20)
+    """Serve the run from a thread; yield the address."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    server = TestServer(make_application(open_run(trained, "cpu"), "127.0.0.1"))
+    asyncio.run_coroutine_threadsafe(server.start_server(), loop).result()
+    yield str(server.make_url("")).rstrip("/")
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
 
 
 @pytest.fixture
@@ -148,7 +138,9 @@ def request(url: str, body: str | None = None, **headers: str) -> tuple[int, byt
         return error.code, error.read()
 
 
-def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str, trained: Path, script) -> None:
+def test_invalid_requests_get_one_line_and_other_origins_are_refused(
+    served: str, trained: Path, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert request(f"{served}/")[0] == 200
     status, image = request(f"{served}/decode", '{"z": [0, 0, 0]}')
     assert (status, len(image)) == (200, 784)
@@ -174,6 +166,8 @@ def test_invalid_requests_get_one_line_and_other_origins_are_refused(served: str
         refused = script("explore.py", *words)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert line in refused.err
+    monkeypatch.setattr("aiohttp.web.run_app", lambda *_, print, **__: print())
+    assert script("explore.py", f"run={trained}", "port=8001").out == "http://127.0.0.1:8001    (stop with Ctrl-C)\n"
 
 
 def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:
@@ -186,15 +180,3 @@ def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:
     assert (placed[0] * rows).sum() / placed.sum() == pytest.approx(14, abs=0.5)
     assert (placed[0] * columns).sum() / placed.sum() == pytest.approx(14, abs=0.5)
     assert torch.equal(normalize_drawing(torch.zeros(1, 28, 28)), torch.zeros(1, 28, 28))
-
-
-def test_the_axes_span_latent_space(config, tmp_path: Path) -> None:
-    train(config("model.latent_dim=4", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF), tmp_path / "run")
-    run = open_run(tmp_path / "run", "cpu")
-    codes = run.model.all_codes(run.data.test_images[:500])
-    for basis in describe(run, codes)["bases"].values():
-        axes = torch.tensor(basis["axes"])
-        gram = axes @ axes.T
-        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=0, atol=1e-5)
-        assert (gram.diagonal() > 0).all()
-        assert len(basis["names"]) == 4

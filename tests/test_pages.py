@@ -46,6 +46,7 @@ NOT_RUN = {
     r"2,5,20,200": "trains eight runs or more",
     r"sweeps/widths": "needs one of these sweeps",
     r"compare\.py ": "needs evaluated runs; test_comparisons.py",
+    r"report\.py outputs$": "takes five seconds; test_reports.py",
     r"explore\.py ": "serves a page until it is stopped; test_explorer.py",
     r"export\.py ": "takes ten seconds; test_exporting.py",
     r"docs/tutorial\.py": "takes minutes; test_tutorial.py",
