@@ -108,14 +108,6 @@ def test_gpu_on_a_machine_without_one(command, monkeypatch: pytest.MonkeyPatch) 
     assert len(result.err.splitlines()) == 1
 
 
-def test_an_output_path_below_a_file(command, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = command("hydra.run.dir=file/run")
-    assert result.code == 2
-    assert "file/run" in result.err
-    assert len(result.err.splitlines()) == 1
-
-
 def test_the_last_line_of_output_is_the_run_directory(command, tmp_path: Path) -> None:
     result = command("model.latent_dim=3", *BRIEF)
     assert result.code == 0

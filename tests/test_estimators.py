@@ -16,6 +16,14 @@ from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.priors import MixturePrior, StandardNormal
 
 
+def test_kl_agrees_with_torch_distributions() -> None:
+    mean, log_variance = torch.randn(50, 7), torch.randn(50, 7) * 2
+    ours = kl_divergence(mean, log_variance)
+    theirs = td.kl_divergence(td.Normal(mean, (log_variance / 2).exp()), td.Normal(0.0, 1.0))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (ours >= 0).all()
+
+
 def test_the_closed_form_is_that_of_the_registry() -> None:
     q = DiagonalGaussian(torch.randn(50, 7), torch.randn(50, 7) * 2)
     assert torch.equal(closed_form_kl(q, StandardNormal(7)()), kl_divergence(q.mean, q.log_variance))
@@ -55,6 +63,13 @@ def test_the_standard_error_and_bias_of_the_bound_are_those_of_many_repetitions(
     assert -80 - bound.mean().item() == pytest.approx(stderr.square().mean().item() / 2, abs=0.003)
     assert importance_weighted_stderr(torch.zeros(3, 1)).item() == 0
     assert importance_weighted_stderr(torch.zeros(1, 1)).isnan()
+
+
+def test_iwae_gradient_weights_the_best_sample_most() -> None:
+    log_weights = torch.tensor([[0.0], [-20.0]], requires_grad=True)
+    (-importance_weighted_bound(log_weights)).sum().backward()
+    assert log_weights.grad is not None
+    assert log_weights.grad.flatten().tolist() == pytest.approx([-1, 0], abs=1e-6)
 
 
 def test_free_bits_stop_the_gradient_below_the_floor() -> None:

@@ -22,6 +22,20 @@ def test_bernoulli_value_and_gradient_are_finite_at_any_logit(logit: float) -> N
         assert logits.grad.flatten()[0].item() == pytest.approx(gradient, abs=1e-6)
 
 
+def test_bernoulli_sums_to_one_over_all_binary_images() -> None:
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).reshape(16, 1, 2, 2)
+    p = Bernoulli()(torch.randn(1, 2, 2))
+    assert p.log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5**0.5, 0.1, 2.0])
+def test_gaussian_integrates_to_one(scale: float) -> None:
+    grid = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
+    p = Gaussian(scale, mean="identity")(torch.zeros(1, 1, 1, dtype=torch.float64))
+    density = p.log_prob(grid.reshape(-1, 1, 1, 1)).exp()
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-6)
+
+
 def test_gaussian_of_variance_one_half_is_the_squared_error_plus_a_constant() -> None:
     outputs, x = torch.randn(3, 1, 28, 28), torch.rand(3, 1, 28, 28)
     likelihood = Gaussian()
@@ -31,6 +45,11 @@ def test_gaussian_of_variance_one_half_is_the_squared_error_plus_a_constant() ->
     torch.testing.assert_close(-p.log_prob(x), squared_error + 784 / 2 * math.log(math.pi))
 
 
+def test_log_prob_keeps_leading_axes() -> None:
+    for likelihood in (Bernoulli(), Gaussian()):
+        assert likelihood(torch.randn(5, 3, 1, 28, 28)).log_prob(torch.rand(3, 1, 28, 28)).shape == (5, 3)
+
+
 @pytest.mark.parametrize("logit", [-30.0, -3.0, -0.201, -0.199, -1e-3, 0.0, 1e-4, 0.05, 0.199, 0.201, 2.0, 30.0])
 def test_continuous_bernoulli_integrates_to_one_and_has_its_mean(logit: float) -> None:
     grid = torch.linspace(0, 1, 200_001, dtype=torch.float64)
@@ -38,6 +57,12 @@ def test_continuous_bernoulli_integrates_to_one_and_has_its_mean(logit: float) -
     density = p.log_prob(grid.reshape(-1, 1, 1, 1)).double().exp()
     assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-5)
     assert p.mean.item() == pytest.approx(torch.trapezoid(grid * density, grid).item(), abs=1e-5)
+
+
+def test_continuous_bernoulli_agrees_with_torch_where_torch_is_accurate() -> None:
+    logits, x = torch.linspace(-6, 6, 41, dtype=torch.float64), torch.rand(41, dtype=torch.float64)
+    theirs = torch.distributions.ContinuousBernoulli(logits=logits, lims=(0.4999, 0.5001))
+    torch.testing.assert_close(ContinuousBernoulliLogits(logits).log_prob(x), theirs.log_prob(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, -1e-6, 0.0, 0.2, 17.0, 100.0])
@@ -73,6 +98,11 @@ def test_learnt_scale_stays_above_its_floor_on_exact_reconstructions() -> None:
     assert likelihood.scale.item() == pytest.approx(math.exp(-6))
 
 
+def test_fixed_scale_is_not_learnt() -> None:
+    assert not [p for p in Gaussian().parameters() if p.requires_grad]
+    assert Gaussian(scale=0.3).scale.item() == pytest.approx(0.3)
+
+
 def test_learnt_scale_starts_at_scale() -> None:
     for scale in (0.003, 0.1, 1.0, 5.0):
         likelihood = Gaussian(scale, learn_scale=True)
@@ -82,7 +112,20 @@ def test_learnt_scale_starts_at_scale() -> None:
         Gaussian(0.001, learn_scale=True)
 
 
-@pytest.mark.parametrize("logit", [-1e20, -89.0, 1e20])
+@pytest.mark.parametrize("logit", [-1e4, -120.0, -89.0, -50.0, -1.0, 50.0, 120.0, 1e4])
+def test_continuous_bernoulli_mean_has_a_gradient_everywhere(logit: float) -> None:
+    logits = torch.tensor(logit, requires_grad=True)
+    mean = ContinuousBernoulliLogits(logits).mean
+    mean.backward()
+    size = abs(logit)
+    below = 1 / size - (math.exp(-size) / -math.expm1(-size))
+    assert mean.item() == pytest.approx(below if logit < 0 else 1 - below, rel=1e-6)
+    variance = 1 / size**2 - math.exp(-size) / math.expm1(-size) ** 2
+    assert logits.grad is not None
+    assert logits.grad.item() == pytest.approx(variance, rel=1e-3)
+
+
+@pytest.mark.parametrize("logit", [-1e20, 1e20])
 def test_continuous_bernoulli_gradients_do_not_overflow(logit: float) -> None:
     logits = torch.tensor(logit, requires_grad=True)
     p = ContinuousBernoulliLogits(logits)

@@ -305,19 +305,6 @@ def test_checkpoint_every_reads_steps_and_times() -> None:
     ]  # fmt: skip
 
 
-def test_checkpoint_every_some_seconds(config, tmp_path: Path, monkeypatch) -> None:
-    saved = []
-    from lightning.pytorch import Trainer
-
-    original = Trainer.save_checkpoint
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, *a, **k: (saved.append(1), original(self, *a, **k)))
-    train(config(*LONG, "trainer.checkpoint_every=1s", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "rarely")
-    rarely = len(saved)
-    monkeypatch.setattr(Interval, "parse", classmethod(lambda cls, *_: cls(seconds=0.0001)))
-    train(config(*LONG, "trainer.log_every_n_steps=10", "trainer.max_epochs=1", "data.val_size=0"), tmp_path / "often")
-    assert len(saved) - rarely >= rarely + 3
-
-
 def test_a_run_without_a_test_does_not_read_the_test_set(command, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ImageDataModule, "test_dataloader", lambda self: pytest.fail("the test set was read"))

@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import FILES, PACKAGE
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch"]
 
@@ -89,10 +86,12 @@ def test_private_names_are_used_in_three_files() -> None:
     assert found == {"training.fast_loop", "training.compiled", "training.checkpoints"}
 
 
-def test_lightning_keeps_what_a_resumed_run_sets() -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.fit_loop._restarting = True
-    assert trainer.fit_loop.restarting is True
-    trainer.callback_metrics["val/loss"] = torch.tensor(1.0)
-    assert trainer.callback_metrics["val/loss"] == 1.0
-    assert "current_score" in ModelCheckpoint().state_dict()
+def test_only_run_directory_names_the_files_of_a_run() -> None:
+    names = re.compile(r"(config\.yaml|(metrics|environment|evaluation)\.json|evaluation\.csv|train\.log|\.ckpt)$")
+    found = set()
+    for module, file in FILES.items():
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+        found |= {module for string in strings if names.search(str(string))}
+    assert found == {"runs.directory"}
