@@ -183,7 +183,7 @@ def test_latest_is_the_newest_run(run: Path, tmp_path: Path, monkeypatch: pytest
     shutil.rmtree("outputs/searches")
     assert RunDirectory.locate("latest")[0].path == Path("outputs/vae/newest")
     with pytest.raises(
-        RunError, match="outputs/vae: contains 3 runs and is not one itself; the newest is outputs/vae/newest"
+        RunError, match=r"outputs/vae: not a run directory .it contains 3 runs; the newest is outputs/vae/newest"
     ):
         load_run("outputs/vae")
     assert script("train.py", "resume=latest").out.splitlines()[-1].endswith("outputs/vae/newest")

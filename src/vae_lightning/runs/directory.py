@@ -130,11 +130,9 @@ class RunDirectory:
         try:
             config = read_dict(self.config_file)
         except FileError as error:
-            if runs := runs_in(self.path):
-                raise RunError(
-                    f"{self}: contains {len(runs)} runs and is not one itself; the newest is {runs[-1]}"
-                ) from error
-            raise RunError(f"{self}: not a run directory ({error})") from error
+            runs = runs_in(self.path)
+            reason = f"it contains {len(runs)} runs; the newest is {runs[-1]}" if runs else str(error)
+            raise RunError(f"{self}: not a run directory ({reason})") from error
         for key, kind in (("model", dict), ("data", dict), ("seed", int)):
             if not isinstance(config.get(key), kind):
                 raise RunError(f"{self.config_file}: is not the configuration of a run: {key}={config.get(key)}")

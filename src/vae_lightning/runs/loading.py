@@ -22,11 +22,7 @@ def load_run(path: StrPath) -> ImageModel:
     is read as weights only. Classes of your own are imported by their names. `model.config` is the configuration of
     the run. Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
     """
-    return load_model(*RunDirectory.locate(path))
-
-
-def load_model(run: RunDirectory, checkpoint: Path) -> ImageModel:
-    """Load the model of a checkpoint of `run`, as `load_run` does."""
+    run, checkpoint = RunDirectory.locate(path)
     config = run.read_config()
     content = load_checkpoint(checkpoint)
     saved = content.get("hyper_parameters", {})
@@ -81,7 +77,7 @@ def open_run(path: StrPath, accelerator: str = "auto", data_root: str | None = N
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu: PyTorch finds no GPU on this machine. Allowed: auto, cpu")
     directory, checkpoint = RunDirectory.locate(path)
-    model = load_model(directory, checkpoint)  # not from `path`: latest may be another run by now
+    model = load_run(checkpoint)  # not `path`: latest may be another run by now
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})
     data = build(spec, ImageDataModule, "data", seed=model.config["seed"])
