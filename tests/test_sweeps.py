@@ -31,6 +31,7 @@ class Killed(Callback):
 
 
 def sweep(directory: Path, *words: str) -> subprocess.CompletedProcess:
+    directory.parent.mkdir(exist_ok=True)
     command = [sys.executable, ROOT / "train.py", "-m", f"data.root={DATA}", f"hydra.sweep.dir={directory}", *words]
     return subprocess.run(command, env=ENVIRONMENT, cwd=directory.parent, capture_output=True, text=True, timeout=500)
 
@@ -101,7 +102,7 @@ JOBS = {
 def test_jobs_in_one_process_equal_single_runs(command, tmp_path: Path) -> None:
     """One after the other in this process, and each in a process of its own: every weight is the same."""
     for name, words in JOBS.items():
-        together = command("-m", *SMALL, *words, f"hydra.sweep.dir={tmp_path / 'together' / name}")
+        together = command("-m", *SMALL, f"data.root={DATA}", *words, f"hydra.sweep.dir={tmp_path / 'together' / name}")
         alone = sweep(tmp_path / "alone" / name, *SMALL, *words)
         assert together.code == alone.returncode == (2 if name == "failing" else 0), (together.err, alone.stderr)
         if name != "failing":
@@ -115,15 +116,15 @@ def test_a_killed_job_is_resumed_by_the_same_command(tmp_path: Path, launcher: s
     if launcher == "ray_local":
         pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
     killed = ", ".join(f"{{_target_: test_sweeps.Killed, step: {step}}}" for step in (7, 20, 23, 30, 45))
-    words = [*SMALL, "trainer.checkpoint_every=4", f"hydra/launcher={launcher}"]
-    assert sweep(tmp_path / "whole", *words, "model.latent_dim=2,3", "trainer.callbacks=[]").returncode == 0
+    words = ["model.latent_dim=2,3", *SMALL, "trainer.checkpoint_every=4", f"hydra/launcher={launcher}"]
+    assert sweep(tmp_path / "whole", *words).returncode == 0
     for _ in range(5):
-        assert sweep(tmp_path / "sweep", *words, "model.latent_dim=2,3", f"trainer.callbacks=[{killed}]").returncode
-    last = sweep(tmp_path / "sweep", *words, "model.latent_dim=2,3", f"trainer.callbacks=[{killed}]")
+        assert sweep(tmp_path / "sweep", *words, f"trainer.callbacks=[{killed}]").returncode
+    last = sweep(tmp_path / "sweep", *words, f"trainer.callbacks=[{killed}]")
     assert last.returncode == 0, last.stderr
     assert finished(tmp_path / "sweep") == [2, 3]
     for latent_dim in (2, 3):
-        runs = [next((tmp_path / place).glob(f"*latent_dim-{latent_dim}*")) for place in ("whole", "sweep")]
+        runs = [next((tmp_path / place).glob(f"latent_dim-{latent_dim}_*")) for place in ("whole", "sweep")]
         weights = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in runs]
         assert differences(*weights) == []
 
