@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from vae_lightning import figures
 from vae_lightning.data.mnist import MNISTDataModule, load_images
@@ -88,6 +89,8 @@ def _quick_ends_of_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MNISTDataModule, "checksums", remembered)
         patch.setattr(environment, "_git", cache(environment._git))
+        # Of one second, TensorBoard reads the tenth file of a process before the ninth, and would purge in that order.
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1_000))
         patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
         yield
 
@@ -176,7 +179,6 @@ def read_results(directory: Path) -> dict[str, Any]:
     found["metrics"] = {key: value for key, value in metrics.items() if key != "seconds"}
     board = events(directory)
     tags = board.Tags()
-    # Sorted: of files of one second TensorBoard reads the tenth of a process before the ninth.
     found["scalars"] = {tag: sorted((e.step, e.value) for e in board.Scalars(tag)) for tag in tags["scalars"]}
     found["images"] = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
     found["histograms"] = {

@@ -38,7 +38,6 @@ REFUSED = [
     ("data.batch_size=9223372036854775808", ["data.batch_size=9223372036854775808", "less than 9223372036854775808"]),
     ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches=0", "greater than or equal to 1"]),
     ("trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val=-1", "greater than or equal to 0"]),
-    ("figures.samples=[8]", ["figures.samples=[8]"]),
     ("name=", ["name="]),
     # values that fit together
     ("data.val_size=60000", ["data.val_size=60000", "0 to 59999"]),

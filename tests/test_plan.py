@@ -1,5 +1,6 @@
 """Which run a command is about: its directory, and whether it starts, resumes or is finished."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,6 @@ def test_a_path_is_relative_to_the_start_directory(command) -> None:
 
 @pytest.mark.parametrize("path", ["/plain", "/a b/c", "/a=b,c", "/[x]{y}", "/ä(1)", "/a'b"])
 def test_the_command_that_resumes_is_quoted_for_the_shell_and_hydra(path: str) -> None:
-    import shlex
-
     (word,) = shlex.split(resume_override(Path(path)))
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.value() == path
