@@ -5,7 +5,7 @@
     python benchmarks/growth.py --epochs 200        # instead: memory after each of 200 short epochs
 
 Each point is `train(config)` in a subprocess, with metrics, logging and checkpoints: a first epoch to warm up, and a
-second epoch that is timed. Importance sampling is that of evaluate.py. Writes docs/growth.json and its plot,
+second epoch that is timed. Importance sampling is that of vae evaluate. Writes docs/growth.json and its plot,
 docs/images/growth.png.
 """
 

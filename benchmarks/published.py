@@ -101,14 +101,15 @@ def make(row: Row, seed: int) -> dict[str, Any]:
     RUNS.mkdir(parents=True, exist_ok=True)
 
     def run(*words: str) -> None:
-        print(f"{row.name}, seed {seed}: {words[0]}", flush=True)
+        print(f"{row.name}, seed {seed}: {' '.join(words[:2])}", flush=True)
         with directory.with_suffix(".log").open("a") as log:
             command = [sys.executable, *words]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
 
     run("train.py", *row.words.split(), f"seed={seed}", "test=false", f"hydra.run.dir={directory}", "resume=auto")
     if not evaluated.exists():
-        run("evaluate.py", f"run={directory}", f"samples={SAMPLES}", "probes=false", "compile=true")
+        words = ("evaluate", str(directory), "--samples", str(SAMPLES), "--no-probes", "--compile")
+        run("-m", "vae_lightning", *words)
     evaluation, metrics = read_dict(evaluated), read_dict(directory / "metrics.json")
     return {
         "words": row.words,

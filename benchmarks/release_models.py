@@ -3,7 +3,7 @@
     python benchmarks/release_models.py            # writes dist/models/NAME.tar.gz and dist/models/SHA256SUMS
 
 An archive has the best checkpoint, the configuration, the metrics and the evaluation of a run. After unpacking it,
-`load_run("NAME")` loads the model, and `evaluate.py run=NAME` gives the number in the table again.
+`load_run("NAME")` loads the model, and `vae evaluate NAME` gives the number in the table again.
 """
 
 from __future__ import annotations

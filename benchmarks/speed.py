@@ -7,9 +7,9 @@
     python benchmarks/speed.py --device cuda
 
 Each contender (contenders.py) is a subprocess. The contenders take turns, so that a slow phase of the machine affects
-all of them. Also measures the seconds from the start of `train.py` to its first step, the
-speed of evaluate.py relative to the decoder's matrix products alone, the runs per hour of a sweep, and the profile of a
-step. The results of the measured rows replace those in docs/speed_cpu.json, from which the tables in docs/speed.md and
+all of them. Also measures the seconds from the start of `train.py` to its first step, the speed of `vae evaluate`
+relative to the decoder's matrix products alone, the runs per hour of a sweep, and the profile of a step.
+The results of the measured rows replace those in docs/speed_cpu.json, from which the tables in docs/speed.md and
 docs/images/speed_cpu.png are written; with `--device cuda`, those of the GPU.
 """
 

@@ -179,6 +179,6 @@ show(generation.interpolations(vaes[20]))
 show(generation.traversals(vaes[20]))
 
 # %% [markdown]
-# Next steps: `python explore.py run=outputs/tutorial/10_epochs/vae_2` shows the latent space in a browser,
-# `python evaluate.py run=outputs/tutorial/10_epochs/vae_20` estimates the log likelihood, and docs/guides/ shows how to
+# Next steps: `vae explore outputs/tutorial/10_epochs/vae_2` shows the latent space in a browser,
+# `vae evaluate outputs/tutorial/10_epochs/vae_20` estimates the log likelihood, and docs/guides/ shows how to
 # change the model.

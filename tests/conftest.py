@@ -25,6 +25,7 @@ from tensorboard.summary.writer import event_file_writer
 from vae_lightning import figures
 from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.launch import jobs  # noqa: F401 (registers parts of the configuration)
+from vae_lightning.launch.commands import vae
 from vae_lightning.runs import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,7 @@ def config() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
-    """`script("report.py", "outputs", ...)`: `python report.py outputs …` in an empty directory, in this process."""
+    """`script("vae", "report", ...)`: `vae report …` in an empty directory, in this process; or "train.py" likewise."""
 
     def run(name: str, *words: object) -> Finished:
         monkeypatch.chdir(tmp_path)
@@ -123,7 +124,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         capsys.readouterr()
         handlers = logging.root.handlers.copy()
         try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
+            vae() if name == "vae" else runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0) if isinstance(stop.code, int | None) else 1

@@ -1,4 +1,4 @@
-"""The command `python compare.py …`: paired differences between configurations, and refusals."""
+"""The command `vae compare …`: paired differences between configurations, and refusals."""
 
 import math
 import shutil
@@ -21,8 +21,8 @@ from vae_lightning.training.train import train
 
 
 @pytest.fixture
-def compare_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
-    return partial(script, "compare.py")
+def compare(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "vae", "compare")
 
 
 def evaluated(
@@ -33,11 +33,17 @@ def evaluated(
     model = changed.pop("model", {})
     if not directory.exists():
         fake_run(directory, 100.0, seed, pixels, **model)
-    content = {f"{split}/nll": -sum(values) / len(values), "samples": samples, "seed": 0, "checkpoint": "best"}
+    content = {
+        f"{split}/nll": -sum(values) / len(values),
+        "samples": samples,
+        "seed": 0,
+        "checkpoint": "best",
+        "split": split,
+    }
     content |= {"data": "MNIST", "pixels": pixels, "quantity": "log density", "images": len(values)}
     table = torch.tensor([[value, 0.1] for value in values])
     run = RunDirectory(directory)
-    write_evaluation(run, run.best_checkpoint, split, content | {"images_sha256": "a1"} | changed, table, Figure())
+    write_evaluation(run, content | {"images_sha256": "a1"} | changed, table, Figure())
     return directory
 
 
@@ -63,12 +69,12 @@ def test_two_seeds_a_side_add_the_variance_over_seeds() -> None:
     assert of_configurations == pytest.approx((5, math.sqrt(2), 5 - t * math.sqrt(2), 5 + t * math.sqrt(2)))
 
 
-def test_configurations_of_a_sweep_are_compared_with_that_of_its_first_job(compare_py, tmp_path: Path) -> None:
+def test_configurations_of_a_sweep_are_compared_with_that_of_its_first_job(compare, tmp_path: Path) -> None:
     images = [-80.0, -300.0, -20.0, -150.0]
     for job, (d, seed, gain) in enumerate([(20, 0, 0.0), (20, 1, 1.0), (2, 0, 4.0), (2, 1, 6.0)]):
         values = [value + gain + (job > 1) * n / 10 for n, value in enumerate(images)]
         evaluated(tmp_path / "sweep" / str(job), values, seed, model={"latent_dim": d})
-    result = compare_py("sweep", "to=out")
+    result = compare("sweep", "--to", "out")
     assert result.code == 0, result.err
     heading, *lines, last = result.out.splitlines()
     assert heading == "MNIST, grey pixels: log density of 4 test images, 5 importance samples, nats per image"
@@ -82,20 +88,20 @@ def test_configurations_of_a_sweep_are_compared_with_that_of_its_first_job(compa
     assert "| sweep: latent_dim 2" in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_the_largest_common_number_of_samples_is_used(compare_py, tmp_path: Path) -> None:
+def test_the_largest_common_number_of_samples_is_used(compare, tmp_path: Path) -> None:
     for samples, gain in ((5, 0.0), (50, 9.0)):
         evaluated(tmp_path / "a", [-80.0 + gain, -90.0], samples=samples)
     evaluated(tmp_path / "b", [-79.0, -89.0])
-    result = compare_py("a", "b")
+    result = compare("a", "b")
     assert result.code == 0, result.err
     assert "5 importance samples" in result.out
     assert "+1.000" in result.out
     assert "one seed on a side" in result.out
     evaluated(tmp_path / "b", [-72.0, -91.0], samples=50)
     (tmp_path / "b" / "evaluation.csv").write_text("log_likelihood,stderr\n-72,2\n-91,2\n")
-    assert "estimates are low by about 0.005 (a) and 2.000 (b)" in compare_py("a", "b").out
+    assert "estimates are low by about 0.005 (a) and 2.000 (b)" in compare("a", "b").out
     (tmp_path / "b" / "evaluation.csv").write_text("log_likelihood,stderr\n-72,nan\n-91,nan\n")
-    assert "one importance sample: estimates are low by an unknown amount" in compare_py("a", "b").out
+    assert "one importance sample: estimates are low by an unknown amount" in compare("a", "b").out
 
 
 B = [-79.0, -89.0]
@@ -110,36 +116,34 @@ B = [-79.0, -89.0]
         ({"values": [*B, -9.0]}, "b: images=3, but a has images=2; the two cannot be compared"),
         ({"images_sha256": "b2"}, "b: images_sha256=b2, but a has images_sha256=a1; the two cannot be compared"),
         ({"samples": 3}, "b: no log likelihoods of each test image with 5 importance samples, as for the others; "
-                         "run python evaluate.py run=b samples=5"),
+                         "run vae evaluate b --samples 5"),
         ({"split": "val"}, "b: no log likelihoods of each test image with 5 importance samples"),
         ({"checkpoint": "last"}, "b: no log likelihoods of each test image with 5 importance samples"),
     ],
 )  # fmt: skip
-def test_runs_that_cannot_be_compared_are_refused(
-    changed: dict[str, Any], line: str, compare_py, tmp_path: Path
-) -> None:
+def test_runs_that_cannot_be_compared_are_refused(changed: dict[str, Any], line: str, compare, tmp_path: Path) -> None:
     evaluated(tmp_path / "a", [-80.0, -90.0])
     evaluated(tmp_path / "b", **{"values": B, **changed})
     if "data" in changed:
         change_json(tmp_path / "b" / "metrics.json", data=changed["data"])
-    result = compare_py("a", "b")
+    result = compare("a", "b")
     assert (result.code, result.out, len(result.err.splitlines())) == (2, "", 1)
     assert result.err.startswith(line)
     assert not (tmp_path / "outputs").exists()
 
 
-def test_conditional_runs_with_different_likelihoods_can_be_compared(compare_py, tmp_path: Path) -> None:
+def test_conditional_runs_with_different_likelihoods_can_be_compared(compare, tmp_path: Path) -> None:
     gaussian = {"_target_": "vae_lightning.models.likelihoods.Gaussian"}
     evaluated(tmp_path / "a", [-80.0, -90.0], model={"conditional": True})
     evaluated(tmp_path / "b", B, model={"conditional": True, "likelihood": gaussian})
-    assert compare_py("a", "b").out.startswith("MNIST, grey pixels, given the label: log density of 2 test images")
+    assert compare("a", "b").out.startswith("MNIST, grey pixels, given the label: log density of 2 test images")
 
 
-def test_runs_without_an_evaluation_get_the_commands_to_run(compare_py, tmp_path: Path) -> None:
+def test_runs_without_an_evaluation_get_the_commands_to_run(compare, tmp_path: Path) -> None:
     for name in ("a", "b"):
         fake_run(tmp_path / name, 100.0)
-    wanted = "run python evaluate.py run=a split=val && python evaluate.py run=b split=val\n"
-    assert compare_py("a", "b", "split=val").err == f"a, b: no log likelihoods of each val image; {wanted}"
+    wanted = "run vae evaluate a b --split val\n"
+    assert compare("a", "b", "--split", "val").err == f"a, b: no log likelihoods of each val image; {wanted}"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +154,11 @@ def test_runs_without_an_evaluation_get_the_commands_to_run(compare_py, tmp_path
         ("-79.0,0.1\n-98.0,0.1\n", "its mean nll is 88.500000, but that in evaluation.json is 84.000000"),
     ],
 )
-def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare_py, tmp_path: Path) -> None:
+def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare, tmp_path: Path) -> None:
     for name in ("a", "b"):
         evaluated(tmp_path / name, B)
     (tmp_path / "b" / "evaluation.csv").write_text(f"log_likelihood,stderr\n{text}")
-    result = compare_py("a", "b")
+    result = compare("a", "b")
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert result.err.startswith(f"b/evaluation.csv: cannot be used ({line}")
 
@@ -162,31 +166,31 @@ def test_a_damaged_file_of_values_is_refused(text: str, line: str, compare_py, t
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["nowhere"], "nowhere: no such directory"),
+        (["nowhere"], "nowhere: no such run directory"),
         (["a"], "a: one configuration only; name the baseline first, then the runs to compare"),
-        (["a", "empty"], "empty: no finished run found"),
+        (["a", "empty"], "empty: contains no run"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(words: list[str], line: str, compare_py, tmp_path: Path) -> None:
+def test_wrong_input_gets_one_clear_line(words: list[str], line: str, compare, tmp_path: Path) -> None:
     evaluated(tmp_path / "a", B)
     (tmp_path / "empty").mkdir()
-    result = compare_py(*words)
+    result = compare(*words)
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert result.err.startswith(line)
 
 
-def test_evaluated_runs_get_a_picture(compare_py, config, tmp_path: Path) -> None:
+def test_evaluated_runs_get_a_picture(compare, config, tmp_path: Path) -> None:
     train(config("model.latent_dim=3", "model.backbone.hidden=[16]", "data.val_size=60", *BRIEF), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     nll = [
-        evaluate_run(str(tmp_path / name), "val", samples=3, seed=seed, probes=False, accelerator="cpu")["val/nll"]
+        evaluate_run(tmp_path / name, split="val", samples=3, seed=seed, probes=False, accelerator="cpu")["val/nll"]
         for seed, name in enumerate("ab")
     ]
-    result = compare_py("a", "b", "a", "split=val", "to=out")
+    result = compare("a", "b", "a", "--split", "val", "--to", "out")
     assert result.code == 0, result.err
     assert "negative cross-entropy of 60 val images" in result.out
     assert f"{nll[0] - nll[1]:+.3f}" in result.out
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"comparison_1.png", "comparison_2.png"}
     assert "(comparison_2.png)" in (tmp_path / "out" / "comparison.md").read_text()
-    assert compare_py("a", "b", "split=val", "to=out").code == 0
+    assert compare("a", "b", "--split", "val", "--to", "out").code == 0
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"comparison_1.png"}

@@ -140,9 +140,9 @@ def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> Non
             if name in ("samples", "decode"):
                 rows, columns = 10, {"samples": 8, "decode": 1}[name]
                 assert picture.shape[1:] == (rows * 30 + 2, columns * 30 + 2)
-        assert PICTURES["samples"](run, n=3, y=7).shape[1:] == (32, 3 * 30 + 2)
-        with pytest.raises(ConfigError, match="y=10: should be a class from 0 to 9"):
-            PICTURES["samples"](run, y=10)
+        assert PICTURES["samples"](run, n=3, label=7).shape[1:] == (32, 3 * 30 + 2)
+        with pytest.raises(ConfigError, match="label=10: should be a class from 0 to 9"):
+            PICTURES["samples"](run, label=10)
     found = evaluate_run(str(tmp_path / "run"), samples=2, probes=False, class_samples=1, accelerator="cpu")
     assert 0 <= found["test/class_accuracy"] <= 1
     assert found["test/marginal_nll"] > 0

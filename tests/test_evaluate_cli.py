@@ -1,7 +1,9 @@
-"""The command `python evaluate.py …`."""
+"""The command `vae evaluate …`."""
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ QUICK |= {"accelerator": "cpu", "data_root": None}
 
 @pytest.fixture
 def evaluate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
-    return partial(script, "evaluate.py")
+    return partial(script, "vae", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def run_directory(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_directory: Path) -> None:
-    result = evaluate_py(f"run={run_directory}", "samples=3", "split=val", "batch_size=250", "chunk=2")
+    result = evaluate_py(run_directory, *"--samples 3 --split val --batch-size 250 --chunk 2".split())
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1] == str(run_directory / "evaluations" / "val_best_k3_seed0.json")
     content = json.loads(Path(result.out.splitlines()[-1]).read_text())
@@ -110,15 +112,17 @@ def test_a_proper_likelihood_has_no_remark(config, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "run: missing"),
-        (["run=nowhere"], "nowhere: not a run directory"),
-        (["run=nowhere", "smaples=3"], "Could not override 'smaples'; did you mean samples?"),
-        (["run=nowhere", "samples=0"], "samples=0: should be greater than or equal to 1."),
-        (["run=nowhere", "split=tset"], "split=tset: should be 'test' or 'val'; did you mean test?"),
+        ("", 'Command "evaluate" parameter --runs requires an argument.'),
+        ("nowhere", "nowhere: no such run directory"),
+        (".", ".: contains no run"),
+        ("latest", "latest: no run found in outputs/"),
+        ("nowhere --smaples 3", "Unknown option: --smaples. Did you mean --samples?"),
+        ("nowhere --samples 0", 'Invalid value "0" for --samples: Input should be greater than or equal to 1'),
+        ("nowhere --split tset", 'Invalid value "tset" for --split. Choose from: "test", "val". Did you mean "test"?'),
     ],
 )
-def test_wrong_input_gets_one_clear_line(evaluate_py, words: list[str], line: str) -> None:
-    result = evaluate_py(*words)
+def test_wrong_input_gets_one_clear_line(evaluate_py, words: str, line: str) -> None:
+    result = evaluate_py(*words.split())
     assert result.code == 2
     assert len(result.err.splitlines()) == 1
     assert line in result.err
@@ -132,6 +136,26 @@ def test_an_autoencoder_or_a_missing_validation_split_is_refused(config, tmp_pat
         evaluate_run(**{"run": str(tmp_path / "run"), **QUICK, "split": "val"})
 
 
-def test_help_and_a_path_without_its_key(evaluate_py, run_directory: Path) -> None:
-    assert "python evaluate.py run=" in evaluate_py("--help").out
-    assert evaluate_py(run_directory, "samples=2", "split=val", "probes=false").code == 0
+def test_every_run_of_a_directory_is_evaluated_once(evaluate_py, trained: Path, config, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "b"):
+        shutil.copytree(trained, runs / name)
+    train(config("model=autoencoder", "data.val_size=0", *BRIEF), runs / "autoencoder")
+    words = (runs, *"--samples 2 --no-probes --batch-size 500".split())
+    first = evaluate_py(*words)
+    lines = first.out.splitlines()
+    assert (first.code, [line.split()[0] for line in lines[2:4]]) == (0, [f"{runs}/a", f"{runs}/b"]), first.err
+    assert lines[-1].startswith(f"left out: {runs}/autoencoder: its model, Autoencoder, has no likelihood")
+    written = [(runs / name / "evaluation.json").stat().st_mtime_ns for name in ("a", "b")]
+    assert evaluate_py(*words).out == first.out
+    assert [(runs / name / "evaluation.json").stat().st_mtime_ns for name in ("a", "b")] == written
+    assert evaluate_py(runs / "a", *words[1:3], "--seed", "1").code == 0
+    assert (runs / "a" / "evaluation.json").stat().st_mtime_ns > written[0]
+
+
+def test_help_says_what_the_options_mean_without_importing_torch(evaluate_py, script) -> None:
+    assert "importance samples per image" in evaluate_py("--help").out
+    code = "import sys; from vae_lightning.launch.commands import vae; sys.argv = ['vae', '--help']; vae()"
+    shown = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
+    assert all(word in shown.stdout for word in ("evaluate", "generate", "report", "compare", "explore", "export"))
+    assert not {"torch", "lightning", "hydra"} & {line.split()[-1] for line in shown.stderr.splitlines()}

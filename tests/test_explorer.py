@@ -159,15 +159,15 @@ def test_invalid_requests_get_one_line_and_other_origins_are_refused(
 
     port = served.rpartition(":")[2]
     for words, line in (
-        ([f"run={trained}", f"port={port}"], "cannot listen there"),
-        (["run=no"], "not a run directory"),
-        ([f"run={trained}", "port=99999"], "port=99999: should be less than or equal to 65535"),
+        ([trained, "--port", port], "cannot listen there"),
+        (["no"], "not a run directory"),
+        ([trained, "--port", "99999"], "less than or equal to 65535"),
     ):
-        refused = script("explore.py", *words)
+        refused = script("vae", "explore", *words)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert line in refused.err
     monkeypatch.setattr("aiohttp.web.run_app", lambda *_, print, **__: print())
-    assert script("explore.py", f"run={trained}", "port=8001").out == "http://127.0.0.1:8001    (stop with Ctrl-C)\n"
+    assert script("vae", "explore", trained, "--port", "8001").out == "http://127.0.0.1:8001    (stop with Ctrl-C)\n"
 
 
 def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:

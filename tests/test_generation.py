@@ -1,4 +1,4 @@
-"""The command `python generate.py …`, and the content of the pictures."""
+"""The command `vae generate …`, and the content of the pictures."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ from vae_lightning.training.train import train
 
 
 @pytest.fixture
-def generate_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
-    return partial(script, "generate.py")
+def generate(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "vae", "generate")
 
 
 @pytest.fixture(scope="module")
@@ -43,61 +43,65 @@ def directory(trained, tmp_path: Path):
 
 
 PICTURES = [
-    ("what=samples n=6 columns=3 temperature=0.5 seed=1", "samples_columns=3_n=6_seed=1_temperature=0.5.png", (2, 3)),
-    ("what=reconstructions images=[3,18,61]", "reconstructions_images=3,18,61.png", (2, 3)),
-    ("what=manifold columns=5", "manifold_columns=5.png", None),
-    ("what=scatter n=200 format=pdf", "scatter_n=200.pdf", None),
-    ("what=traversals n=2 columns=5 images=[7]", "traversals_columns=5_images=7_n=2.png", None),
-    ("what=interpolations n=1 columns=4", "interpolations_columns=4_n=1.png", None),
-    ("what=decode z=[0.5,0]", "decode_z=0.5,0.png", None),
-    ("what=decode z=[[0.5,0],[2,0]] format=svg", "decode_z=0.5,0,2,0.svg", None),
-    ("what=nearest n=3", "nearest_n=3.png", None),
-    ("what=walk columns=2 images=[1,2,3]", "walk_columns=2_images=1,2,3.gif", None),
+    ("samples -n 6 --columns 3 --temperature 0.5 --seed 1", "samples_columns-3_n-6_seed-1_temperature-0.5.png", (2, 3)),
+    ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", (2, 3)),
+    ("manifold --columns 5", "manifold_columns-5.png", None),
+    ("scatter -n 200 --format pdf", "scatter_n-200.pdf", None),
+    ("traversals -n 2 --columns 5 --images 7", "traversals_columns-5_images-7_n-2.png", None),
+    ("interpolations -n 1 --columns 4", "interpolations_columns-4_n-1.png", None),
+    ("decode --z 0.5 0", "decode_z-0.5_0.0.png", None),
+    ("decode --z -0.5 0 2 0 --format svg", "decode_z--0.5_0.0_2.0_0.0.svg", None),
+    ("nearest -n 3", "nearest_n-3.png", None),
+    ("walk --columns 2 --images 1 2 3", "walk_columns-2_images-1_2_3.gif", None),
 ]
 
 
-def test_every_picture_is_drawn(generate_py, directory) -> None:
+def test_every_picture_is_drawn(generate, directory) -> None:
     run = directory("model.latent_dim=2")
-    for words, name, cells in PICTURES:
-        result = generate_py(f"run={run}", *words.split())
+    for line, name, cells in PICTURES:
+        what, *words = line.split()
+        result = generate(what, run, *words)
         assert result.code == 0, result.err
         assert result.out.splitlines()[-1] == str(run / "figures" / name)
         if cells:
             with Image.open(run / "figures" / name) as image:
                 assert image.size == tuple(3 * (30 * cell + 2) for cell in reversed(cells))
-    last = generate_py(f"run={run}/checkpoints/last.ckpt", "what=samples", "n=6")
-    assert last.out.splitlines()[-1] == str(run / "figures" / "samples_n=6_last.png")
-    many = [generate_py(f"run={run}", "what=decode", f"z={[[0, 0]] * 40 + [[0, end]]}").out for end in (1, 2)]
+    last = generate("samples", f"{run}/checkpoints/last.ckpt", "-n", 6)
+    assert last.out.splitlines()[-1] == str(run / "figures" / "samples_n-6_last.png")
+    many = [generate("decode", run, "--z", *[0, 0] * 40, 0, end).out for end in (1, 2)]
     assert many[0] != many[1], "different pictures have different names"
-    drawn = {words.split()[0].removeprefix("what=") for words, _, _ in PICTURES}
+    drawn = {line.split()[0] for line, _, _ in PICTURES}
     assert drawn | {"analogies"} == set(generation.PICTURES)  # that one: test_conditional.py
-    with Image.open(run / "figures" / "walk_columns=2_images=1,2,3.gif") as image:
+    with Image.open(run / "figures" / "walk_columns-2_images-1_2_3.gif") as image:
         assert image.n_frames == 6
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("", "what: missing"),
-        ("what=sampels", "what=sampels: should be 'samples', 'reconstructions'"),
         (
-            "what=samples plane=[1,2]",
-            "what=samples: plane=[1, 2]: no such key. Allowed: n, columns, y, temperature, seed",
+            "sampels RUN",
+            'Unknown command "sampels". Did you mean "samples"? Available commands: samples, reconstructions, ',
         ),
-        ("what=reconstructions images=[10000]", "images=10000: should be less than 10000, the number of test images"),
-        ("what=interpolations images=[1,2,3]", "images=[1, 2, 3]: should be pairs, an even number of indices"),
-        ("what=manifold", "latent_dim=3; a plane needs 2 latent dimensions: set plane=principal or plane=[1,2]"),
-        ("what=manifold plane=[1,4]", "plane=[1,4]: should be two different dimensions from 1 to 3, the latent_dim"),
-        ("what=decode z=[0.5,0]", "latents of shape (2,): should end in latent_dim=3"),
-        ("what=samples y=7", "y=7: the model of"),
-        ("what=analogies", "its model has no classes; train one with model.conditional=true"),
-        ("what=decode", "what=decode: z: missing, and it has no default"),
+        ("samples RUN --plane 1 2", "Unknown option: --plane."),
+        ("samples RUN --temprature 2", "Unknown option: --temprature. Did you mean --temperature?"),
+        ("samples RUN -n 0", 'Invalid value "0" for -n: Input should be greater than or equal to 1'),
+        ("samples", 'Command "generate samples" parameter --run requires an argument.'),
+        ("samples nowhere", "nowhere: not a run directory"),
+        ("reconstructions RUN --images 10000", "images=10000: should be less than 10000, the number of test images"),
+        ("interpolations RUN --images 1 2 3", "images=[1, 2, 3]: should be pairs, an even number of indices"),
+        ("manifold RUN --plane 1 4", "plane=[1,4]: should be two different dimensions from 1 to 3, the latent_dim"),
+        ("manifold RUN --plane 1", "for --plane: "),
+        ("decode RUN --z 0.5 0", "z=[0.5, 0.0]: should be 3 coordinates, the latent_dim, or a multiple of them"),
+        ("decode RUN", "parameter --z requires an argument"),
+        ("samples RUN --label 7", "label=7: the model of"),
+        ("analogies RUN", "its model has no classes; train one with model.conditional=true"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, directory) -> None:
+def test_wrong_input_gets_one_clear_line(words: str, line: str, generate, directory) -> None:
     run = directory("model.latent_dim=3")
     before = sorted(run.rglob("*"))
-    result = generate_py(f"run={run}", *words.split())
+    result = generate(*words.replace("RUN", str(run)).split())
     assert result.code == 2
     assert line in result.err
     assert len(result.err.splitlines()) == 1
@@ -106,7 +110,7 @@ def test_wrong_input_gets_one_clear_line(words: str, line: str, generate_py, dir
 
 def test_planes_of_larger_latent_spaces(directory) -> None:
     run = open_run(directory("model.latent_dim=5"), "cpu")
-    assert generation.manifold(run, columns=3, plane="principal").shape == (3, 84, 84)
+    assert generation.manifold(run, columns=3).shape == (3, 84, 84)
     first, last = generation.manifold(run, columns=2, plane=[2, 5]), generation.manifold(run, columns=2, plane=[5, 2])
     torch.testing.assert_close(first[:, 28:, :28], last[:, 28:, :28])  # low in both
     torch.testing.assert_close(first[:, :28, :28], last[:, 28:, 28:])  # low in 2, high in 5

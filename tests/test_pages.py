@@ -10,6 +10,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,11 @@ import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT, composed
 from helpers import blocks
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torchvision import datasets
 
 from vae_lightning.data import mnist
+from vae_lightning.launch.vae import make_app
 from vae_lightning.runs.directory import runs_in
 from vae_lightning.runs.loading import load_run
 
@@ -45,20 +45,20 @@ NOT_RUN = {
     r"hparams_search=": "trains many runs; test_search.py",
     r"2,5,20,200": "trains eight runs or more",
     r"sweeps/widths": "needs one of these sweeps",
-    r"compare\.py ": "needs evaluated runs; test_comparisons.py",
-    r"report\.py outputs$": "takes five seconds; test_reports.py",
-    r"explore\.py ": "serves a page until it is stopped; test_explorer.py",
-    r"export\.py ": "takes ten seconds; test_exporting.py",
+    r"vae compare ": "needs evaluated runs; test_comparisons.py",
+    r"vae report outputs$": "takes five seconds; test_reports.py",
+    r"vae explore ": "serves a page until it is stopped; test_explorer.py",
+    r"vae export ": "takes ten seconds; test_exporting.py",
     r"docs/tutorial\.py": "takes minutes; test_tutorial.py",
     r"benchmarks/": "takes hours",
-    r"what=walk": "takes ten seconds; test_generation.py",
+    r"generate walk ": "takes ten seconds; test_generation.py",
     r"\$\{": "needs variables of the shell script around it",
 }
 
 # Further overrides that make a command quick, or its check sharper, by a pattern in it.
 QUICKER = {
     r"data=cifar": ["data.val_size=20"],  # the stand-in has 60 images
-    r"evaluate": ["batch_size=500", "chunk=3", "probes=false", "class_samples=1"],
+    r"vae evaluate": ["--batch-size=500", "--chunk=3", "--no-probes", "--class-samples=1"],
     r"model/backbone=wide": ["model.backbone.width=30"],
     r"model/backbone=transformer": ["model.backbone.width=16"],
     r"dir=outputs/(first|second)": ["model.backbone.batch_norm=true"],  # the second stage keeps its statistics too
@@ -76,7 +76,7 @@ def commands(page: str) -> list[str]:
 
 def inline_commands(page: str) -> list[str]:
     """The commands in a page's tables and sentences."""
-    return re.findall(r"`((?:python|make) [^`]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S))
+    return re.findall(r"`((?:python|make|vae) [^`]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S))
 
 
 def is_run(command: str) -> bool:
@@ -84,9 +84,11 @@ def is_run(command: str) -> bool:
 
 
 def script_and_words(command: str) -> tuple[str, list[str]]:
-    """`python train.py a=1` and `vae-train a=1` are both `("train.py", ["a=1"])`."""
+    """`python train.py a=1` and `vae train a=1` are both `("train.py", ["a=1"])`."""
     first, *words = shlex.split(command)
-    return (words[0], words[1:]) if first == "python" else (f"{first.rpartition('-')[2]}.py", words)
+    if first == "vae" and words[0] != "train":
+        return first, words
+    return "train.py" if first == "vae" else words[0], words[1:]
 
 
 def brief(command: str) -> tuple[str, list[str]]:
@@ -96,7 +98,7 @@ def brief(command: str) -> tuple[str, list[str]]:
         longer = any(word.startswith("resume=") for word in words) and "trainer.max_epochs=60" in words
         words = [word for word in words if not word.startswith("trainer.max_epochs=")]
         words += [*BRIEF, *(["trainer.max_epochs=2"] if longer else [])]
-    words = [re.sub(r"^samples=\d+$", "samples=3", word) for word in words]
+    words = ["3" if before == "--samples" else word for before, word in pairwise(["", *words])]
     words = ["trainer.accelerator=auto" if word == "trainer.accelerator=gpu" else word for word in words]
     return script, words + [word for pattern, more in QUICKER.items() if re.search(pattern, command) for word in more]
 
@@ -227,22 +229,20 @@ def test_commands_that_are_not_run_are_valid(page: str) -> None:
             check_keys("train", words)
         elif first == "pip":
             assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras), command
-        elif first != "source":
-            script = next(word for word in words if word.endswith(".py"))
-            assert (ROOT / script).is_file(), command
-            if not re.search("[…&]", command):
-                check_keys(Path(script).stem, words[words.index(script) + 1 :])
+        elif first == "vae" and words[0] != "train" and "…" not in command:
+            make_app().parse_args(
+                words, exit_on_error=False, print_error=False
+            )  # raises an exception for a wrong option
+        elif first == "python" and not re.search("[…&]", command):
+            assert (ROOT / words[0]).is_file(), command
+            check_keys(Path(words[0]).stem, words[1:])
 
 
 def check_keys(name: str, words: list[str]) -> None:
-    """Raise for keys that conf/NAME.yaml does not have."""
+    """Raise for keys that conf/train.yaml does not have."""
     words = [re.sub(r"^([\w./]+=[^,\[{(]*),.*", r"\1", word) for word in words if "=" in word]  # a sweep's first value
     if words and name == "train":
         composed(*words)
-    elif words and (ROOT / "conf" / f"{name}.yaml").exists():
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            compose(name, words)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""The command `python report.py …`, and its tables."""
+"""The command `vae report …`, and its tables."""
 
 import csv
 import os
@@ -22,8 +22,8 @@ CONV = {"_target_": "vae_lightning.models.backbones.Conv", "channels": [32, 64]}
 
 
 @pytest.fixture
-def report_py(script: Callable[..., Finished]) -> Callable[..., Finished]:
-    return partial(script, "report.py")
+def report(script: Callable[..., Finished]) -> Callable[..., Finished]:
+    return partial(script, "vae", "report")
 
 
 def only_table(directory: Path) -> Table:
@@ -100,14 +100,14 @@ def test_arguments_are_compared_between_runs_with_the_same_class() -> None:
     assert differing_keys([flatten(changed) for changed in saving]) == [], "these change no number"
 
 
-def test_figures_of_an_earlier_report_are_removed(report_py, tmp_path: Path) -> None:
+def test_figures_of_an_earlier_report_are_removed(report, tmp_path: Path) -> None:
     for n in range(2):
         fake_run(tmp_path / "runs" / str(n), 100.0 + n, latent_dim=2 + n)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.png").touch()
-    assert report_py(tmp_path / "runs", f"to={tmp_path / 'out'}").code == 0
+    assert report(tmp_path / "runs", "--to", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "1_rate_distortion.png").exists()
-    assert report_py(tmp_path / "runs" / "0", f"to={tmp_path / 'out'}").code == 0
+    assert report(tmp_path / "runs" / "0", "--to", tmp_path / "out").code == 0
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"mine.png", "1_learning_curves.png"}
 
 
@@ -121,7 +121,7 @@ def test_the_later_of_two_equal_runs_is_used(tmp_path: Path) -> None:
     assert table.repeated == [f"left out: {tmp_path}/old: a later run has the same configuration and seed"]
 
 
-def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
+def test_report_writes_tables_and_pictures(report, tmp_path: Path) -> None:
     losses = {("MLP", 2): (150, 152), ("MLP", 20): (100, 101), ("Conv", 2): (145, 146), ("Conv", 20): (95, 99)}
     for (backbone, d), values in losses.items():
         for seed, loss in enumerate(values):
@@ -130,7 +130,7 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     (fake_run(tmp_path / "sweep" / "unfinished", 1.0) / "metrics.json").unlink()
     (fake_run(tmp_path / "sweep" / "damaged", 1.0) / "metrics.json").write_text('{"test/loss": 1')
     (tmp_path / "sweep" / "MLP_2_0" / "history.csv").write_text("epoch,val/loss\n1,inf\n2,nan\n")
-    result = report_py("sweep", "to=out")
+    result = report("sweep", "--to", "out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == "MNIST, grey pixels, Bernoulli"
@@ -153,14 +153,14 @@ def test_report_writes_tables_and_pictures(report_py, tmp_path: Path) -> None:
     assert all(f"({name})" in markdown for name in pictures)
     assert "no picture of reconstructions" in result.out  # these runs have no checkpoints
     for style, first in (("latex", "% MNIST"), ("csv", "protocol,")):
-        assert report_py("sweep/MLP_2_0", f"style={style}", "metrics=[test/kl]").out.startswith(first)
+        assert report("sweep/MLP_2_0", "--style", style, "--metrics", "test/kl").out.startswith(first)
 
 
-def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_path: Path) -> None:
+def test_one_figure_has_the_same_digits_from_every_run(report, config, tmp_path: Path) -> None:
     for d in (3, 5):
         words = (f"model.latent_dim={d}", "model.backbone.hidden=[16]", "figures.every=0", *BRIEF)
         train(config(*words), tmp_path / "runs" / str(d))
-    result = report_py("runs", "to=out")
+    result = report("runs", "--to", "out")
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "1_reconstructions.png").exists()
 
@@ -168,15 +168,15 @@ def test_one_figure_has_the_same_digits_from_every_run(report_py, config, tmp_pa
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["nowhere"], "nowhere: no such directory"),
-        (["."], ".: no finished run found"),
-        (["runs", "metrics=[test/los]"], "metrics=test/los: no run has it; did you mean test/loss?"),
+        (["nowhere"], "nowhere: no such run directory"),
+        (["."], ".: contains no run"),
+        (["runs", "--metrics", "test/los"], "metrics=test/los: no run has it; did you mean test/loss?"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report_py, tmp_path: Path) -> None:
+def test_wrong_input_gets_one_clear_line(words: list[str], line: str, report, tmp_path: Path) -> None:
     if "runs" in words:
         fake_run(tmp_path / "runs" / "a", 100.0)
-    result = report_py(*words)
+    result = report(*words)
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert result.err.startswith(line)
     assert not (tmp_path / "outputs").exists()

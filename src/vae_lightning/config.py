@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # Type hints for numbers in a configuration: finite, and never converted from a bool or a string.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,6 +95,20 @@ def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
         return target(**{**arguments, **given})
     except ValueError as error:  # the class rejected its arguments, with a message
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorate a function with `**options`: its signature lists the keyword-only parameters of `function` instead."""
+
+    def decorate(wrapper: Callable[..., R]) -> Callable[..., R]:
+        own = [p for p in inspect.signature(wrapper).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        wrapper.__signature__ = inspect.Signature(own + added)  # type: ignore[attr-defined]
+        hints = [get_type_hints(f, include_extras=True) for f in (wrapper, function)]
+        wrapper.__annotations__ = {p.name: (hints[1] | hints[0])[p.name] for p in own + added}
+        return wrapper
+
+    return decorate
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

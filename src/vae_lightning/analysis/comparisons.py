@@ -139,11 +139,11 @@ def read_evaluations(runs: Sequence[RunDirectory], split: str) -> list[Evaluatio
     if not common:
         samples = max((k for of_run in found.values() for k in of_run), default=None)
         missing = [path for path, of_run in found.items() if samples not in of_run]
-        options = (" split=val" if split == "val" else "") + (f" samples={samples}" if samples else "")
+        options = (" --split val" if split == "val" else "") + (f" --samples {samples}" if samples else "")
         number = f" with {samples} importance samples, as for the others" if samples else ""
         raise RunError(
             f"{', '.join(map(str, missing))}: no log likelihoods of each {split} image{number}; run "
-            + " && ".join(f"python evaluate.py run={path}{options}" for path in missing)
+            f"vae evaluate {' '.join(map(str, missing))}{options}"
         )
     chosen = [(run, *found[run.path][max(common)]) for run in runs]
     first, _, reference = chosen[0]
@@ -172,20 +172,27 @@ def read_values(file: Path, content: dict[str, Any], split: str) -> tuple[Tensor
     return log_likelihood, stderr
 
 
-def compare(
+def compare_runs(
     runs: Annotated[Sequence[str], Field(min_length=1)],
+    *,
     split: Literal["test", "val"] = "test",
     to: str = "outputs/report",
 ) -> str:
     """Compare evaluated runs with a baseline, image by image: the difference in log likelihood and its 95 % interval.
 
-        python compare.py outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
-        python compare.py outputs/sweeps/priors                        # the baseline is that of the first run in it
-        python compare.py outputs/a outputs/b split=val
+    `vae evaluate` must have evaluated each run, with the same number of samples; docs/numbers.md explains the numbers.
+    Writes comparison.md and a picture per comparison to the directory `to`; returns the text to print.
 
-    evaluate.py must have evaluated each run, with the same number of samples; docs/numbers.md explains the numbers.
-    Writes comparison.md and a picture per comparison to the directory `to`; returns the text to print. Raises UserError
-    for runs that cannot be compared.
+        vae compare outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
+        vae compare outputs/sweeps/priors                        # the baseline is that of the first run in it
+
+    Args:
+        runs: the baseline, then others: run directories, or directories that contain the seeds of a run
+        split: images of the evaluations
+        to: directory for the files
+
+    Raises:
+        UserError: for runs that cannot be compared
     """
     found, notes = find_sides(map(Path, runs))
     if len(found) < 2:

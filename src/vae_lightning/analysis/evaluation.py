@@ -6,22 +6,25 @@ flat dictionary.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed, UserError, takes_options_of
 from vae_lightning.data.pixels import described, evaluation_pixels, stream_seed
 from vae_lightning.files import atomic_write, read_dict, write_json
 from vae_lightning.models.estimators import (
@@ -33,8 +36,10 @@ from vae_lightning.models.estimators import (
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.posteriors import PosteriorDistribution
 from vae_lightning.models.vae import VAE
-from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.directory import RunDirectory, RunError, StrPath, find_runs
 from vae_lightning.runs.loading import open_run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -263,7 +268,8 @@ def check_elbo(run: RunDirectory, checkpoint: Path, config: dict[str, Any], elbo
 
 
 def evaluate_run(
-    run: str,
+    run: StrPath,
+    *,
     split: Literal["test", "val"] = "test",
     samples: PositiveInt = 5_000,
     seed: Seed = 0,
@@ -275,87 +281,142 @@ def evaluate_run(
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained VAE: print a table, and write evaluation.json to its run directory.
+    """Evaluate a trained VAE, and write evaluation.json to its run directory. Returns the content of that file.
 
-        python evaluate.py run=outputs/vae/2026-11-21_10-00-00-000000
-        python evaluate.py run=outputs/… samples=500 split=val
+    A finished run that has this evaluation already is not evaluated again; its file is read. `run` is a run directory,
+    one of its checkpoints, or latest. `evaluate_runs` explains the options.
 
-    conf/evaluate.yaml lists the options; docs/numbers.md explains the metrics. Returns the content of evaluation.json.
     Raises UserError if the run or its data cannot be opened or evaluated.
     """
-    finished = RunDirectory.locate(run)[0].state == "finished"  # before the checkpoint is read
-    opened = open_run(run, accelerator, data_root)
+    directory, checkpoint = RunDirectory.locate(run)
+    stem = checkpoint.stem + ("" if directory.state == "finished" else "_unfinished")  # before it is read
+    settings: dict[str, Any] = {"split": split, "checkpoint": stem, "samples": samples, "seed": seed}
+    settings |= {"probes": probes, "class_samples": class_samples}
+    file = evaluation_file(directory, settings)
+    if directory.state == "finished" and file.exists() and (content := read_dict(file)).items() >= settings.items():
+        log.info("%s: evaluated already", directory)
+        return content
+    opened = open_run(checkpoint, accelerator, data_root)
     vae, data = opened.model, opened.data
     if split == "val" and not data.val_size:
         raise ConfigError("split=val: the run has no validation split (data.val_size=0); allowed: test")
     if not isinstance(vae, VAE):
-        raise ConfigError(f"run={run}: its model, {type(vae).__name__}, has no likelihood; should be a VAE")
-    if not os.access(opened.directory, os.W_OK):
-        raise ConfigError(f"run={run}: no permission to write there; evaluate a copy of the run")
+        raise ConfigError(f"{run}: its model, {type(vae).__name__}, has no likelihood; should be a VAE")
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{run}: no permission to write there; evaluate a copy of the run")
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
     started = time.monotonic()
     results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk, compile)
     if split == "test":
-        check_elbo(opened.directory, opened.checkpoint, vae.config, results["elbo"], sampled.deviation)
+        check_elbo(directory, checkpoint, vae.config, results["elbo"], sampled.deviation)
     if probes:
         train = evaluation_pixels(data.train_images, data.pixels)  # drawn as those of the test images
         results |= probe_accuracy(vae.all_codes(train, data.train_labels), data.train_labels, codes, labels)
     if vae.classes and class_samples:
-        results["class_samples"] = class_samples
         results |= bayes_classifier(vae, images, labels, data.train_labels, class_samples, seed, batch_size, chunk)
     warning = remark(vae.likelihood, data.pixels)
     quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else "log density"
     quantity += " given the label" if vae.classes else ""
+    given = "given the label, " if vae.classes else ""
+    protocol = f"{given}{described(data.pixels, data.image_shape[0])} pixels"
     content = {f"{split}/{key}": value for key, value in results.items()} | {
         f"{split}/nll_curve": {str(k): -bound for k, bound in sampled.curve.items()},
-        "samples": samples,
+        **settings,
         "pixels": data.pixels,
+        "protocol": protocol,
         "data": data.dataset,
         "quantity": quantity,
         "images": len(images),
         "images_sha256": data.checksums()[split],
-        "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
-        "checkpoint": opened.checkpoint.stem if finished else f"{opened.checkpoint.stem}_unfinished",
         "remark": warning,
     }
     values = torch.stack([sampled.log_likelihood, sampled.stderr], dim=-1)
-    pixels = f"{described(data.pixels, data.image_shape[0])} pixels"
-    given = "given the label, " if vae.classes else ""
-    curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {given}{pixels}")
+    curve = figures.nll_curve(sampled.curve, f"{'cross-entropy' if warning else '−log p(x)'}, {protocol}")
     try:
-        file = write_evaluation(opened.directory, opened.checkpoint, split, content, values, curve)
-    finally:  # a full disk must not lose the results
-        print(format_results(results, f"{split} set, {given}{pixels}, {samples} samples", warning), flush=True)
-    print(file)
-    return content
+        return write_evaluation(directory, content, values, curve)
+    except OSError:  # a full disk must not lose the results
+        print(format_evaluation(content), flush=True)
+        raise
 
 
-def write_evaluation(
-    run: RunDirectory, checkpoint: Path, split: str, content: dict[str, Any], values: Tensor, curve: Figure
-) -> Path:
-    """Write evaluations/<split>_<checkpoint>_k<samples>_seed<seed>.json, .csv and .png; return the path of the JSON.
+TABLE = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "active_units", "effective_samples_median")
+
+
+@takes_options_of(evaluate_run)
+def evaluate_runs(runs: Annotated[Sequence[str], Field(min_length=1)], **options: Any) -> str:
+    """Evaluate trained VAEs: log likelihood, rate and distortion, active units, probes; in nats per image.
+
+    Writes evaluation.json into each run directory. A finished run that has the same evaluation already is not
+    evaluated again. docs/numbers.md explains the numbers.
+
+        vae evaluate outputs/vae/2026-11-21_10-00-00-000000
+        vae evaluate outputs/sweeps/priors --samples 500 --split val
+
+    Args:
+        runs: run directories, directories that contain runs, checkpoints, or latest
+        split: images to evaluate on
+        samples: importance samples per image
+        seed: of the samples; the same seed gives the same numbers
+        batch_size: images decoded together; changes memory and speed, but no number
+        chunk: samples per image decoded together; likewise
+        probes: classify the images from their posterior means
+        compile: compile the likelihood, which is a fifth faster after 10 s; changes rounding only
+        class_samples: of a conditional model, importance samples per image and class to classify images; 0 does not
+        accelerator: device
+        data_root: directory of the data on this machine, if it differs from the run's
+
+    Raises:
+        UserError: if no run could be evaluated
+    """
+    paths = sorted({str(path) for run in runs for path in find_runs(run)})
+    evaluated: dict[str, dict[str, Any]] = {}
+    failed: list[UserError] = []
+    for path in paths:
+        try:
+            evaluated[path] = evaluate_run(path, **options)
+        except UserError as error:
+            failed.append(error)
+    if not evaluated:
+        raise failed[0]
+    if len(paths) == 1:
+        content = evaluated[paths[0]]
+        return f"{format_evaluation(content)}\n{evaluation_file(RunDirectory.locate(paths[0])[0], content)}"
+    rows = [
+        [path, *(content.get(f"{content['split']}/{name}") for name in TABLE), content["remark"]]
+        for path, content in evaluated.items()
+    ]
+    table = tabulate(rows, ["run", *TABLE, ""], floatfmt=".2f")
+    return "\n".join([table, *(f"left out: {error}" for error in failed)])
+
+
+def evaluation_file(run: RunDirectory, content: dict[str, Any]) -> Path:
+    """Return the path of an evaluation with these settings; a .csv and a .png file are beside it."""
+    return run.evaluations / "{split}_{checkpoint}_k{samples}_seed{seed}.json".format(**content)
+
+
+def write_evaluation(run: RunDirectory, content: dict[str, Any], values: Tensor, curve: Figure) -> dict[str, Any]:
+    """Write `content` to its `evaluation_file`, and return what was written.
 
     The CSV file has `values` `[images, 2]`, the log likelihood of each image and its standard error. evaluation.json,
     evaluation.csv and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have
-    more samples. Earlier results with the same name that `content` lacks, such as probes, are kept.
+    more samples. Earlier results of the file that `content` lacks, such as probes, are kept.
     """
-    name = f"{split}_{content['checkpoint']}_k{content['samples']}_seed{content['seed']}"
-    file = run.evaluations / f"{name}.json"
-    run.evaluations.mkdir(exist_ok=True)
+    file = evaluation_file(run, content)
+    file.parent.mkdir(exist_ok=True)
     content = (read_dict(file) if file.exists() else {}) | content
     write_values(file.with_suffix(".csv"), values)
     write_json(file, content)
     figures.save(curve, file.with_suffix(".png"))
-    best = checkpoint.resolve() == run.best_checkpoint.resolve() and content["checkpoint"] == run.best_checkpoint.stem
-    if split == "test" and best:  # a run that is still trained will have another best checkpoint
+    # A run that is still trained will have another best checkpoint; its name here is best_unfinished.
+    if (content["split"], content["checkpoint"]) == ("test", run.best_checkpoint.stem):
         current = read_dict(run.evaluation_file)["samples"] if run.evaluation_file.exists() else 0
         if content["samples"] >= current:
             write_values(run.evaluation_values, values)
             write_json(run.evaluation_file, content)
             figures.save(curve, run.figures / "nll_curve.png")
-    return file
+    return content
 
 
 def write_values(path: Path, values: Tensor) -> None:
@@ -364,10 +425,15 @@ def write_values(path: Path, values: Tensor) -> None:
         np.savetxt(partial, values.cpu().numpy(), "%.6f", ",", header="log_likelihood,stderr", comments="")
 
 
-def format_results(results: dict[str, Any], heading: str, warning: str) -> str:
-    """Return the results as text, one per line below the heading."""
+def format_evaluation(content: dict[str, Any]) -> str:
+    """Return an evaluation as text: a heading, and one result per line."""
+    split, warning = content["split"], content["remark"]
+    heading = f"{split} set, {content['protocol']}, {content['samples']} samples"
     lines = [heading + (f"; {warning}" if warning else "")]
-    for name, value in results.items():
+    for key, value in content.items():
+        name = key.removeprefix(f"{split}/")
+        if name == key or isinstance(value, dict):
+            continue
         if isinstance(value, float):
             label = f"{name} (cross-entropy)" if warning and name in ("nll", "elbo", "reconstruction") else name
             lines.append(f"  {label:32} {value:10.4f}")

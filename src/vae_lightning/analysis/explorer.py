@@ -23,6 +23,7 @@ from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
 from vae_lightning.figures import DIGIT_COLOURS
 from vae_lightning.models.latents import by_activity, principal_directions
+from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ MAP_IMAGES = 3_000  # test images on the map
 
 
 def explore_run(
-    run: str,
+    run: StrPath,
+    *,
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1",
     port: Annotated[int, Field(ge=1, le=65535)] = 8000,
     data_root: str | None = None,
@@ -42,10 +44,16 @@ def explore_run(
     """Serve a web page that shows the latent space of a trained run: drag, hover, draw a digit.
 
         pip install -e '.[explore]'
-        python explore.py run=outputs/…                # then open http://127.0.0.1:8000
-        python explore.py run=outputs/… port=8080
+        vae explore outputs/…                # then open http://127.0.0.1:8000
 
-    Raises UserError if the run cannot be opened or the port is in use.
+    Args:
+        run: run directory, one of its checkpoints, or latest
+        host: 127.0.0.1 is reachable from this machine only, 0.0.0.0 from every machine in the network
+        port: port of the page
+        data_root: directory of the data on this machine, if it differs from the run's
+
+    Raises:
+        UserError: if the run cannot be opened, or the port is in use
     """
     try:
         from aiohttp import web

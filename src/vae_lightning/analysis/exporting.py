@@ -16,6 +16,7 @@ from vae_lightning.files import staging_directory
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import open_run
 
 TOLERANCE = 1e-4  # absolute and relative, between float32 kernels of ONNX Runtime and PyTorch
@@ -52,16 +53,22 @@ class Decoder(nn.Module):
         return self.model.pictures_given(latents, labels)
 
 
-def export_run(run: str | Path, data_root: str | None = None) -> Path:
+def export_run(run: StrPath, *, data_root: str | None = None) -> Path:
     """Write encoder and decoder into the run's `export/`, as .onnx and .safetensors, and return that directory.
 
         pip install -e '.[export]'
-        python export.py run=outputs/…
+        vae export outputs/…
 
     The ONNX graphs take any batch size, images `[batch, *image_shape]` in [0, 1] and latents `[batch, latent_dim]`.
     Those of a conditional model have a second input, labels `[batch]`, int64. The safetensors have the weights of the
     networks under their PyTorch names, and the configuration as metadata.
-    Raises UserError if the extra is not installed, or if the files differ from the model.
+
+    Args:
+        run: run directory, one of its checkpoints, or latest
+        data_root: directory of the data on this machine, if it differs from the run's
+
+    Raises:
+        UserError: if the extra is not installed, or if the files differ from the model
     """
     try:
         import onnxruntime  # noqa: F401

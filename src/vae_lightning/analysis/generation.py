@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,87 +24,90 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vae_lightning import figures
-from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed, check_arguments
+from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed
 from vae_lightning.models.latents import arc, by_activity, line, moments, principal_directions
 from vae_lightning.models.vae import VAE
+from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
 
-Plane = Literal["principal"] | Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]
+Plane = Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]  # latent dimensions, counted from 1
 Images = Annotated[Sequence[NonNegativeInt], Field(min_length=1)]  # indices into the test set
 Image = Annotated[Sequence[NonNegativeInt], Field(min_length=1, max_length=1)]
-Points = Annotated[Sequence[float | Sequence[float]], Field(min_length=1)]
+Points = Annotated[Sequence[float], Field(min_length=1)]  # the coordinates of one latent, of the next, …
 
 
 def samples(
     run: Run,
+    *,
     n: PositiveInt | None = None,
     columns: PositiveInt = 8,
-    y: NonNegativeInt | None = None,
+    label: NonNegativeInt | None = None,
     temperature: Positive = 1.0,
     seed: Seed = 0,
 ) -> Tensor:
     """Draw a grid of n samples from the prior, by default 64; of a conditional model, a row of n samples per class.
 
-    `y` is the only class to draw. `temperature` scales the prior's standard deviations.
+    `label` is the only class to draw. `temperature` scales the prior's standard deviations.
     """
     torch.manual_seed(seed)
-    labels = labels_to_draw(run, y)
+    labels = labels_to_draw(run, label)
     if len(labels) > 1:
         n = columns = n or columns
     return figures.image_grid(torch.cat([prior_samples(run, n or 64, temperature, y) for y in labels]), columns)
 
 
-def reconstructions(run: Run, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
+def reconstructions(run: Run, *, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
     """Draw test images, the first n or those with the given indices, above their reconstructions."""
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     return figures.reconstruction_grid(x, run.model.reconstruct(x, labels))
 
 
 def manifold(
-    run: Run, columns: PositiveInt = 20, plane: Plane | None = None, y: NonNegativeInt | None = None
+    run: Run, *, columns: PositiveInt = 20, plane: Plane | None = None, label: NonNegativeInt | None = None
 ) -> Tensor:
-    """Draw a decoded latent plane, at equally probable quantiles. With two latent dimensions it is the latent space.
+    """Draw a decoded latent plane, at equally probable quantiles: the latent space, if it has two dimensions.
 
-    Of a conditional model, draw the plane of the class y, or of each class.
+    With more, `plane` is two of them; the default is the plane of the two principal directions. Of a conditional
+    model, draw the plane of the class `label`, or of each class.
     """
-    labels = labels_to_draw(run, y)
+    labels = labels_to_draw(run, label)
     center, axes, _ = latent_plane(run, plane)
     return figures.manifold_grid(lambda z, y: run.model.pictures(z.to(axes) @ axes + center, y), columns, labels)
 
 
-def scatter(run: Run, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
+def scatter(run: Run, *, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
     """Draw the codes of the first n test images in a latent plane, coloured by digit.
 
-    With more than two latent dimensions the default is the plane of the two principal directions.
+    With more than two latent dimensions, `plane` is two of them; the default is the plane of the two principal
+    directions.
     """
-    if plane is None and run.model.latent_dim > 2:
-        plane = "principal"
     center, axes, names = latent_plane(run, plane)
     codes = run.model.all_codes(run.data.test_images[:n], run.data.test_labels[:n])
-    along = codes - center if plane == "principal" else codes
+    along = codes if plane or run.model.latent_dim == 2 else codes - center
     return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
 
 
 def traversals(
     run: Run,
+    *,
     n: PositiveInt = 10,
     columns: PositiveInt = 11,
     images: Image | None = None,
-    y: NonNegativeInt | None = None,
+    label: NonNegativeInt | None = None,
 ) -> Figure:
     """Draw one latent dimension per row, from −3 to 3 standard deviations; the n most active dimensions.
 
     The other dimensions keep the value of the center of latent space, or of the code of the given test image. A
-    conditional model decodes with the class y, by default that of the image, or the classes in turn, one per row.
+    conditional model decodes with the class `label`, by default that of the image, or the classes in turn, one per row.
     """
-    labels = labels_to_draw(run, y)
+    labels = labels_to_draw(run, label)
     codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     center, deviation = latent_center_and_deviation(run)
     start = center
     if images:
         x, of_image = select_test_images(run, images)
         start = run.model.codes(x, of_image)[0]
-        labels = of_image.tolist() if y is None and run.model.classes else labels
+        labels = of_image.tolist() if label is None and run.model.classes else labels
     dimensions = by_activity(codes)[:n]
     of_rows = [labels[row % len(labels)] for row in range(len(dimensions))]
     steps = torch.linspace(-3, 3, columns, device=codes.device)
@@ -118,7 +122,7 @@ def traversals(
     return figures.labelled_rows(pictures, rows, [f"{round(step, 1) + 0.0:g}σ" for step in steps.tolist()])
 
 
-def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
+def interpolations(run: Run, *, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
     """Draw interpolations between n pairs of test images: a row along the straight line, and one along the arc.
 
     `images` has the indices of the first pair, of the second, …; by default the first image of each digit. Each row
@@ -141,13 +145,13 @@ def interpolations(run: Run, n: PositiveInt = 5, columns: PositiveInt = 10, imag
     return figures.labelled_rows(rows, ["line", "arc"] * (len(indices) // 2), names)
 
 
-def analogies(run: Run, n: PositiveInt = 10, images: Images | None = None) -> Figure:
+def analogies(run: Run, *, n: PositiveInt = 10, images: Images | None = None) -> Figure:
     """Draw test images, and in each row the codes of one decoded as every class: z is kept, and y changes.
 
     They are the first n images, or those with the given indices. Raises ConfigError unless the model is conditional.
     """
     if not run.model.classes:
-        raise ConfigError(f"run={run.directory}: its model has no classes; train one with model.conditional=true")
+        raise ConfigError(f"{run.directory}: its model has no classes; train one with model.conditional=true")
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     z = run.model.codes(x, labels)
     classes = run.model.every_label()
@@ -155,38 +159,41 @@ def analogies(run: Run, n: PositiveInt = 10, images: Images | None = None) -> Fi
     return figures.labelled_rows(rows, [str(label) for label in labels.tolist()], ["image", *map(str, classes)])
 
 
-def decode(run: Run, z: Points, columns: PositiveInt = 10, y: NonNegativeInt | None = None) -> Tensor:
-    """Draw the decoded images of one latent, [0.5, 0], or of several, [[0.5, 0], [2, 0]].
+def decode(run: Run, *, z: Points, columns: PositiveInt = 10, label: NonNegativeInt | None = None) -> Tensor:
+    """Draw the decoded images of latents: `z` has the coordinates of the first, of the second, …
 
-    Of a conditional model, draw them as the class y, or as each class in a row.
+    Of a conditional model, draw them as the class `label`, or as each class in a row.
     """
-    labels = labels_to_draw(run, y)
-    points = run.model.latents(z).reshape(-1, run.model.latent_dim)
+    labels = labels_to_draw(run, label)
+    if len(z) % (d := run.model.latent_dim):
+        raise ConfigError(f"z={list(z)}: should be {d} coordinates, the latent_dim, or a multiple of them")
+    points = run.model.latents(torch.tensor(z).reshape(-1, d))
     columns = len(points) if len(labels) > 1 else min(columns, len(points))
     return figures.image_grid(torch.cat([run.model.pictures(points, y) for y in labels]), columns)
 
 
 def nearest(
     run: Run,
+    *,
     n: PositiveInt = 10,
-    y: NonNegativeInt | None = None,
+    label: NonNegativeInt | None = None,
     temperature: Positive = 1.0,
     seed: Seed = 0,
 ) -> Figure:
     """Draw n samples from the prior above their three nearest training images, to see whether digits are memorized.
 
-    Above each sample is its Euclidean distance to the nearest. Of a conditional model, the samples are of the class y,
-    or of the classes in turn.
+    Above each sample is its Euclidean distance to the nearest. Of a conditional model, the samples are of the class
+    `label`, or of the classes in turn.
     """
     torch.manual_seed(seed)
-    x = prior_samples(run, n, temperature, y)
+    x = prior_samples(run, n, temperature, label)
     distances, neighbours = nearest_images(x, run.data.train_images, k=min(3, len(run.data.train_images)))
     rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (-1, n))])
     names = ["sample", "nearest", "second", "third"][: len(rows)]
     return figures.labelled_rows(rows, names, [f"{distance:.1f}" for distance in distances[0].tolist()])
 
 
-def walk(run: Run, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
+def walk(run: Run, *, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
     """Draw the frames of a closed path through test images along arcs, `columns` frames from each to the next.
 
     A conditional model decodes them with the label of the image where the arc starts.
@@ -218,8 +225,9 @@ PICTURES: dict[str, Callable[..., Picture]] = {
 
 @torch.inference_mode()
 def generate_run(
-    run: str,
-    what: Literal[tuple(PICTURES)],  # type: ignore[valid-type]
+    run: StrPath,
+    what: str,
+    *,
     format: Literal["png", "pdf", "svg"] = "png",
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
@@ -227,33 +235,21 @@ def generate_run(
 ) -> Path:
     """Save one picture in the figures/ of a run, and return the path of the file.
 
-        python generate.py run=outputs/… what=samples n=100 temperature=0.8
-        python generate.py run=outputs/… what=reconstructions images=[3,18,61]
-        python generate.py run=outputs/… what=manifold               # latent_dim=2; else plane=principal or plane=[1,2]
-        python generate.py run=outputs/… what=scatter format=pdf
-        python generate.py run=outputs/… what=traversals
-        python generate.py run=outputs/… what=interpolations
-        python generate.py run=outputs/… what=decode z=[0.5,0]
-        python generate.py run=outputs/… what=nearest                # samples above their nearest training images
-        python generate.py run=outputs/… what=walk                   # animated GIF
-
-    conf/generate.yaml lists the options, the arguments of the function named `what`; null means the default. They are
-    part of the file's name, manifold_plane=principal.png, as is another checkpoint than the best one.
-    Raises UserError for a run that cannot be opened, an option that the picture does not have, or a wrong value.
+    `what` is a name in PICTURES, and `options` are those of the function: `generate_run(run, "samples", n=64)`. They
+    are part of the file's name, samples_n-64.png, as is another checkpoint than the best one.
+    A walk is always an animated GIF. Raises UserError for a run that cannot be opened, or a wrong value.
     """
     function = PICTURES[what]
-    arguments = {name: value for name, value in options.items() if value is not None}
-    try:
-        check_arguments(function, arguments, "", given=("run",))
-    except ConfigError as error:
-        raise ConfigError(f"what={what}: {error}") from None
+    arguments = {
+        name: value for name, value in options.items() if value != signature(function).parameters[name].default
+    }
     opened = open_run(run, accelerator, data_root)
     picture = function(opened, **arguments)
     suffix = "gif" if isinstance(picture, list) else format
-    words = [f"{key}={re.sub(r'[^a-z0-9.,-]', '', str(value))}" for key, value in sorted(arguments.items())]
+    words = [f"{key}-{re.sub('[^A-Za-z0-9.,+-]', '', str(value))}" for key, value in sorted(arguments.items())]
     if opened.checkpoint.name != opened.directory.best_checkpoint.name:
         words.append(opened.checkpoint.stem)
-    name = "_".join([what, *words])
+    name = "_".join([what, *words]).replace(",", "_")
     if len(name) > 200:  # a file system allows 255
         name = f"{name[:190]}_{crc32(name.encode()):08x}"
     path = opened.directory.figures / f"{name}.{suffix}"
@@ -261,20 +257,20 @@ def generate_run(
     return path
 
 
-def prior_samples(run: Run, n: int, temperature: float, y: int | None = None) -> Tensor:
+def prior_samples(run: Run, n: int, temperature: float, label: int | None = None) -> Tensor:
     """Return n images decoded from samples of the prior. Raises ConfigError for an autoencoder."""
     if not isinstance(run.model, VAE):
-        raise ConfigError(f"run={run.directory}: an autoencoder has no prior to sample from")
-    return run.model.sample(n, temperature, y)
+        raise ConfigError(f"{run.directory}: an autoencoder has no prior to sample from")
+    return run.model.sample(n, temperature, label)
 
 
-def labels_to_draw(run: Run, y: int | None) -> list[int] | list[None]:
-    """Return `[y]`, or the label of each class; `[None]` for a model without classes. Raises ConfigError for its y."""
-    if y is not None and not run.model.classes:
-        raise ConfigError(f"y={y}: the model of {run.directory} is not conditional; leave y out")
-    if y is not None and y >= run.model.classes:
-        raise ConfigError(f"y={y}: should be a class from 0 to {run.model.classes - 1}")
-    return run.model.every_label() if y is None else [y]
+def labels_to_draw(run: Run, label: int | None) -> list[int] | list[None]:
+    """Return `[label]`, or the label of each class; `[None]` for a model without classes. Raises ConfigError."""
+    if label is not None and not run.model.classes:
+        raise ConfigError(f"label={label}: the model of {run.directory} is not conditional; leave label out")
+    if label is not None and label >= run.model.classes:
+        raise ConfigError(f"label={label}: should be a class from 0 to {run.model.classes - 1}")
+    return run.model.every_label() if label is None else [label]
 
 
 def select_test_images(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -302,14 +298,13 @@ def latent_center_and_deviation(run: Run) -> tuple[Tensor, Tensor]:
 def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[str, str]]:
     """Return a plane of latent space: center `[latent_dim]`, axes `[2, latent_dim]` of one standard deviation, names.
 
-    `plane` is two latent dimensions, counted from 1, or the two principal directions of the codes of the test set.
-    Raises ConfigError if the latent space has no such plane.
+    `plane` is two latent dimensions. Without it, the plane is the two-dimensional latent space, or that of the two
+    principal directions of the codes of the test set. Raises ConfigError if the latent space has no such plane.
     """
     d = run.model.latent_dim
-    if d < 2 or (plane is None and d > 2):
-        needed = "a plane needs 2 latent dimensions" + (": set plane=principal or plane=[1,2]" if d > 2 else "")
-        raise ConfigError(f"run={run.directory}: latent_dim={d}; {needed}")
-    if isinstance(plane, str):
+    if d < 2:
+        raise ConfigError(f"{run.directory}: latent_dim={d}; a plane needs 2 latent dimensions")
+    if plane is None and d > 2:
         codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
         directions, deviations = principal_directions(codes)
         axes = directions[:2] * deviations[:2, None]

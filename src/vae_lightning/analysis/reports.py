@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from vae_lightning.analysis.generation import first_of_each_digit, select_test_i
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.data.pixels import described
 from vae_lightning.files import read_dict, staging_directory
-from vae_lightning.runs.directory import RunDirectory, RunError
+from vae_lightning.runs.directory import RunDirectory, RunError, find_runs
 from vae_lightning.runs.loading import load_run, open_run
 
 EVALUATION_METRICS = (
@@ -92,22 +91,15 @@ class Table:
 def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     """Return the finished runs in and below `paths`, and a note on each other run directory, with the reason.
 
-    Raises RunError for a path that does not exist, and if there is no finished run.
+    Raises RunError for a path without runs, and if none is finished.
     """
     results: dict[Path, Result] = {}
     notes: list[str] = []
-    for path in paths:
-        if not path.is_dir():
-            raise RunError(f"{path}: no such directory")
-        for folder, below, _ in os.walk(path):
-            run = RunDirectory(folder)
-            if not run.config_file.is_file():
-                continue
-            below.clear()  # a run directory contains no other runs
-            try:
-                results[run.path.resolve()] = read_result(run)
-            except UserError as error:
-                notes.append(f"left out: {error}")
+    for run in (RunDirectory(found) for path in paths for found in find_runs(path)):
+        try:
+            results[run.path.resolve()] = read_result(run)
+        except UserError as error:
+            notes.append(f"left out: {error}")
     if not results:
         raise RunError("; ".join([f"{', '.join(map(str, paths))}: no finished run found", *notes[:1]]))
     return [results[directory] for directory in sorted(results)], list(dict.fromkeys(notes))
@@ -268,7 +260,7 @@ def plots(table: Table) -> dict[str, Figure]:
                     name = ", ".join(str(value) for other, value in row.settings.items() if other != key)
                     lines.setdefault(name, []).append((row.settings[key], average, deviation or 0.0))
             if lines and len(lines) <= MAX_RUNS_IN_FIGURE:
-                name = re.sub("[^A-Za-z0-9=._-]+", "_", f"{metric}_against_{key}")
+                name = re.sub("[^A-Za-z0-9._-]+", "_", f"{metric}_against_{key}")
                 drawn[name] = figures.against(lines, key, ", ".join(filter(None, (metric, unit))))
     best = best_rows(table)
     curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
@@ -317,20 +309,28 @@ def reconstructions(table: Table) -> Figure | None:
     return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
 
 
-def report(
+def report_runs(
     runs: Annotated[Sequence[str], Field(min_length=1)],
+    *,
     metrics: Sequence[str] = (),
     style: Literal["terminal", "markdown", "csv", "latex"] = "terminal",
     to: str = "outputs/report",
 ) -> str:
     """Compare many runs in one table and plots: the keys that differ, and mean ± standard deviation over seeds.
 
-        python report.py outputs/sweeps/2026-11-21_10-00-00-000000
-        python report.py outputs metrics=[test/loss,test/kl] style=markdown
-        python report.py outputs/vae outputs/sweeps to=outputs/report style=latex
+    Writes report.md, report.csv, report.tex and figures to the directory `to`; returns the text to print.
 
-    Writes report.md, report.csv, report.tex and figures of all runs in and below `runs` to the directory `to`; returns
-    the text to print. Raises UserError if there is no finished run, or no run has a metric.
+        vae report outputs/sweeps/2026-11-21_10-00-00-000000
+        vae report outputs --metrics test/loss test/kl --style markdown
+
+    Args:
+        runs: run directories, directories that contain runs, or latest
+        metrics: columns; default: all
+        style: of the printed table
+        to: directory for the files
+
+    Raises:
+        UserError: if there is no finished run, or no run has a metric
     """
     results, notes = find_results([Path(path) for path in runs])
     compared = tables(results, metrics)

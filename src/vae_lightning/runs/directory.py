@@ -28,6 +28,15 @@ def runs_in(directory: Path) -> list[Path]:
     return [file.parent for file in sorted(found, key=lambda file: file.stat().st_mtime)]
 
 
+def find_runs(path: StrPath) -> list[Path]:
+    """Return `path` if it is a run, a checkpoint or `latest`, or else the runs below it. Raises RunError for none."""
+    run = RunDirectory.locate(path)[0]
+    found = [] if run.config_file.exists() else runs_in(Path(path))
+    if not (found or run.config_file.exists()):
+        raise RunError(f"{path}: {'contains no run' if Path(path).is_dir() else 'no such run directory'}")
+    return found or [run.path if str(path) == "latest" else Path(path)]
+
+
 class RunDirectory:
     """The paths, lock, configuration and state of one run. The constructor does not access the disk."""
 

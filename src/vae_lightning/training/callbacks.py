@@ -130,7 +130,7 @@ class Health(Callback):
     """Log active units and the largest and smallest KL per dimension each epoch; warn once of posterior collapse.
 
     The KL is from N(0, I), in nats, whatever the prior. It is measured on up to 2,000 validation (or training) images,
-    which takes about 1 % of an epoch; evaluate.py counts active units on the test set. A unit is active if
+    which takes about 1 % of an epoch; `vae evaluate` counts active units on the test set. A unit is active if
     Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
     """
 

@@ -4,7 +4,7 @@ The graph is C++ code on a CPU. On a GPU it is Triton kernels, replayed as a CUD
 so clipping, callbacks and every optimizer work. Random numbers are those of uncompiled training, and results differ by
 rounding only. If the loss cannot be compiled, the log says why, and training continues uncompiled.
 
-Only `trainer.compile=true` and `evaluate.py compile=true` import this file. It uses one private setting of PyTorch,
+Only `trainer.compile=true` and `vae evaluate --compile` import this file. It uses one private setting of PyTorch,
 `torch._dynamo.config.trace_autograd_ops`. Where that is missing, training runs uncompiled.
 """
 
