@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test tests versions proof audit lint types reproduce published release-models benchmark docs tensorboard new clean
+.PHONY: help setup train test tests versions proof audit lint types reproduce published release-models benchmark docs tensorboard clean
 
 help:  ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,9 +77,6 @@ docs: $(STAMP)  ## build the documentation site into site/ and check its links
 
 tensorboard: $(STAMP)  ## show the curves and pictures of all runs
 	@$(BIN)/tensorboard --logdir outputs
-
-new: $(STAMP)  ## turn a fresh clone into your own project: make new NAME=my_project
-	@$(BIN)/python scripts/new_project.py $(NAME)
 
 clean:  ## remove .venv, the built site and caches, but not outputs/
 	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build site src/*.egg-info
