@@ -72,7 +72,7 @@ benchmark: $(STAMP)  ## compare the time per epoch with other implementations (3
 
 docs: $(STAMP)  ## build the documentation site into site/ and check its links
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
-	@$(BIN)/python scripts/configuration.py
+	@$(BIN)/python docs/write_pages.py
 	@$(BIN)/python scripts/site.py
 
 tensorboard: $(STAMP)  ## show the curves and pictures of all runs
