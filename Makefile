@@ -70,10 +70,10 @@ release-models: $(STAMP)  ## pack the three best models of docs/published.md int
 benchmark: $(STAMP)  ## compare the time per epoch with other implementations (30 minutes)
 	@$(BIN)/python benchmarks/speed.py $(ARGS)
 
-docs: $(STAMP)  ## build the documentation site into site/ and check its links
+docs: $(STAMP)  ## build the documentation site into docs/site/ and check its links
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@$(BIN)/python docs/write_pages.py
-	@$(BIN)/python scripts/site.py
+	@$(BIN)/zensical build --config-file docs/zensical.toml --strict --clean
 
 tensorboard: $(STAMP)  ## show the curves and pictures of all runs
 	@$(BIN)/tensorboard --logdir outputs

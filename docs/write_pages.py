@@ -1,6 +1,6 @@
-"""Write docs/configuration.md: the keys of conf/ with the comments of its YAML files.
+"""Write the two pages of docs/ that are made from other files; make docs runs this.
 
-python docs/write_pages.py        # make docs runs this
+configuration.md lists the keys of conf/ with the comments of its YAML files. tutorial.md is tutorial.py as a page.
 """
 
 from __future__ import annotations
@@ -164,5 +164,18 @@ def configuration() -> str:
     return "\n".join([HEADER, table(["setting", "default", "explanation"], rows), *sections])
 
 
+def tutorial() -> str:
+    """Return the text of tutorial.md: comments of Markdown cells as text, the other cells as code."""
+    _, *cells = re.split(r"^# %%(.*)\n", (DOCS / "tutorial.py").read_text(encoding="utf-8"), flags=re.M)
+    page = []
+    for kind, cell in zip(cells[::2], cells[1::2], strict=True):
+        if "[markdown]" in kind:
+            page.append(re.sub(r"^# ?", "", cell, flags=re.M).strip())
+        else:
+            page.append(f"```python\n{cell.strip()}\n```")
+    return "\n\n".join(page) + "\n"
+
+
 if __name__ == "__main__":
     (DOCS / "configuration.md").write_text(configuration(), encoding="utf-8")
+    (DOCS / "tutorial.md").write_text(tutorial(), encoding="utf-8")
