@@ -40,7 +40,7 @@ tests: $(STAMP)  ## run only the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 versions:  ## run the tests with the oldest and the newest allowed versions of all packages (10 GB)
-	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt
 	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
 
 proof: $(STAMP)  ## run the slow tests: launchers, several processes, a search, fuzzing (half an hour on two cores)

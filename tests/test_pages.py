@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/: their commands and examples run, and their links exist.
+"""README.md and the pages of docs/ and .github/: their commands and examples run, and their links exist.
 
 The blocks of a page run in order in one empty directory, as a reader would copy them. Blocks that show a file are first
 written to that file. `train.py` gets overrides that shorten it to a few seconds.
@@ -26,7 +26,10 @@ from vae_lightning.data import mnist
 from vae_lightning.runs.directory import runs_in
 from vae_lightning.runs.loading import load_run
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LINKED = sorted(
+    str(path.relative_to(ROOT)) for place in ("*.md", ".github/*.md", "docs/**/*.md") for path in ROOT.glob(place)
+)
+PAGES = [page for page in LINKED if page != "docs/changelog.md"]  # old entries name commands of their time
 WORKED_OUT = ("two_level", "transformer", "second_stage")  # guides to whole models, which take more lines than a part
 # Run by make proof.
 LONG = (
@@ -38,6 +41,7 @@ GENERATED = ("docs/configuration.md", "docs/tutorial.md")  # by docs/write_pages
 # Commands that are only checked for their keys, files and targets, with the reason: a pattern in the command.
 NOT_RUN = {
     r"^(source|pip install) ": "changes the environment",
+    r"-m pytest": "runs these tests",
     r"^make ": "builds an environment; make test runs this test",
     r"^(torchrun|srun) ": "needs several machines; test_distributed.py starts several processes",
     r"trainer\.devices=": "starts several processes; test_distributed.py",
@@ -245,7 +249,7 @@ def check_keys(name: str, words: list[str]) -> None:
             compose(name, words)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", LINKED)
 def test_linked_pages_and_pictures_exist(page: str) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", text(page)):
         target = ((ROOT / page).parent / (link[0] or link[1])).resolve()
