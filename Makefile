@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test tests versions proof audit lint types reproduce published release-models benchmark docs tensorboard clean
+.PHONY: help setup train test tests proof lint types docs
 
 help:  ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,17 +39,9 @@ test: lint types tests  ## run lint, types and tests, offline (three minutes on 
 tests: $(STAMP)  ## run only the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-versions:  ## run the tests with the oldest and the newest allowed versions of all packages (10 GB)
-	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt
-	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
-
 proof: $(STAMP)  ## run the slow tests: launchers, several processes, a search, fuzzing (half an hour on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
-
-audit: $(STAMP)  ## check the pinned versions for known vulnerabilities; needs the network
-	@$(PIP) install pip-audit
-	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)  ## check style and format with ruff
 	@$(BIN)/ruff check .
@@ -58,25 +50,7 @@ lint: $(STAMP)  ## check style and format with ruff
 types: $(STAMP)  ## check types with mypy
 	@$(BIN)/mypy
 
-reproduce: $(STAMP)  ## train the systems of tutorials and write docs/results.md (20 minutes on two cores)
-	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
-
-published: $(STAMP)  ## train the systems of papers and write docs/published.md; ARGS="--jobs 2" for two at a time
-	@$(BIN)/python benchmarks/published.py $(ARGS)
-
-release-models: $(STAMP)  ## pack the three best models of docs/published.md into dist/models/
-	@$(BIN)/python benchmarks/release_models.py
-
-benchmark: $(STAMP)  ## compare the time per epoch with other implementations (30 minutes)
-	@$(BIN)/python benchmarks/speed.py $(ARGS)
-
 docs: $(STAMP)  ## build the documentation site into docs/site/ and check its links
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@$(BIN)/python docs/write_pages.py
 	@$(BIN)/zensical build --config-file docs/zensical.toml --strict --clean
-
-tensorboard: $(STAMP)  ## show the curves and pictures of all runs
-	@$(BIN)/tensorboard --logdir outputs
-
-clean:  ## remove .venv, the built site and caches, but not outputs/
-	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build site src/*.egg-info
