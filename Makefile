@@ -8,78 +8,58 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
 ARGS ?=
 TORCH_INDEX ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+UV = $(or $(shell command -v uv),$(BIN)/uv)
+INSTALL = $(UV) pip install --python $(BIN)/python --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test tests versions proof audit lint types reproduce published release-models benchmark docs tensorboard new clean
+.PHONY: help setup train test tests proof lint types docs
 
 help:  ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## build .venv with the pinned versions, once
+setup: $(DEV)  ## build .venv with the pinned versions and the development tools, once
 
-# The stamp is written last, so that an interrupted set-up is repeated from the start and a finished one is skipped. A
-# change of pyproject.toml adds to a finished one, which trainings may be using.
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+# uv installs, ten times as fast as pip. Without uv on the path, pip installs it into .venv first. The stamps are written
+# last, so that an interrupted set-up is repeated from the start and a finished one is skipped. A change of pyproject.toml
+# adds to a finished one, which trainings may be using.
+$(CORE): pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV): a minute the first time, mostly for PyTorch."
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "$(PYTHON) is Python %d.%d, but 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12" % v)'
-	@echo "Setting up $(VENV): a few minutes the first time, mostly for PyTorch."
-	@$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) $(VENV)
-	@$(if $(TORCH_INDEX),$(PIP) install --index-url "$(TORCH_INDEX)" --constraint $(CONSTRAINTS) torch torchvision)
-	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
+	@command -v uv > /dev/null || $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint $(CONSTRAINTS) uv
+	@$(if $(TORCH_INDEX),$(INSTALL) --index-url "$(TORCH_INDEX)" torch torchvision)
+	@$(INSTALL) --editable .
 	@touch $@
 
-train: $(STAMP)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2" passes overrides to train.py
+$(DEV): $(CORE)
+	@echo "Adding the development tools to $(VENV)."
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+train: $(CORE)  ## train the default VAE on MNIST; ARGS="model.latent_dim=2" passes overrides to train.py
 	@$(BIN)/python train.py $(ARGS)
 
 test: lint types tests  ## run lint, types and tests, offline (three minutes on two cores)
 
-tests: $(STAMP)  ## run only the tests
+tests: $(DEV)  ## run only the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-versions:  ## run the tests with the oldest and the newest allowed versions of all packages (10 GB)
-	@$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
-	@$(MAKE) tests VENV=.venv-newest CONSTRAINTS=/dev/null
-
-proof: $(STAMP)  ## run the slow tests: launchers, several processes, a search, fuzzing (half an hour on two cores)
+proof: $(DEV)  ## run the slow tests: launchers, several processes, a search, fuzzing (half an hour on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof $(ARGS)
 	@OMP_NUM_THREADS=1 FUZZ_EXAMPLES=250 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
-audit: $(STAMP)  ## check the pinned versions for known vulnerabilities; needs the network
-	@$(PIP) install pip-audit
-	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
-
-lint: $(STAMP)  ## check style and format with ruff
+lint: $(DEV)  ## check style and format with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(STAMP)  ## check types with mypy
+types: $(DEV)  ## check types with mypy
 	@$(BIN)/mypy
 
-reproduce: $(STAMP)  ## train the systems of tutorials and write docs/results.md (20 minutes on two cores)
-	@$(BIN)/python benchmarks/reproduce.py $(ARGS)
-
-published: $(STAMP)  ## train the systems of papers and write docs/published.md; ARGS="--jobs 2" for two at a time
-	@$(BIN)/python benchmarks/published.py $(ARGS)
-
-release-models: $(STAMP)  ## pack the three best models of docs/published.md into dist/models/
-	@$(BIN)/python benchmarks/release_models.py
-
-benchmark: $(STAMP)  ## compare the time per epoch with other implementations (30 minutes)
-	@$(BIN)/python benchmarks/speed.py $(ARGS)
-
-docs: $(STAMP)  ## build the documentation site into site/ and check its links
-	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[docs]'
-	@$(BIN)/python scripts/configuration.py
-	@$(BIN)/python scripts/site.py
-
-tensorboard: $(STAMP)  ## show the curves and pictures of all runs
-	@$(BIN)/tensorboard --logdir outputs
-
-new: $(STAMP)  ## turn a fresh clone into your own project: make new NAME=my_project
-	@$(BIN)/python scripts/new_project.py $(NAME)
-
-clean:  ## remove .venv, the built site and caches, but not outputs/
-	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build site src/*.egg-info
+docs: $(DEV)  ## build the documentation site into docs/site/ and check its links
+	@$(INSTALL) --editable '.[docs]'
+	@$(BIN)/python docs/write_pages.py
+	@$(BIN)/zensical build --config-file docs/zensical.toml --strict --clean

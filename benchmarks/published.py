@@ -34,7 +34,7 @@ from vae_lightning.files import read_dict, write_json
 
 RUNS = ROOT / "outputs" / "published"
 PAGE, RESULTS = ROOT / "docs" / "published.md", ROOT / "docs" / "published.json"
-START, END = "<!-- published: written by make published -->", "<!-- end of published -->"  # around the tables
+START, END = "<!-- published: written by benchmarks/published.py -->", "<!-- end of published -->"  # around the tables
 SAMPLES = 5_000  # importance samples per image
 VALUES = ("test/nll", "test/nll_stderr", "test/kl", "test/reconstruction", "test/active_units", "data")
 

@@ -1,4 +1,4 @@
-"""Pack the three best runs of docs/published.json for a release: `make release-models`.
+"""Pack the three best runs of docs/published.json for a release.
 
     python benchmarks/release_models.py            # writes dist/models/NAME.tar.gz and dist/models/SHA256SUMS
 

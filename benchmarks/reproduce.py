@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-START, END = "<!-- results: written by make reproduce -->", "<!-- end of results -->"  # around the generated part
+START, END = "<!-- results: written by benchmarks/reproduce.py -->", "<!-- end of results -->"  # around the tables
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "outputs" / "reproduce"
 

@@ -123,7 +123,7 @@ SWEEP = ["seed=0,1,2,3", "model.latent_dim=20", "trainer.max_epochs=3", "figures
 
 def markers(device: str) -> tuple[str, str]:
     """Return the lines of docs/speed.md between which the tables of a device stand."""
-    return f"<!-- speed {device}: written by make benchmark -->", f"<!-- end of speed {device} -->"
+    return f"<!-- speed {device}: written by benchmarks/speed.py -->", f"<!-- end of speed {device} -->"
 
 
 def runs_per_hour(accelerator: str) -> dict[str, float]:

@@ -1,19 +1,27 @@
-"""docs/configuration.md is up to date, and scripts/site.py converts pages and finds broken links."""
+"""The pages that docs/write_pages.py makes, and the navigation of the documentation site."""
 
 import re
 import runpy
-from importlib.metadata import version
 
 from conftest import ROOT
 
-CONFIGURATION = runpy.run_path(str(ROOT / "scripts" / "configuration.py"))
-SITE = runpy.run_path(str(ROOT / "scripts" / "site.py"))
+DOCS = ROOT / "docs"
+PAGES = runpy.run_path(str(DOCS / "write_pages.py"))
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
-    texts = [(ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), CONFIGURATION["page"]()]
-    (pinned,) = re.findall(r"^lightning==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.M)
-    if version("lightning") != pinned:  # other versions have other Trainer arguments
-        texts = [re.sub(r"#### Other arguments of Lightning.*?\n### ", "", text, flags=re.S) for text in texts]
-    written, expected = texts
-    assert written == expected, "write it again with `python scripts/configuration.py`"
+    written = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert written == PAGES["configuration"](), "write it again with `python docs/write_pages.py`"
+
+
+def test_the_tutorial_becomes_a_page() -> None:
+    page = PAGES["tutorial"]()
+    assert page.startswith("# What a variational autoencoder learns\n")
+    assert "\n```python\nimport os\n" in page
+    assert "# %%" not in page
+
+
+def test_the_site_lists_every_page() -> None:  # its builder reports neither a missing page nor an unlisted one
+    listed = re.findall(r'"([\w/]+\.md)"', (DOCS / "zensical.toml").read_text(encoding="utf-8"))
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} | {"tutorial.md"}
+    assert sorted(listed) == sorted(written)
