@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from vae_lightning.config import ConfigError
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.runs.directory import RunDirectory
-from vae_lightning.runs.loading import load_checkpoint
+from vae_lightning.runs.loading import load_checkpoint, load_run
 from vae_lightning.training.callbacks import TrainingError
 from vae_lightning.training.checkpoints import Interval
 from vae_lightning.training.signals import Interrupted, StopRequest
@@ -215,6 +215,18 @@ def test_a_damaged_checkpoint_is_reported_in_one_line(stopped: Path, command, sp
     refused = command("resume=run")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert refused.err.startswith(f"{last}: damaged")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(stopped: Path, command) -> None:
+    """Those up to 0.1 have no step from which TensorBoard continues. Such a run can be loaded."""
+    last = stopped / "checkpoints" / "last.ckpt"
+    content = load_checkpoint(last)
+    del content["progress"]["purge_step"]
+    torch.save(content, last)
+    refused = command("resume=run")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "by an earlier version, so it cannot be resumed; it can be loaded and evaluated" in refused.err
+    assert load_run(last).latent_dim == 20
 
 
 def test_a_finished_run_is_extended(uninterrupted: Path, command, tmp_path: Path) -> None:

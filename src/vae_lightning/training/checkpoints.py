@@ -212,8 +212,11 @@ def load_last(run: RunDirectory) -> dict[str, Any] | None:
     if not run.last_checkpoint.exists():
         return None
     checkpoint = load_checkpoint(run.last_checkpoint)
-    if "progress" not in checkpoint:
-        raise RunError(f"{run.last_checkpoint}: was not written by train.py, so it cannot be resumed")
+    if "purge_step" not in checkpoint.get("progress", {}):
+        raise RunError(
+            f"{run.last_checkpoint}: was not written by train.py, or by an earlier version, so it cannot be resumed; "
+            "it can be loaded and evaluated"
+        )
     return checkpoint
 
 
