@@ -40,8 +40,8 @@ EXPECTED: list[tuple[str, str, float, float]] = [
     ("pytorch_examples_20", "test/loss", 105.6, 0.5),
 ]
 
-# Pictures in docs/results.md: title, experiment, file, width in pixels.
-PICTURES = [
+# Figures in docs/results.md: title, experiment, file, width in pixels.
+FIGURES = [
     ("Reconstructions, 200 latent dimensions", "leaky_mlp_200", "reconstructions", 480),
     ("Reconstructions, 20 latent dimensions", "relu_mlp_20", "reconstructions", 480),
     ("Reconstructions, 5 latent dimensions", "relu_mlp_5", "reconstructions", 480),
@@ -83,13 +83,13 @@ def shown(value: float, tolerance: float) -> str:
     return f"{value:,.0f}" if tolerance == 0 else f"{value:.3f}" if tolerance < 0.1 else f"{value:.2f}"
 
 
-def show_pictures() -> list[str]:
-    """Copy the pictures of docs/results.md to docs/images, and return their Markdown."""
+def show_figures() -> list[str]:
+    """Copy the figures of docs/results.md to docs/images, and return their Markdown."""
     lines = []
-    for title, experiment, picture, width in PICTURES:
-        source = RUNS / experiment / "figures" / f"{picture}.png"
+    for title, experiment, figure, width in FIGURES:
+        source = RUNS / experiment / "figures" / f"{figure}.png"
         if source.exists():
-            copy = Path("images") / f"{experiment}_{picture}.png"
+            copy = Path("images") / f"{experiment}_{figure}.png"
             (ROOT / "docs" / copy).parent.mkdir(exist_ok=True)
             with Image.open(source) as image:
                 small = image.convert("RGB").resize((width, image.height * width // image.width))
@@ -125,7 +125,7 @@ def main() -> int:
             f"| {run['seconds']:.0f} |"
         )
     if names == every:
-        written = [*lines, "", f"Machine: {'; '.join(sorted(devices))}.", *show_pictures()]
+        written = [*lines, "", f"Machine: {'; '.join(sorted(devices))}.", *show_figures()]
         write_between(ROOT / "docs" / "results.md", START, END, written)
     print("\n".join(lines))
     return 1 if missed else 0

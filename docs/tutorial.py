@@ -14,7 +14,7 @@
 # autoencoder (Kingma & Welling 2014) turns this into a generative model: draw z from a prior p(z), then draw an image
 # from p(x|z).
 #
-# `python docs/tutorial.py` runs this file as a script and writes its pictures to `outputs/tutorial/`. VS Code and
+# `python docs/tutorial.py` runs this file as a script and writes its figures to `outputs/tutorial/`. VS Code and
 # PyCharm open it as a notebook. Jupyter needs jupytext: `pip install jupytext notebook`, then `jupytext --to notebook
 # docs/tutorial.py`. The text describes results after ten epochs. Set EPOCHS=1 for a quick run.
 
@@ -42,10 +42,10 @@ HERE = Path("outputs/tutorial") / re.sub(r"[^\w.]+", "-", f"{EPOCHS}_epochs {OVE
 number = count(1)
 
 
-def show(picture: torch.Tensor | Figure) -> None:
-    """Save a picture; display it in a notebook, print its path in a script."""
+def show(figure: torch.Tensor | Figure) -> None:
+    """Save a figure; display it in a notebook, print its path in a script."""
     file = HERE / f"{next(number):02d}.png"
-    figures.save(picture, file)
+    figures.save(figure, file)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
 
@@ -163,7 +163,7 @@ show(generation.nearest(vaes[20]))
 show(generation.scatter(autoencoder))
 z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
-    both = torch.stack([run.model.pictures(z[:10]) for run in (vaes[2], autoencoder)])
+    both = torch.stack([run.model.decode_images(z[:10]) for run in (vaes[2], autoencoder)])
 show(figures.labelled_rows(both, ["VAE", "autoencoder"]))
 codes = autoencoder.model.all_codes(autoencoder.data.test_images)
 print("autoencoder: codes have mean", codes.mean(dim=0).tolist(), "and standard deviation", codes.std(dim=0).tolist())

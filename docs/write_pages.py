@@ -21,7 +21,7 @@ FIRST = (
 )
 # The sections of the page. All but `run` and `hydra` are groups, which have a folder in conf/.
 SECTIONS = {
-    "run": "Name, seed and pictures of a run.",
+    "run": "Name, seed and figures of a run.",
     "model": "The model to train.",
     "model/backbone": "Encoder and decoder networks.",
     "model/likelihood": "The likelihood p(x|z).",
@@ -35,7 +35,7 @@ SECTIONS = {
 [Lightning's defaults](https://lightning.ai/docs/pytorch/stable/common/trainer.html): `trainer.precision=bf16-mixed`,
 `trainer.devices=2`, `trainer.gradient_clip_val=1`. Two arguments are set elsewhere: `logger` by the group `logger`,
 `default_root_dir` by `hydra.run.dir`.""",
-    "logger": "Where metrics and pictures go, in addition to `history.csv`. Several: `logger=[tensorboard,csv]`.",
+    "logger": "Where metrics and figures go, in addition to `history.csv`. Several: `logger=[tensorboard,csv]`.",
     "experiment": "Published systems. They set keys of the other sections.",
     "hparams_search": "A hyperparameter search. Without one, the command trains one run.",
     "hydra": "Directories of runs and sweeps.",

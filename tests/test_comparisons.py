@@ -83,7 +83,7 @@ def test_configurations_of_a_sweep_are_compared_with_that_of_its_first_job(compa
     assert other[:9] == ["sweep:", "latent_dim", "2", "2", "-132.35", "±", "1.41", "+4.650", "0.065"]
     assert other[-2:] == ["100", "%"]
     assert last == "out"
-    assert any(line.startswith("no pictures: ") for line in lines)  # these runs have no checkpoints
+    assert any(line.startswith("no figures: ") for line in lines)  # these runs have no checkpoints
     assert not any("one seed" in line for line in lines)
     assert "| sweep: latent_dim 2" in (tmp_path / "out" / "comparison.md").read_text()
 
@@ -179,7 +179,7 @@ def test_wrong_input_gets_one_clear_line(words: list[str], line: str, compare, t
     assert result.err.startswith(line)
 
 
-def test_evaluated_runs_get_a_picture(compare, config, tmp_path: Path) -> None:
+def test_evaluated_runs_get_a_figure(compare, config, tmp_path: Path) -> None:
     train(config("model.latent_dim=3", "model.backbone.hidden=[16]", "data.val_size=60", *BRIEF), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     nll = [

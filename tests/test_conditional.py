@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vae_lightning.analysis.evaluation import bayes_classifier, evaluate, evaluate_run
 from vae_lightning.analysis.explorer import make_application
 from vae_lightning.analysis.exporting import export_run
-from vae_lightning.analysis.generation import PICTURES
+from vae_lightning.analysis.generation import FIGURES
 from vae_lightning.config import ConfigError
 from vae_lightning.data.mnist import load_images
 from vae_lightning.models.base import ShapeError
@@ -76,16 +76,16 @@ def test_both_networks_of_every_backbone_use_the_label(name: str, mnist: Tensor)
     assert (gradient.flatten(1).abs().sum(dim=1) > 0).tolist() == [True] * 4 + [False] * 6
     nn.init.normal_(vae.encoder.label_images)
     assert not torch.allclose(vae.encode(x, labels).mean, vae.encode(x, labels + 1).mean)
-    assert not torch.allclose(vae.pictures(torch.zeros(3), 1), vae.pictures(torch.zeros(3), 2))
+    assert not torch.allclose(vae.decode_images(torch.zeros(3), 1), vae.decode_images(torch.zeros(3), 2))
     z = torch.randn(5, 4, 3)
-    torch.testing.assert_close(vae.pictures(z, labels)[2, 3], vae.pictures(z[2, 3], 3))
+    torch.testing.assert_close(vae.decode_images(z, labels)[2, 3], vae.decode_images(z[2, 3], 3))
 
 
 def test_samples_are_of_the_class_or_of_all_classes_in_turn() -> None:
     vae = VAE(2, MLP, conditional=True, classes=3)
     vae.prior.scale.zero_()
     drawn = [vae.sample(4, labels=y) for y in (None, 1, [2, 1, 0, 0])]
-    of_class = [vae.pictures(torch.zeros(2), y) for y in range(3)]
+    of_class = [vae.decode_images(torch.zeros(2), y) for y in range(3)]
     for images, labels in zip(drawn, ([0, 1, 2, 0], [1, 1, 1, 1], [2, 1, 0, 0]), strict=True):
         torch.testing.assert_close(images, torch.stack([of_class[y] for y in labels]))
 
@@ -134,15 +134,15 @@ def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> Non
     train(config(*words, "model.conditional=true", *BRIEF), tmp_path / "run")
     run = open_run(tmp_path / "run", "cpu")
     with torch.inference_mode():
-        for name, function in PICTURES.items():
-            picture = function(run, **({"z": [0.0, 1.0]} if name == "decode" else {}))
-            assert picture is not None
+        for name, function in FIGURES.items():
+            figure = function(run, **({"z": [0.0, 1.0]} if name == "decode" else {}))
+            assert figure is not None
             if name in ("samples", "decode"):
                 rows, columns = 10, {"samples": 8, "decode": 1}[name]
-                assert picture.shape[1:] == (rows * 30 + 2, columns * 30 + 2)
-        assert PICTURES["samples"](run, n=3, label=7).shape[1:] == (32, 3 * 30 + 2)
+                assert figure.shape[1:] == (rows * 30 + 2, columns * 30 + 2)
+        assert FIGURES["samples"](run, n=3, label=7).shape[1:] == (32, 3 * 30 + 2)
         with pytest.raises(ConfigError, match="label=10: should be a class from 0 to 9"):
-            PICTURES["samples"](run, label=10)
+            FIGURES["samples"](run, label=10)
     found = evaluate_run(str(tmp_path / "run"), samples=2, probes=False, class_samples=1, accelerator="cpu")
     assert 0 <= found["test/class_accuracy"] <= 1
     assert found["test/marginal_nll"] > 0

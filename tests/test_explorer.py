@@ -59,7 +59,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     driver.quit()
 
 
-def picture(browser: webdriver.Chrome, name: str) -> str:
+def figure(browser: webdriver.Chrome, name: str) -> str:
     return str(browser.execute_script(f"return document.getElementById('{name}').toDataURL()"))
 
 
@@ -70,28 +70,28 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     wait.until(lambda b: "latent_dim 3" in b.title)
     wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
     latent_map = browser.find_element(By.ID, "map")
-    shown = picture(browser, "decoded")
+    shown = figure(browser, "decoded")
     drag = ActionChains(browser, duration=50).move_to_element_with_offset(latent_map, 0, 0).click_and_hold()
     drag.perform()
     for _ in range(3):
         ActionChains(browser, duration=50).move_by_offset(60, 30).perform()
-        wait.until(lambda b, last=shown: picture(b, "decoded") != last)  # the digit changes each time
+        wait.until(lambda b, last=shown: figure(b, "decoded") != last)  # the digit changes each time
         time.sleep(0.3)  # until the last position of the drag has been decoded
-        shown = picture(browser, "decoded")
+        shown = figure(browser, "decoded")
     ActionChains(browser).release().perform()
 
-    before = picture(browser, "original")
+    before = figure(browser, "original")
     place = browser.execute_script("return toPixel(projected.find(([x, y]) => Math.abs(x) < 1 && Math.abs(y) < 1))")
     size = latent_map.size["width"] / 560
     offset = [round((value - 280) * size) for value in place]
     ActionChains(browser).move_to_element_with_offset(latent_map, *offset).perform()
-    wait.until(lambda b: picture(b, "original") != before)
-    assert picture(browser, "reconstruction") != before
+    wait.until(lambda b: figure(b, "original") != before)
+    assert figure(browser, "reconstruction") != before
 
     slider = browser.find_element(By.CSS_SELECTOR, "#sliders input")
-    before = picture(browser, "decoded")
+    before = figure(browser, "decoded")
     ActionChains(browser).move_to_element(slider).click_and_hold().move_by_offset(40, 0).release().perform()
-    wait.until(lambda b: picture(b, "decoded") != before)
+    wait.until(lambda b: figure(b, "decoded") != before)
 
     paper = browser.find_element(By.ID, "draw")
     strokes = ActionChains(browser, duration=50).move_to_element_with_offset(paper, 0, -70).click_and_hold()
@@ -99,7 +99,7 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#nearest figure")) == 5)
     assert browser.execute_script("return mark.length") == 3
     time.sleep(0.5)
-    assert picture(browser, "seen") != picture(browser, "drawn")
+    assert figure(browser, "seen") != figure(browser, "drawn")
 
     browser.execute_script("setBasis('principal')")
     assert browser.find_element(By.CSS_SELECTOR, "#across option").text == "direction 1"
@@ -120,12 +120,12 @@ def test_a_class_is_chosen_in_a_browser(served: str, browser: webdriver.Chrome) 
     wait.until(lambda b: b.find_element(By.ID, "decoded").get_property("width") == 28)
     assert [button.text for button in buttons] == [str(label) for label in range(10)]
     assert buttons[0].get_attribute("aria-pressed") == "true"
-    pictures = {picture(browser, "decoded")}
+    drawn = {figure(browser, "decoded")}
     for button in buttons[1:4]:
         button.click()
-        wait.until(lambda b: picture(b, "decoded") not in pictures)  # the same z, another digit
+        wait.until(lambda b: figure(b, "decoded") not in drawn)  # the same z, another digit
         assert button.get_attribute("aria-pressed") == "true"
-        pictures.add(picture(browser, "decoded"))
+        drawn.add(figure(browser, "decoded"))
     assert browser.find_element(By.ID, "problem").text == ""
 
 

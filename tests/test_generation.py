@@ -1,4 +1,4 @@
-"""The command `vae generate …`, and the content of the pictures."""
+"""The command `vae generate …`, and the content of the figures."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def directory(trained, tmp_path: Path):
     return lambda *words: Path(shutil.copytree(trained(*words), tmp_path / "run"))
 
 
-PICTURES = [
+FIGURES = [
     ("samples -n 6 --columns 3 --temperature 0.5 --seed 1", "samples_columns-3_n-6_seed-1_temperature-0.5.png", (2, 3)),
     ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", (2, 3)),
     ("manifold --columns 5", "manifold_columns-5.png", None),
@@ -56,9 +56,9 @@ PICTURES = [
 ]
 
 
-def test_every_picture_is_drawn(generate, directory) -> None:
+def test_every_figure_is_drawn(generate, directory) -> None:
     run = directory("model.latent_dim=2")
-    for line, name, cells in PICTURES:
+    for line, name, cells in FIGURES:
         what, *words = line.split()
         result = generate(what, run, *words)
         assert result.code == 0, result.err
@@ -69,9 +69,9 @@ def test_every_picture_is_drawn(generate, directory) -> None:
     last = generate("samples", f"{run}/checkpoints/last.ckpt", "-n", 6)
     assert last.out.splitlines()[-1] == str(run / "figures" / "samples_n-6_last.png")
     many = [generate("decode", run, "--z", *[0, 0] * 40, 0, end).out for end in (1, 2)]
-    assert many[0] != many[1], "different pictures have different names"
-    drawn = {line.split()[0] for line, _, _ in PICTURES}
-    assert drawn | {"analogies"} == set(generation.PICTURES)  # that one: test_conditional.py
+    assert many[0] != many[1], "different figures have different names"
+    drawn = {line.split()[0] for line, _, _ in FIGURES}
+    assert drawn | {"analogies"} == set(generation.FIGURES)  # that one: test_conditional.py
     with Image.open(run / "figures" / "walk_columns-2_images-1_2_3.gif") as image:
         assert image.n_frames == 6
 
@@ -126,8 +126,8 @@ def test_planes_of_larger_latent_spaces(directory) -> None:
 
 def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) -> None:
     run = open_run(directory("model.latent_dim=3"), "cpu")
-    seen, pictures = [], run.model.pictures
-    run.model.pictures = lambda z, *labels: (seen.append(z), pictures(z, *labels))[1]
+    seen, original = [], run.model.decode_images
+    run.model.decode_images = lambda z, *labels: (seen.append(z), original(z, *labels))[1]
     figure = generation.traversals(run, n=3, columns=5)
     assert isinstance(figure, Figure)
     codes = run.model.all_codes(run.data.test_images)
@@ -163,9 +163,9 @@ def test_samples_depend_on_seed_and_temperature(directory) -> None:
     assert cold < 0.1 * hot
 
 
-def test_an_autoencoder_has_pictures_but_no_prior(directory) -> None:
+def test_an_autoencoder_has_figures_but_no_prior(directory) -> None:
     run: Run = open_run(directory("model=autoencoder", "model.latent_dim=2", "data.val_size=0"), "cpu")
-    for name, function in generation.PICTURES.items():
+    for name, function in generation.FIGURES.items():
         if name in ("samples", "nearest", "analogies"):
             with pytest.raises(ConfigError, match=r"an autoencoder has no prior to sample|its model has no classes"):
                 function(run)

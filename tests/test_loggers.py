@@ -1,4 +1,4 @@
-"""Metrics, settings and pictures in W&B (offline), MLflow (SQLite), CSV and a custom logger."""
+"""Metrics, settings and figures in W&B (offline), MLflow (SQLite), CSV and a custom logger."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Recorder(Logger):
         self.name, self.version, self.save_dir = "recorder", run_id or "first", save_dir
         self.settings: dict[str, Any] = {}
         self.numbers: dict[str, float] = {}
-        self.pictures: list[str] = []
+        self.drawn: list[str] = []
         self.status: list[str] = []
         Recorder.last = self
 
@@ -39,7 +39,7 @@ class Recorder(Logger):
         self.numbers |= metrics
 
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        self.pictures.append(f"{key} {images[0].mode}")
+        self.drawn.append(f"{key} {images[0].mode}")
 
     def finalize(self, status: str) -> None:
         self.status.append(status)
@@ -57,7 +57,7 @@ def test_a_custom_logger(config, tmp_path: Path) -> None:
     assert logger.save_dir == str(tmp_path / "run")
     assert logger.settings["model.latent_dim"] == 2
     assert logger.numbers["test/loss"] == metrics["test/loss"]
-    assert logger.pictures == [f"test/{name} RGB" for name in ("reconstructions", "samples", "scatter", "manifold")]
+    assert logger.drawn == [f"test/{name} RGB" for name in ("reconstructions", "samples", "scatter", "manifold")]
     assert logger.status[-1] == "success"
     assert not (tmp_path / "run" / "tensorboard").exists()
 

@@ -250,7 +250,7 @@ def check_keys(name: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", LINKED)
-def test_linked_pages_and_pictures_exist(page: str) -> None:
+def test_linked_pages_and_figures_exist(page: str) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", text(page)):
         target = ((ROOT / page).parent / (link[0] or link[1])).resolve()
         outside = (link[0] or link[1]).startswith("https://")

@@ -121,7 +121,7 @@ def test_the_later_of_two_equal_runs_is_used(tmp_path: Path) -> None:
     assert table.repeated == [f"left out: {tmp_path}/old: a later run has the same configuration and seed"]
 
 
-def test_report_writes_tables_and_pictures(report, tmp_path: Path) -> None:
+def test_report_writes_tables_and_figures(report, tmp_path: Path) -> None:
     losses = {("MLP", 2): (150, 152), ("MLP", 20): (100, 101), ("Conv", 2): (145, 146), ("Conv", 20): (95, 99)}
     for (backbone, d), values in losses.items():
         for seed, loss in enumerate(values):
@@ -148,10 +148,10 @@ def test_report_writes_tables_and_pictures(report, tmp_path: Path) -> None:
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "model.latent_dim |" in markdown
     assert "\\toprule" in (tmp_path / "out" / "report.tex").read_text()
-    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert {"1_test_loss_against_model.latent_dim.png", "1_learning_curves.png", "1_rate_distortion.png"} <= pictures
-    assert all(f"({name})" in markdown for name in pictures)
-    assert "no picture of reconstructions" in result.out  # these runs have no checkpoints
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"1_test_loss_against_model.latent_dim.png", "1_learning_curves.png", "1_rate_distortion.png"} <= drawn
+    assert all(f"({name})" in markdown for name in drawn)
+    assert "no figure of reconstructions" in result.out  # these runs have no checkpoints
     for style, first in (("latex", "% MNIST"), ("csv", "protocol,")):
         assert report("sweep/MLP_2_0", "--style", style, "--metrics", "test/kl").out.startswith(first)
 

@@ -64,8 +64,8 @@ def test_the_run_directory_is_complete(config, tmp_path: Path, monkeypatch: pyte
             loss, reconstruction, kl = (float(row[f"{split}/{term}"]) for term in ("loss", "reconstruction", "kl"))
             assert loss == pytest.approx(reconstruction + kl, rel=1e-5)
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    pictures = {path.stem for path in (directory / "figures").glob("*.png")}
-    assert pictures == {"reconstructions", "samples", "points", "manifold", "scatter", "loss_curves"}
+    drawn = {path.stem for path in (directory / "figures").glob("*.png")}
+    assert drawn == {"reconstructions", "samples", "points", "manifold", "scatter", "loss_curves"}
 
     board = events(directory)
     wanted = {f"{split}/{term}" for split in ("train", "val", "test") for term in ("loss", "reconstruction", "kl")}
@@ -162,7 +162,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def test_the_same_seed_gives_the_same_bits(config, tmp_path: Path) -> None:
     overrides = ["trainer.max_epochs=2", "data.pixels=dynamic", *QUICK]
     first = train(config(*overrides), tmp_path / "first")
-    second = train(config(*overrides, "figures.every=1"), tmp_path / "second")  # pictures draw no random numbers
+    second = train(config(*overrides, "figures.every=1"), tmp_path / "second")  # figures draw no random numbers
     other = train(config(*overrides, "seed=1"), tmp_path / "other")
     for key in ("test/loss", "test/kl", "test/elbo"):
         assert first[key] == second[key]

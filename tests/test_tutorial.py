@@ -20,9 +20,9 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()  # a notebook runs in the directory of its file
     finished = subprocess.run(command, cwd=tmp_path / "docs", env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    pictures = sorted((tmp_path / "outputs" / "tutorial").glob("1_epochs*/*.png"))
-    assert len(pictures) == 11
-    assert all(str(picture.relative_to(tmp_path)) in finished.stdout for picture in pictures)
+    drawn = sorted((tmp_path / "outputs" / "tutorial").glob("1_epochs*/*.png"))
+    assert len(drawn) == 11
+    assert all(str(figure.relative_to(tmp_path)) in finished.stdout for figure in drawn)
     assert "dimensions with more than 0.01 nats" in finished.stdout
     bounds = [float(line.rpartition(":")[2]) for line in finished.stdout.splitlines() if line.startswith("k = ")]
     assert len(bounds) == 4

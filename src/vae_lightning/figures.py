@@ -240,30 +240,30 @@ def finish(axes: Axes, **labels: str) -> None:
         axes.legend(frameon=False, fontsize="small")
 
 
-def save(picture: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
+def save(figure: Tensor | Figure | Sequence[Tensor], path: Path) -> None:
     """Write a grid or a figure to `path` in the format of its suffix, or a sequence of grids as a GIF."""
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as partial:
-        if isinstance(picture, Figure):
-            picture.savefig(partial, dpi=120)
-        elif not isinstance(picture, Tensor):
-            frames = [to_pil_image(enlarged(frame, 2 * SCALE)) for frame in picture]
+        if isinstance(figure, Figure):
+            figure.savefig(partial, dpi=120)
+        elif not isinstance(figure, Tensor):
+            frames = [to_pil_image(enlarged(frame, 2 * SCALE)) for frame in figure]
             frames[0].save(partial, save_all=True, append_images=frames[1:], duration=60, loop=0)
         elif path.suffix == ".png":
-            save_image(enlarged(picture), partial)
+            save_image(enlarged(figure), partial)
         else:
-            imsave(partial, picture.permute(1, 2, 0).numpy(), dpi=60)
+            imsave(partial, figure.permute(1, 2, 0).numpy(), dpi=60)
 
 
-def as_pil(picture: Tensor | Figure) -> Image:
+def as_pil(figure: Tensor | Figure) -> Image:
     """Convert a grid or a figure to an image of the Python Imaging Library."""
-    if isinstance(picture, Tensor):
-        return to_pil_image(enlarged(picture))
+    if isinstance(figure, Tensor):
+        return to_pil_image(enlarged(figure))
     file = BytesIO()
-    picture.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120)
     return open_image(file).convert("RGB")
 
 
-def enlarged(picture: Tensor, times: int = SCALE) -> Tensor:
+def enlarged(figure: Tensor, times: int = SCALE) -> Tensor:
     """Repeat each pixel of a grid `times` × `times`."""
-    return interpolate(picture.unsqueeze(0), scale_factor=times, mode="nearest")[0]
+    return interpolate(figure.unsqueeze(0), scale_factor=times, mode="nearest")[0]

@@ -1,1 +1,1 @@
-"""Evaluation, pictures, reports, explorer and export of finished runs."""
+"""Evaluation, figures, reports, explorer and export of finished runs."""

@@ -181,7 +181,7 @@ def compare_runs(
     """Compare evaluated runs with a baseline, image by image: the difference in log likelihood and its 95 % interval.
 
     `vae evaluate` must have evaluated each run, with the same number of samples; docs/numbers.md explains the numbers.
-    Writes comparison.md and a picture per comparison to the directory `to`; returns the text to print.
+    Writes comparison.md and a figure per comparison to the directory `to`; returns the text to print.
 
         vae compare outputs/sweeps/normal outputs/sweeps/flow    # the first is the baseline; directories of seeds
         vae compare outputs/sweeps/priors                        # the baseline is that of the first run in it
@@ -220,7 +220,7 @@ def compare_runs(
             difference = side.log_likelihood.mean(dim=0) - baseline.log_likelihood.mean(dim=0)
             drawn.append(figures.differences(difference, images, f"{side.label}\nminus {baseline.label}"))
     except UserError as error:
-        notes.append(f"no pictures: {error}")
+        notes.append(f"no figures: {error}")
 
     destination = Path(to)
     markdown_file = destination / "comparison.md"

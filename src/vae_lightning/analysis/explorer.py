@@ -114,7 +114,7 @@ def make_application(run: Run, host: str) -> web.Application:
     async def decode(request: web.Request) -> web.Response:
         z = await numbers(request, "z", model.latent_dim)
         y = (await request.json()).get("y")  # the chosen class of a conditional model
-        return web.Response(body=as_bytes(model.pictures(z, y)), content_type="application/octet-stream")
+        return web.Response(body=as_bytes(model.decode_images(z, y)), content_type="application/octet-stream")
 
     @routes.get(r"/image/{index:\d+}")
     async def image(request: web.Request) -> web.Response:
@@ -136,7 +136,7 @@ def make_application(run: Run, host: str) -> web.Application:
             {
                 "z": z.tolist(),
                 "seen": as_base64(x[0]),
-                "reconstruction": as_base64(model.pictures(z, y)),
+                "reconstruction": as_base64(model.decode_images(z, y)),
                 "nearest": [{"image": as_base64(images[i]), "label": int(labels[i])} for i in nearest],
             }
         )

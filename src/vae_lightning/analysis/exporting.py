@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.model = model
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.model.pictures_given(latents, labels)
+        return self.model.decode_images_given(latents, labels)
 
 
 def export_run(run: StrPath, *, data_root: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures of a trained run: one function per picture, which takes an opened run.
+"""Figures of a trained run: one function per figure, which takes an opened run.
 
     run = open_run("outputs/…")
     manifold(run, plane="principal")
@@ -72,7 +72,7 @@ def manifold(
     """
     labels = labels_to_draw(run, label)
     center, axes, _ = latent_plane(run, plane)
-    return figures.manifold_grid(lambda z, y: run.model.pictures(z.to(axes) @ axes + center, y), columns, labels)
+    return figures.manifold_grid(lambda z, y: run.model.decode_images(z.to(axes) @ axes + center, y), columns, labels)
 
 
 def scatter(run: Run, *, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
@@ -118,8 +118,8 @@ def traversals(
         f"$z_{{{dimension + 1}}}$" + ("" if label is None else f", y = {label}")
         for dimension, label in zip(dimensions, of_rows, strict=True)
     ]
-    pictures = torch.stack([run.model.pictures(*row) for row in zip(z, of_rows, strict=True)])
-    return figures.labelled_rows(pictures, rows, [f"{round(step, 1) + 0.0:g}σ" for step in steps.tolist()])
+    drawn = torch.stack([run.model.decode_images(*row) for row in zip(z, of_rows, strict=True)])
+    return figures.labelled_rows(drawn, rows, [f"{round(step, 1) + 0.0:g}σ" for step in steps.tolist()])
 
 
 def interpolations(run: Run, *, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
@@ -137,7 +137,7 @@ def interpolations(run: Run, *, n: PositiveInt = 5, columns: PositiveInt = 10, i
     ends = x.unflatten(0, (-1, 2)).movedim(1, 0)  # [2, pairs, …]
     start, end = run.model.codes(x, labels).unflatten(0, (-1, 2)).movedim(1, 0)
     paths = [
-        torch.cat([ends[:1], run.model.pictures(path(start, end, columns), labels[::2]), ends[1:]])
+        torch.cat([ends[:1], run.model.decode_images(path(start, end, columns), labels[::2]), ends[1:]])
         for path in (line, arc)
     ]
     rows = torch.stack(paths).movedim(2, 0).flatten(0, 1)  # line and arc of the first pair, of the second, …
@@ -155,7 +155,7 @@ def analogies(run: Run, *, n: PositiveInt = 10, images: Images | None = None) ->
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     z = run.model.codes(x, labels)
     classes = run.model.every_label()
-    rows = torch.stack([x, *(run.model.pictures(z, y) for y in classes)], dim=1)
+    rows = torch.stack([x, *(run.model.decode_images(z, y) for y in classes)], dim=1)
     return figures.labelled_rows(rows, [str(label) for label in labels.tolist()], ["image", *map(str, classes)])
 
 
@@ -169,7 +169,7 @@ def decode(run: Run, *, z: Points, columns: PositiveInt = 10, label: NonNegative
         raise ConfigError(f"z={list(z)}: should be {d} coordinates, the latent_dim, or a multiple of them")
     points = run.model.latents(torch.tensor(z).reshape(-1, d))
     columns = len(points) if len(labels) > 1 else min(columns, len(points))
-    return figures.image_grid(torch.cat([run.model.pictures(points, y) for y in labels]), columns)
+    return figures.image_grid(torch.cat([run.model.decode_images(points, y) for y in labels]), columns)
 
 
 def nearest(
@@ -201,12 +201,12 @@ def walk(run: Run, *, columns: PositiveInt = 12, images: Images | None = None) -
     x, labels = select_test_images(run, images or first_of_each_digit(run))
     codes = run.model.codes(x, labels)
     legs = [arc(start, end, columns + 1)[:-1] for start, end in pairwise([*codes, codes[0]])]
-    frames = run.model.pictures(torch.cat(legs), labels.repeat_interleave(columns))
+    frames = run.model.decode_images(torch.cat(legs), labels.repeat_interleave(columns))
     return [figures.image_grid(image.unsqueeze(0), 1) for image in frames]
 
 
-Picture = Tensor | Figure | list[Tensor]
-PICTURES: dict[str, Callable[..., Picture]] = {
+Drawn = Tensor | Figure | list[Tensor]
+FIGURES: dict[str, Callable[..., Drawn]] = {
     function.__name__: function
     for function in (
         samples,
@@ -233,19 +233,19 @@ def generate_run(
     data_root: str | None = None,
     **options: Any,
 ) -> Path:
-    """Save one picture in the figures/ of a run, and return the path of the file.
+    """Save one figure in the figures/ of a run, and return the path of the file.
 
-    `what` is a name in PICTURES, and `options` are those of the function: `generate_run(run, "samples", n=64)`. They
+    `what` is a name in FIGURES, and `options` are those of the function: `generate_run(run, "samples", n=64)`. They
     are part of the file's name, samples_n-64.png, as is another checkpoint than the best one.
     A walk is always an animated GIF. Raises UserError for a run that cannot be opened, or a wrong value.
     """
-    function = PICTURES[what]
+    function = FIGURES[what]
     arguments = {
         name: value for name, value in options.items() if value != signature(function).parameters[name].default
     }
     opened = open_run(run, accelerator, data_root)
-    picture = function(opened, **arguments)
-    suffix = "gif" if isinstance(picture, list) else format
+    figure = function(opened, **arguments)
+    suffix = "gif" if isinstance(figure, list) else format
     words = [f"{key}-{re.sub('[^A-Za-z0-9.,+-]', '', str(value))}" for key, value in sorted(arguments.items())]
     if opened.checkpoint.name != opened.directory.best_checkpoint.name:
         words.append(opened.checkpoint.stem)
@@ -253,7 +253,7 @@ def generate_run(
     if len(name) > 200:  # a file system allows 255
         name = f"{name[:190]}_{crc32(name.encode()):08x}"
     path = opened.directory.figures / f"{name}.{suffix}"
-    figures.save(picture, path)
+    figures.save(figure, path)
     return path
 
 

@@ -305,8 +305,8 @@ def reconstructions(table: Table) -> Figure | None:
         return None
     run = open_run(rows[0].results[0].run, "cpu")
     x, labels = select_test_images(run, first_of_each_digit(run)[:10])
-    pictures = [load_run(row.results[0].run).reconstruct(x, labels) for row in rows]
-    return figures.labelled_rows(torch.stack([x, *pictures]), ["test images", *(row.label for row in rows)])
+    drawn = [load_run(row.results[0].run).reconstruct(x, labels) for row in rows]
+    return figures.labelled_rows(torch.stack([x, *drawn]), ["test images", *(row.label for row in rows)])
 
 
 def report_runs(
@@ -344,10 +344,10 @@ def report_runs(
         for number, table in enumerate(compared, start=1):
             drawn = plots(table)
             try:
-                if picture := reconstructions(table):
-                    drawn["reconstructions"] = picture
+                if figure := reconstructions(table):
+                    drawn["reconstructions"] = figure
             except UserError as error:
-                notes.append(f"no picture of reconstructions: {error}")
+                notes.append(f"no figure of reconstructions: {error}")
             for name, figure in drawn.items():
                 file = f"{number}_{name}.png"
                 figures.save(figure, scratch / file)

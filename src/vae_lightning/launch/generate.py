@@ -1,4 +1,4 @@
-"""`vae generate PICTURE RUN`: one command per picture, with its own options."""
+"""`vae generate FIGURE RUN`: one command per figure, with its own options."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from vae_lightning.analysis.generation import PICTURES, generate_run
+from vae_lightning.analysis.generation import FIGURES, generate_run
 from vae_lightning.config import takes_options_of
 from vae_lightning.runs.directory import StrPath
 
-app = App("generate", help="Draw a picture from a run, and save it in the run's figures/.")
+app = App("generate", help="Draw a figure from a run, and save it in the run's figures/.")
 OPTIONS = """
 
 Args:
@@ -31,20 +31,20 @@ Args:
 """
 
 
-def command(picture: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that saves the picture of a run, with the options of `generate_run` and of `picture`."""
+def command(figure: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that saves the figure of a run, with the options of `generate_run` and of `figure`."""
 
     @takes_options_of(generate_run)
-    @takes_options_of(picture)
+    @takes_options_of(figure)
     def generate(run: StrPath, **options: Any) -> Any:
-        return generate_run(run, picture.__name__, **options)
+        return generate_run(run, figure.__name__, **options)
 
     hints = generate.__annotations__
     if "n" in hints:
         hints["n"] = Annotated[hints.pop("n"), Parameter(alias="-n")]
-    generate.__doc__ = cleandoc(picture.__doc__ or "") + OPTIONS
+    generate.__doc__ = cleandoc(figure.__doc__ or "") + OPTIONS
     return generate
 
 
-for name, picture in PICTURES.items():
-    app.command(command(picture), name=name)
+for name, figure in FIGURES.items():
+    app.command(command(figure), name=name)

@@ -13,7 +13,7 @@ from vae_lightning.launch.commands import train_command
 
 COMMANDS = {
     "evaluate": ("analysis.evaluation:evaluate_runs", "Log likelihood, rate and distortion, active units of runs."),
-    "generate": ("launch.generate:app", "Draw a picture from a run: samples, reconstructions, the latent space, …"),
+    "generate": ("launch.generate:app", "Draw a figure from a run: samples, reconstructions, the latent space, …"),
     "report": ("analysis.reports:report_runs", "One table and plots of many runs, mean ± std over seeds."),
     "compare": ("analysis.comparisons:compare_runs", "The difference between evaluated runs, image by image."),
     "explore": ("analysis.explorer:explore_run", "The latent space of a run, live in a browser."),

@@ -42,7 +42,7 @@ class Autoencoder(ImageModel):
         error = (self._decode(self.codes_given(x)) - self._scaled(x)).square().flatten(start_dim=1).mean(dim=1)
         return {"loss": error, "mse": error}
 
-    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def decode_images_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         decoded = self._decode(z)
         return decoded if self.output == "sigmoid" else (decoded + 1) / 2
 

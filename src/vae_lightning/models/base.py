@@ -137,16 +137,16 @@ class ImageModel(LightningModule, ABC):
         """Return the codes of images `[batch, *image_shape]` and labels `[batch]`, both unchecked."""
 
     @abstractmethod
-    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the pictures of z `[..., latent_dim]` and labels that broadcast to `[...]`, both unchecked."""
+    def decode_images_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the images of z `[..., latent_dim]` and labels that broadcast to `[...]`, both unchecked."""
 
     def codes(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return the latent codes of images, `[batch, latent_dim]`: the posterior means of a VAE."""
         return self.codes_given(*self.image_inputs(x, labels))
 
-    def pictures(self, z: Array, labels: Array | None = None) -> Tensor:
+    def decode_images(self, z: Array, labels: Array | None = None) -> Tensor:
         """Decode z `[..., latent_dim]` to images `[..., *image_shape]` in [0, 1]: the mean of p(x|z) of a VAE."""
-        return self.pictures_given(*self.latent_inputs(z, labels))
+        return self.decode_images_given(*self.latent_inputs(z, labels))
 
     @torch.no_grad()
     def all_codes(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -157,7 +157,7 @@ class ImageModel(LightningModule, ABC):
 
     def forward(self, x: Array, labels: Array | None = None) -> Tensor:
         """Return reconstructions of images, `[batch, *image_shape]` in [0, 1]."""
-        return self.pictures(self.codes(x, labels), labels)
+        return self.decode_images(self.codes(x, labels), labels)
 
     @torch.no_grad()
     def reconstruct(self, x: Array, labels: Array | None = None) -> Tensor:
@@ -175,7 +175,7 @@ class ImageModel(LightningModule, ABC):
         """
         check_count("steps", steps)
         path = arc if spherical else line
-        return self.pictures(path(self.codes(start, labels), self.codes(end, labels), steps), labels)
+        return self.decode_images(path(self.codes(start, labels), self.codes(end, labels), steps), labels)
 
     def share(self) -> Share | None:
         """Return this process's share of the current batch; None if there is only one process."""

@@ -38,7 +38,7 @@ def principal_directions(means: Tensor) -> tuple[Tensor, Tensor]:
     """Return the principal components of posterior means `[n, d]`, largest first.
 
     They are unit vectors, one per row, `[d, d]`, and the standard deviation along each, `[d]`. The largest entry of
-    each row is positive, so that pictures do not depend on the machine.
+    each row is positive, so that figures do not depend on the machine.
     """
     values, vectors = torch.linalg.eigh(means.T.cov().reshape(means.shape[1], -1).double().cpu())
     directions = vectors.T.flip(0)

@@ -97,7 +97,7 @@ class VAE(ImageModel):
     def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.posterior_given(x, labels).mean
 
-    def pictures_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def decode_images_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.likelihood_given(z, labels).mean
 
     def elbo(self, x: Array, labels: Array | None = None, kl: KL = "analytic") -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class VAE(ImageModel):
             labels = torch.arange(n) % self.classes if self.classes else None
         elif not self.classes and type(self).likelihood_given is VAE.likelihood_given:
             raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
-        return self.pictures(self.prior_distribution(temperature).sample((n,)), labels)
+        return self.decode_images(self.prior_distribution(temperature).sample((n,)), labels)
 
 
 class Objective(ABC):

@@ -1,4 +1,4 @@
-"""Callbacks of every run: the guards against NaN, the health of the posterior, and pictures."""
+"""Callbacks of every run: the guards against NaN, the health of the posterior, and figures."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
-from vae_lightning.models.pictures import standard_pictures
 from vae_lightning.models.posteriors import DiagonalGaussian
+from vae_lightning.models.standard_figures import standard_figures
 from vae_lightning.models.vae import VAE
-from vae_lightning.training.loggers import log_pictures, tensorboard_writers
+from vae_lightning.training.loggers import log_figures, tensorboard_writers
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Health(Callback):
 
 @dataclass(eq=False)
 class Figures(Callback):
-    """Log `standard_pictures` every `every` epochs, and write those of the test set into `directory` at the end."""
+    """Log `standard_figures` every `every` epochs, and write those of the test set into `directory` at the end."""
 
     directory: Path
     every: NonNegativeInt = 5  # 0: only at the end
@@ -181,18 +181,18 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
             images, labels = held_out_images(trainer)  # the test set is used only at the end
-            pictures = standard_pictures(module, images, labels, self.pairs, self.samples, self.points)
-            log_pictures(trainer, pictures, trainer.global_step - 1)  # the step of the epoch's metrics
+            drawn = standard_figures(module, images, labels, self.pairs, self.samples, self.points)
+            log_figures(trainer, drawn, trainer.global_step - 1)  # the step of the epoch's metrics
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, ImageModel)
         if not trainer.is_global_zero:
             return
         images, labels = trainer.datamodule.test_images, trainer.datamodule.test_labels  # type: ignore[attr-defined]
-        pictures = standard_pictures(module, images, labels, self.pairs, self.samples, self.points)
-        log_pictures(trainer, {f"test/{name}": picture for name, picture in pictures.items()}, trainer.global_step)
-        for name, picture in pictures.items():
-            figures.save(picture, self.directory / f"{name}.png")
+        drawn = standard_figures(module, images, labels, self.pairs, self.samples, self.points)
+        log_figures(trainer, {f"test/{name}": figure for name, figure in drawn.items()}, trainer.global_step)
+        for name, figure in drawn.items():
+            figures.save(figure, self.directory / f"{name}.png")
         for writer in tensorboard_writers(trainer) if self.embedded else ():
             images, labels = images[: self.embedded], labels[: self.embedded]
             codes = module.all_codes(images, labels).cpu()

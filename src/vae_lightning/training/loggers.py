@@ -1,4 +1,4 @@
-"""The config group `logger`: where a run's scalars, settings and pictures go, beside its history.csv.
+"""The config group `logger`: where a run's scalars, settings and figures go, beside its history.csv.
 
 A logger is any subclass of Lightning's `Logger`. Where its constructor takes them, it receives the run directory as
 `save_dir` and, in a resumed run, its former `id` or `run_id`, so that W&B and MLflow continue the same run. TensorBoard
@@ -77,17 +77,17 @@ def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[
         threading.excepthook = hook
 
 
-def log_pictures(trainer: Trainer, pictures: Mapping[str, Tensor | Figure], step: int) -> None:
-    """Send image grids and figures to each logger that accepts pictures, in the first process."""
+def log_figures(trainer: Trainer, drawn: Mapping[str, Tensor | Figure], step: int) -> None:
+    """Send image grids and figures to each logger that accepts figures, in the first process."""
     for logger in trainer.loggers:
-        for name, picture in pictures.items():
+        for name, figure in drawn.items():
             if isinstance(logger, TensorBoardLogger):
                 writer = logger.experiment
-                (writer.add_figure if isinstance(picture, Figure) else writer.add_image)(name, picture, step)
+                (writer.add_figure if isinstance(figure, Figure) else writer.add_image)(name, figure, step)
             elif isinstance(logger, MLFlowLogger):
-                logger.experiment.log_image(logger.run_id, figures.as_pil(picture), f"{name}/{step}.png")
+                logger.experiment.log_image(logger.run_id, figures.as_pil(figure), f"{name}/{step}.png")
             elif hasattr(logger, "log_image"):  # W&B and custom loggers
-                logger.log_image(name, [figures.as_pil(picture)], step)
+                logger.log_image(name, [figures.as_pil(figure)], step)
 
 
 def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:

@@ -142,7 +142,7 @@ def train(
 
 
 def make_figures(options: dict[str, Any], run: RunDirectory, model: ImageModel) -> Figures:
-    """Build the callback that draws pictures. Raises ConfigError; `figures.points` must be latents of the model."""
+    """Build the callback that draws figures. Raises ConfigError; `figures.points` must be latents of the model."""
     options = options | {"directory": run.figures}
     check_arguments(Figures, options, "figures")
     wrong = [point for point in options.get("points", ()) if len(point) != model.latent_dim]

@@ -1,4 +1,4 @@
-"""The pictures that every run saves, as a function of a model and images."""
+"""The figures that every run saves, as a function of a model and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vae_lightning.models.vae import VAE
 
 
 @torch.inference_mode()
-def standard_pictures(
+def standard_figures(
     model: ImageModel,
     images: Tensor,
     labels: Tensor,
@@ -23,7 +23,7 @@ def standard_pictures(
     samples: Sequence[int] = (8, 8),
     points: Sequence[Sequence[float]] = (),
 ) -> dict[str, Tensor | Figure]:
-    """Return pictures by name: reconstructions of `pairs` images, samples, decoded points.
+    """Return figures by name: reconstructions of `pairs` images, samples, decoded points.
 
     `images` are uint8 `[n, channels, height, width]`, `samples` rows and columns, always of the same z, and `points`
     latents. A conditional model has a row of samples per class. With two latent dimensions, the posterior means and the
@@ -32,7 +32,7 @@ def standard_pictures(
     was_training = model.training
     model.eval()
     x, labels, every_label = model.images(images[:pairs]), labels.to(model.device), model.every_label()
-    pictures: dict[str, Tensor | Figure] = {
+    drawn: dict[str, Tensor | Figure] = {
         "reconstructions": figures.reconstruction_grid(x, model.reconstruct(x, labels[:pairs]))
     }
     if isinstance(model, VAE):
@@ -40,19 +40,19 @@ def standard_pictures(
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(0)
             of_rows = [model.sample(columns if model.classes else rows * columns, labels=y) for y in every_label]
-            pictures["samples"] = figures.image_grid(torch.cat(of_rows), columns)
+            drawn["samples"] = figures.image_grid(torch.cat(of_rows), columns)
     if points:
-        decoded = torch.cat([model.pictures(points, y) for y in every_label])
-        pictures["points"] = figures.image_grid(decoded, len(points))
+        decoded = torch.cat([model.decode_images(points, y) for y in every_label])
+        drawn["points"] = figures.image_grid(decoded, len(points))
     if model.latent_dim == 2:
         codes = model.all_codes(images[:10_000], labels[:10_000])
-        pictures["scatter"] = figures.latent_scatter(codes, labels[:10_000])
+        drawn["scatter"] = figures.latent_scatter(codes, labels[:10_000])
         if isinstance(model, VAE):
             center, spread = moments(model.prior_distribution())
-            pictures["manifold"] = figures.manifold_grid(
-                lambda z, y: model.pictures(center + spread * z.to(center.device), y),
+            drawn["manifold"] = figures.manifold_grid(
+                lambda z, y: model.decode_images(center + spread * z.to(center.device), y),
                 steps=10 if model.classes else 20,
                 labels=every_label,
             )
     model.train(was_training)
-    return pictures
+    return drawn
