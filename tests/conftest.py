@@ -25,7 +25,7 @@ from tensorboard.summary.writer import event_file_writer
 from vae_lightning import figures
 from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.launch import jobs  # noqa: F401 (registers parts of the configuration)
-from vae_lightning.launch.commands import vae
+from vae_lightning.launch.vae import vae
 from vae_lightning.runs import environment
 
 ROOT = Path(__file__).resolve().parents[1]

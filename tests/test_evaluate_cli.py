@@ -155,7 +155,7 @@ def test_every_run_of_a_directory_is_evaluated_once(evaluate_py, trained: Path, 
 
 def test_help_says_what_the_options_mean_without_importing_torch(evaluate_py, script) -> None:
     assert "importance samples per image" in evaluate_py("--help").out
-    code = "import sys; from vae_lightning.launch.commands import vae; sys.argv = ['vae', '--help']; vae()"
+    code = "import sys; from vae_lightning.launch.vae import vae; sys.argv = ['vae', '--help']; vae()"
     shown = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
     assert all(word in shown.stdout for word in ("evaluate", "generate", "report", "compare", "explore", "export"))
     assert not {"torch", "lightning", "hydra"} & {line.split()[-1] for line in shown.stderr.splitlines()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import FILES, PACKAGE
 
-ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch"]
+ORDER = ["config", "files", "figures", "data", "models", "runs", "training", "analysis", "launch", "__main__"]
 
 
 def imports(file: Path) -> set[str]:

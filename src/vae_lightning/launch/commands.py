@@ -62,14 +62,3 @@ def train_command(*overrides: str) -> None:
 def train() -> None:
     """Run `python train.py …`."""
     main(lambda: train_command(*sys.argv[1:]))
-
-
-def vae() -> None:
-    """Run `vae …`."""
-
-    def run() -> None:
-        from vae_lightning.launch.vae import run
-
-        run()
-
-    main(run)

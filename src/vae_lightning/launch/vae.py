@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from vae_lightning.launch.commands import train_command
+from vae_lightning.launch.commands import main, train_command
 
 COMMANDS = {
     "evaluate": ("analysis.evaluation:evaluate_runs", "Log likelihood, rate and distortion, active units of runs."),
@@ -53,3 +53,8 @@ def run() -> None:
     result: Any = command(*bound.args, **bound.kwargs)
     if isinstance(result, str | Path):
         print(result)
+
+
+def vae() -> None:
+    """Run the command, with an error that the user can fix in one line."""
+    main(run)
