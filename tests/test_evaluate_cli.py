@@ -47,7 +47,7 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert result.out.splitlines()[-1] == str(run_directory / "evaluations" / "val_best_k3_seed0.json")
     content = json.loads(Path(result.out.splitlines()[-1]).read_text())
     wanted = "nll nll_stderr elbo reconstruction kl kl_per_dimension active_units mutual_information marginal_kl"
-    wanted += " effective_samples_median knn_accuracy linear_accuracy nll_curve"
+    wanted += " ess ess_min knn_accuracy linear_accuracy nll_curve"
     assert {f"val/{name}" for name in wanted.split()} <= set(content)
     assert (content["samples"], content["pixels"], content["data"]) == (3, "grey", "MNIST")
     assert len(content["val/kl_per_dimension"]) == 3
@@ -61,6 +61,8 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
     assert "nll (cross-entropy)" in result.out
     assert "not likelihoods" in content["remark"]
     assert f"{content['val/nll']:.4f}" in result.out
+    assert content["val/ess"] < 10
+    assert "* few samples carry this estimate (median ess below 10): it is too high" in result.out
 
 
 def test_evaluations_do_not_overwrite_each_other(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,10 @@ def test_evaluate_finds_the_exact_likelihood(images: Tensor) -> None:
         assert -results["elbo"] >= results["nll"] - 0.01
         assert results["reconstruction"] + results["kl"] == pytest.approx(-results["elbo"], rel=1e-6)
         if shift == 0:
-            assert results["effective_samples_min"] == pytest.approx(20_000, rel=1e-3)
+            assert results["ess_min"] == pytest.approx(20_000, rel=1e-3)
             assert sampled.effective_samples.max() <= 20_000
         else:
-            assert 1 <= results["effective_samples_min"] < 19_000
+            assert 1 <= results["ess_min"] < 19_000
 
 
 def test_batches_and_chunks_change_no_number(images: Tensor) -> None:

@@ -239,8 +239,8 @@ def evaluate(
         "active_units": int(active_units(codes)),
         "mutual_information": information,
         "marginal_kl": marginal,
-        "effective_samples_median": sampled.effective_samples.median().item(),
-        "effective_samples_min": sampled.effective_samples.min().item(),
+        "ess": sampled.effective_samples.median().item(),
+        "ess_min": sampled.effective_samples.min().item(),
     }
     return results, sampled, codes
 
@@ -341,7 +341,10 @@ def evaluate_run(
         raise
 
 
-TABLE = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "active_units", "effective_samples_median")
+FEW = 10  # effective samples, below which an estimate of log p(x) depends on a few samples and is too low
+FEW_SAMPLES = f"* few samples carry this estimate (median ess below {FEW}): it is too high by more than its error says"
+FEW_SAMPLES += "; evaluate with more --samples"
+TABLE = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "active_units", "ess")
 
 
 @takes_options_of(evaluate_run)
@@ -384,11 +387,17 @@ def evaluate_runs(runs: Annotated[Sequence[str], Field(min_length=1)], **options
         content = evaluated[paths[0]]
         return f"{format_evaluation(content)}\n{evaluation_file(RunDirectory.locate(paths[0])[0], content)}"
     rows = [
-        [path, *(content.get(f"{content['split']}/{name}") for name in TABLE), content["remark"]]
+        [path, *(content.get(f"{content['split']}/{name}") for name in TABLE), content["remark"] + few(content)]
         for path, content in evaluated.items()
     ]
     table = tabulate(rows, ["run", *TABLE, ""], floatfmt=".2f")
-    return "\n".join([table, *(f"left out: {error}" for error in failed)])
+    notes = [FEW_SAMPLES] if any(map(few, evaluated.values())) else []
+    return "\n".join([table, *notes, *(f"left out: {error}" for error in failed)])
+
+
+def few(content: dict[str, Any]) -> str:
+    """Return the mark `*` for an evaluation whose importance weights are carried by a few samples; otherwise ""."""
+    return "*" if content.get(f"{content.get('split')}/ess", FEW) < FEW else ""
 
 
 def evaluation_file(run: RunDirectory, content: dict[str, Any]) -> Path:
@@ -443,7 +452,7 @@ def format_evaluation(content: dict[str, Any]) -> str:
             lines.append(f"  {name:32} not available for this prior and posterior")
         else:
             lines.append(f"  {name:32} {' '.join(f'{v:.2f}' for v in value[:12])}{' …' if len(value) > 12 else ''}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([FEW_SAMPLES] if few(content) else [])])
 
 
 def curve_points(samples: int) -> list[int]:

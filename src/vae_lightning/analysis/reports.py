@@ -21,6 +21,7 @@ from pydantic import Field
 from tabulate import tabulate
 
 from vae_lightning import figures
+from vae_lightning.analysis.evaluation import FEW_SAMPLES, few
 from vae_lightning.analysis.generation import first_of_each_digit, select_test_images
 from vae_lightning.config import ConfigError, UserError, did_you_mean, flatten
 from vae_lightning.data.pixels import described
@@ -49,6 +50,7 @@ class Result:
     config: dict[str, Any]
     metrics: dict[str, float]
     protocol: str
+    few: str = ""  # "*" if a few importance samples carry its nll
 
 
 @dataclass
@@ -114,23 +116,22 @@ def read_result(run: RunDirectory) -> Result:
     if run.state != "finished":
         raise RunError(f"{run}: not finished, its {file} is of the first {measured.get('epochs')} epochs")
     metrics = {key: value for key, value in measured.items() if key.startswith("test/") and is_number(value)}
-    if run.evaluation_file.exists():
-        evaluated = read_dict(run.evaluation_file)
-        for key in ("data", "pixels"):
-            if evaluated.get(key) != measured.get(key):
-                raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
-        for name in EVALUATION_METRICS:
-            if is_number(value := evaluated.get(f"test/{name}")):
-                count = SAMPLES.get(name)
-                column = f"{name} (k={evaluated[count]})" if count else name
-                metrics[f"test/{column}"] = float(value)
+    evaluated = read_dict(run.evaluation_file) if run.evaluation_file.exists() else {}
+    for key in ("data", "pixels") if evaluated else ():
+        if evaluated.get(key) != measured.get(key):
+            raise RunError(f"{run}: {file} and {run.evaluation_file.name} differ in {key}")
+    for name in EVALUATION_METRICS:
+        if is_number(value := evaluated.get(f"test/{name}")):
+            count = SAMPLES.get(name)
+            column = f"{name} (k={evaluated[count]})" if count else name
+            metrics[f"test/{column}"] = float(value)
     model = config["model"]
     given = ", given the label" if model.get("conditional") else ""
     pixels = described(measured["pixels"], measured["image_shape"][0])
     likelihood = class_name((model.get("likelihood") or model)["_target_"])
     protocol = f"{measured['data']}, {pixels} pixels{given}, {likelihood}"
     protocol += " tanh" if model.get("output") == "tanh" else ""  # pixels from -1 to 1: four times the squared error
-    return Result(run, flatten(config), metrics, protocol)
+    return Result(run, flatten(config), metrics, protocol, few(evaluated))
 
 
 def tables(results: Sequence[Result], metrics: Sequence[str] = ()) -> list[Table]:
@@ -227,7 +228,8 @@ def format_metric(row: Row, metric: str) -> str:
     digits = 2 if abs(average) >= 1 else 4
     if metric.endswith("active_units"):  # a count
         digits = 0 if deviation is None else 1
-    return f"{average:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    mark = max((result.few for result in row.results), default="") if metric.startswith("test/nll") else ""
+    return f"{average:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}") + mark
 
 
 def write_csv(tables: Sequence[Table], file: Path) -> None:
@@ -335,6 +337,8 @@ def report_runs(
     results, notes = find_results([Path(path) for path in runs])
     compared = tables(results, metrics)
     notes += [note for table in compared for note in table.repeated]
+    if any(result.few for result in results):
+        notes.append(FEW_SAMPLES)
     markdown = as_text(compared, "markdown")
     destination = Path(to)
     markdown_file, csv_file = destination / "report.md", destination / "report.csv"
