@@ -25,7 +25,12 @@ REFUSED = [
     ("logger=wndb", ["logger=wndb", "did you mean wandb?", "Allowed: csv, mlflow"]),
     ("trainer.limit_trian_batches=2", ["did you mean trainer.limit_train_batches?"]),
     ("model.latent_dim=${nothing}", ["nothing", "not found"]),
-    ("model.latent_dim=[1", ["[1"]),
+    ("model.latent_dim=[1", ["[1", "quote text"]),
+    (
+        "hydra.run.dir=a=b",
+        ["hydra.run.dir=a=b: Hydra cannot read this", """quote text with special characters: "hydra.run.dir='a=b'\""""],
+    ),
+    ("hydra.run.dir=ü", ["""quote text with special characters: "hydra.run.dir='ü'\""""]),
     # type hints of the classes
     ("logger.tensorboard=3", ["logger", "dictionary"]),
     ("~data", ["data: missing"]),

@@ -7,7 +7,7 @@ import pytest
 from conftest import BRIEF
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vae_lightning.launch.jobs import resume_override
+from vae_lightning.launch.errors import quoted
 from vae_lightning.launch.plan import run_name
 
 
@@ -76,14 +76,15 @@ def test_a_run_needs_its_own_directory(command, tmp_path: Path) -> None:
 
 
 def test_a_path_is_relative_to_the_start_directory(command) -> None:
-    assert command(*BRIEF, "hydra.run.dir=one").code == 0
-    resumed = command("hydra.job.chdir=true", "resume=one")
+    directory, resume = (shlex.split(quoted(key, "ö = 1"))[0] for key in ("hydra.run.dir", "resume"))
+    assert command(*BRIEF, directory).code == 0
+    resumed = command("hydra.job.chdir=true", resume)
     assert resumed.code == 0, resumed.err
     assert "finished already" in resumed.out
 
 
 @pytest.mark.parametrize("path", ["/plain", "/a b/c", "/a=b,c", "/[x]{y}", "/ä(1)", "/a'b"])
 def test_the_command_that_resumes_is_quoted_for_the_shell_and_hydra(path: str) -> None:
-    (word,) = shlex.split(resume_override(Path(path)))
+    (word,) = shlex.split(quoted("resume", path))
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.value() == path

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import traceback
 from pathlib import Path
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +29,9 @@ def error_line(error: Exception) -> str | None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         near, allowed = did_you_mean(choice, error.options), ", ".join(error.options)
         return f"{group}={choice}: no such choice{near} Allowed: {allowed}"
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        key, _, value = error.override.partition("=")
+        return f"{error.override}: Hydra cannot read this; quote text with special characters: {quoted(key, value)}"
     if isinstance(error, HydraException) and (unknown := re.match(r"Could not override '([^']+)'\.", text)):
         node = getattr(error.__cause__, "parent_node", None)  # of the configuration, where the key was looked up
         path = unknown[1].rpartition(".")[0]
@@ -45,3 +49,12 @@ def error_line(error: Exception) -> str | None:
         advice = "lower data.batch_size, with trainer.accumulate_grad_batches for the same steps, or the model's width"
         return f"out of memory: {advice} ({text})"
     return None
+
+
+def quoted(key: str, value: str) -> str:
+    """Return `key=value`, quoted for Hydra's grammar and for the shell where needed."""
+    if re.fullmatch(r"[\w./+-]+", value, re.ASCII):
+        return f"{key}={value}"
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    word = f"{key}='{escaped}'"
+    return shlex.quote(word) if re.search(r'["$`!\\]', word) else f'"{word}"'

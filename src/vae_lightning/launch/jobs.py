@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from vae_lightning.config import ConfigError, check_arguments
-from vae_lightning.launch.errors import error_line
+from vae_lightning.launch.errors import error_line, quoted
 from vae_lightning.launch.plan import plan_run
 from vae_lightning.launch.search import search
 from vae_lightning.training.signals import Interrupted, StopRequest
@@ -89,7 +87,7 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
             raise
         if getattr(rank_zero_only, "rank", 0):  # Lightning takes another status for a crash and kills the other ranks
             raise SystemExit(0) from None
-        print(f"{stop}; to resume it: python train.py {resume_override(plan.run.path)}", file=sys.stderr)
+        print(f"{stop}; to resume it: python train.py {quoted('resume', str(plan.run.path))}", file=sys.stderr)
         raise SystemExit(stop.status) from None
     return plan.run.path
 
@@ -105,14 +103,6 @@ def use_one_device(trainer: dict[str, Any], number: int) -> None:
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-
-
-def resume_override(directory: Path) -> str:
-    """Return `resume=DIRECTORY`, quoted for the shell and for Hydra's grammar where needed."""
-    if re.fullmatch(r"[\w./+-]+", str(directory), re.ASCII):
-        return f"resume={directory}"
-    escaped = str(directory).replace("\\", "\\\\").replace("'", "\\'")
-    return shlex.quote(f"resume='{escaped}'")
 
 
 class FailedJobs(Callback):
