@@ -45,7 +45,7 @@ SETTINGS = {
     "batch": ["data.batch_size=37", "data.batch_size=400"],
     "optimizer": ["model/optimizer=adamw model.weight_decay=0.1 model.decay_biases=false",
                   "model/optimizer=sgd model.learning_rate=1e-5", "model/optimizer=adamax"],
-    "schedule": ["model/schedule=cosine", "model/schedule=warmup",
+    "schedule": ["model/schedule=cosine", "model/schedule=cosine model.schedule.interval=step", "model/schedule=warmup",
                  "model.schedule={_target_: torch.optim.lr_scheduler.ReduceLROnPlateau, patience: 0}"],
     "precision": ["trainer.precision=bf16-mixed"],
     "accumulation": ["trainer.accumulate_grad_batches=3"],
@@ -64,6 +64,7 @@ FOUND = [
     ("trainer=ema", "trainer.fast_loop=false"),  # the test used other weights than the checkpoint's
     (SETTINGS["schedule"][-1], "trainer.checkpoint_every=4"),  # a resumed epoch was not counted
     (SETTINGS["prior"][0], "trainer.val_check_interval=7"),
+    (SETTINGS["schedule"][1], "data.pixels=dynamic"),  # Lightning forgets the position in the data that it measures
 ]
 MANY, SEED = int(os.environ.get("PAIRS", "200")), int(os.environ.get("PAIRS_SEED", "0"))
 

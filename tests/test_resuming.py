@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, ROOT, composed, differences, read_results
+from conftest import BRIEF, ROOT, checkpoint, composed, differences, read_results
 from lightning.pytorch import Callback
 
 from vae_lightning.config import ConfigError
@@ -378,11 +378,19 @@ def test_early_stopping_survives_a_resume(command, tmp_path: Path) -> None:
     assert differences(read_results(tmp_path / "uninterrupted"), read_results(tmp_path / "run")) == []
 
 
-def test_a_longer_run_keeps_its_schedule(command) -> None:
+def test_a_longer_run_keeps_its_schedule(command, tmp_path: Path) -> None:
     words = [*LONG, "hydra.run.dir=run", "trainer.limit_train_batches=2", "model/schedule=cosine"]
     assert command(*words, "trainer.max_epochs=1").code == 0
     longer = command("resume=run", "trainer.max_epochs=2")
     assert (longer.code, "model.schedule stays as it was for trainer.max_epochs=1" in longer.out) == (0, True)
+    assert checkpoint(tmp_path / "run")["lr_schedulers"][0]["T_max"] == 1
+    cycle = "model.schedule={_target_: torch.optim.lr_scheduler.OneCycleLR, interval: step}"
+    assert command(*words[:-1], "trainer.max_epochs=1", cycle, "hydra.run.dir=cycle").code == 0
+    refused = command("resume=cycle", "trainer.max_epochs=2")
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        2,
+        "trainer.max_epochs: a OneCycleLR ends with its run, which has 1 epochs",
+    )
 
 
 def test_a_run_with_damaged_metrics_is_not_finished(uninterrupted: Path, command, tmp_path: Path) -> None:

@@ -54,8 +54,11 @@ def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], 
         if old != new:
             set_key(changed, key, new)
     longer = changed["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
-    if longer and changed["model"].get("schedule"):
-        log.warning("model.schedule stays as it was for trainer.max_epochs=%s", former["trainer"].get("max_epochs"))
+    if longer and (schedule := changed["model"].get("schedule")):
+        epochs = former["trainer"].get("max_epochs")
+        if "OneCycleLR" in str(schedule.get("_target_")):
+            raise ConfigError(f"trainer.max_epochs: a OneCycleLR ends with its run, which has {epochs} epochs")
+        log.warning("model.schedule stays as it was for trainer.max_epochs=%s", epochs)
     untested = changed["test"] and not former.get("test", True)
     return Plan(run, changed, "resume" if run.state == "unfinished" or longer or untested else "finished")
 

@@ -22,7 +22,7 @@ from vae_lightning.models.inputs import Array, as_images, as_labels, as_latents,
 from vae_lightning.models.inputs import ShapeError as ShapeError  # part of this module's interface
 from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
-from vae_lightning.models.optimization import make_optimizer, make_schedule
+from vae_lightning.models.optimization import check_lengths, make_optimizer, make_schedule, run_length
 from vae_lightning.models.posteriors import PosteriorDistribution
 
 Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
@@ -74,6 +74,7 @@ class ImageModel(LightningModule, ABC):
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.batch_index = 0  # in the current epoch
         self.batch_checked = False  # in the current fit
+        self.schedule_length: int | None = None  # of the run, in the unit of its schedule; 0 if it has none
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
@@ -268,8 +269,20 @@ class ImageModel(LightningModule, ABC):
         trainer = self._trainer
         # Lightning cannot clip the gradients of a fused optimizer under mixed precision.
         fused = not (trainer and trainer.gradient_clip_val and "mixed" in str(trainer.precision))
-        h = self.hparams
-        optimizer = make_optimizer(
-            h["optimizer"], self.parameters(), h["learning_rate"], h["weight_decay"], h["decay_biases"], fused
-        )
-        return optimizer if h["schedule"] is None else ([optimizer], [make_schedule(h["schedule"], optimizer)])
+        h, rate = self.hparams, self.hparams["learning_rate"]
+        optimizer = make_optimizer(h["optimizer"], self.parameters(), rate, h["weight_decay"], h["decay_biases"], fused)
+        if h["schedule"] is None:
+            return optimizer
+        if trainer and self.schedule_length is None:
+            self.schedule_length = run_length(trainer, h["schedule"].get("interval", "epoch"))
+        return [optimizer], [make_schedule(h["schedule"], optimizer, rate, self.schedule_length, trainer)]
+
+    def on_train_start(self) -> None:
+        check_lengths(self.trainer, self.hparams.get("objective") or {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["schedule_length"] = self.schedule_length or 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the length of the schedule, also in a resumed run that is trained for longer."""
+        self.schedule_length = checkpoint.get("schedule_length", 0)

@@ -1,4 +1,4 @@
-"""Exact epoch means of per-image terms: means over images, never means of batch means."""
+"""Exact epoch means of per-image terms: means over images, never means of batch means; and which values are better."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from vae_lightning.config import ConfigError, did_you_mean
+
+# Whether lower (min) or higher (max) values of a metric are better, in every split.
+BETTER = {"loss": "min", "reconstruction": "min", "squared_error": "min", "mse": "min", "elbo": "max"}
+BETTER |= {"active_units": "max", "skipped": "min"}
+MONITOR = "val/loss"  # chooses the best checkpoint, and the best trial of a search
+
+
+def better(metric: str, mode: str | None = None, key: str = "", validates: bool = True) -> str:
+    """Return `mode`, by default that of BETTER: `min` if lower values of `metric` are better, `max` if higher ones are.
+
+    Raises ConfigError, which names the `key` of the monitor, for a mode that contradicts BETTER, for a metric that has
+    no mode, and for one of the validation in a run without it.
+    """
+    split, _, term = metric.rpartition("/")
+    if split == "val" and not validates:
+        raise ConfigError(f"{key}.monitor={metric}: no images are validated (data.val_size, trainer.limit_val_batches)")
+    known = BETTER.get(term) if split else None
+    if known and mode not in (None, known):
+        raise ConfigError(f"{key}.mode={mode}: {metric} has better values at its {known}imum. Allowed: {known}")
+    if not known and not mode:
+        near = did_you_mean(metric, [f"{part}/{term}" for part in ("train", "val") for term in BETTER])
+        raise ConfigError(f"{key}.monitor={metric}: a metric of your own needs {key}.mode, min or max{near}")
+    return mode or str(known)
+
 
 ROWS = 1_024  # initial rows of `sums`
 
