@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import BRIEF, DATA, ROOT
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
 from vae_lightning.config import ConfigError
 
 STOP = "_target_: lightning.pytorch.callbacks.EarlyStopping"
+AVERAGE = "_target_: lightning.pytorch.callbacks.EMAWeightAveraging"
 REFUSED = [
     # Hydra's message, with the nearest match
     ("model.latent_dmi=2", ["'model.latent_dmi'", "did you mean model.latent_dim?", "Allowed: model._target_"]),
@@ -50,6 +52,23 @@ REFUSED = [
     ("trainer.strategy=ddp_spawn", ["trainer.strategy=ddp_spawn", "Allowed: ddp"]),
     ("trainer.limit_test_batches=0.00001", ["trainer.limit_test_batches=1e-05", "one of 79 batches"]),
     ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateFinder}]", ["LearningRateFinder does not"]),
+    ("trainer.gradient_clip_algorithm=value", ["algorithm=value: has no effect without trainer.gradient_clip_val"]),
+    # metrics that are monitored, and averaged weights
+    (
+        f"trainer.callbacks=[{{{STOP}, monitor: val/elbo, mode: min}}]",
+        ["callbacks.0.mode=min: val/elbo", "Allowed: max"],
+    ),
+    (f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]", ["needs trainer.callbacks.0.mode", "did you mean val/loss?"]),
+    (
+        f"trainer.callbacks=[{{{STOP}, monitor: val/mine}}]",
+        ["callbacks.0.monitor=val/mine: a metric of your own needs"],
+    ),
+    (f"trainer={{limit_val_batches: 0, callbacks: [{{{STOP}, monitor: val/loss}}]}}", ["no images are validated"]),
+    ("trainer.callbacks=[{_target_: test_cli.Maximal}]", ["callbacks.0.mode=max: val/loss", "Allowed: min"]),
+    (
+        f"trainer.callbacks=[{{{AVERAGE}, update_starting_at_step: 9}}]",
+        ["averages untrained weights until", "callbacks.EMA"],
+    ),
     # Lightning's own checks, before and in `fit`
     ("trainer.accelerator=cuda9", ["trainer: ", "cuda9"]),
     ("trainer.max_epochs=-7", ["max_epochs", "-7"]),
@@ -59,6 +78,13 @@ REFUSED = [
     # files
     ("hydra.run.dir=/proc/nowhere/run", ["/proc/nowhere"]),
 ]
+
+
+class Maximal(EarlyStopping):
+    """Early stopping with a metric and a mode of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("val/loss", mode="max")
 
 
 @pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override for override, _ in REFUSED])
@@ -89,8 +115,8 @@ def test_an_error_before_the_first_checkpoint_leaves_no_files(command, tmp_path:
     words = [*BRIEF, "hydra.run.dir=run"]
     user = command(*words, "trainer.callbacks=[{_target_: test_cli.Late, error: user}]")
     assert (user.code, user.err.splitlines()[-1]) == (2, "late")
-    stopping = command(*words, f"trainer.callbacks=[{{{STOP}, monitor: val/los}}]")
-    assert (stopping.code, "Early stopping conditioned on metric `val/los`" in stopping.err) == (2, True)
+    stopping = command(*words, f"trainer.callbacks=[{{{STOP}, monitor: val/own, mode: min}}]")
+    assert (stopping.code, "Early stopping conditioned on metric `val/own`" in stopping.err) == (2, True)
     assert [path.name for path in tmp_path.rglob("*.*")] == ["slurm.out"]
     with pytest.raises(KeyError, match="late"):
         command(*words, "trainer.callbacks=[{_target_: test_cli.Late, error: bug}]")

@@ -142,7 +142,7 @@ def test_metrics_that_a_model_logs_itself(config, tmp_path: Path) -> None:
     ("overrides", "reason"),
     [
         (["trainer.callbacks=[{_target_: test_fast_loop.Watcher}]"], "the callback Watcher acts at each step"),
-        (["trainer=ema"], "the callback EMAWeightAveraging acts at each step"),
+        (["trainer=ema"], "the callback EMA acts at each step"),
         (["model._target_=test_fast_loop.Hooked"], "the model's or data's on_before_optimizer_step acts at each step"),
         (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2"),
         (["trainer.profiler=simple"], "trainer.profiler=SimpleProfiler"),

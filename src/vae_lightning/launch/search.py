@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pydantic import Field
@@ -21,6 +21,7 @@ from pydantic import Field
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError, did_you_mean, flatten
 from vae_lightning.files import read_dict, write_json
 from vae_lightning.launch.plan import plan_run, set_key
+from vae_lightning.models.metrics import MONITOR, better
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import train
@@ -61,7 +62,9 @@ def search(
         grace_period=GRACE,
         heartbeat_stale_trial_callback=retry,
     )
-    study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
+    lower = better(MONITOR) == "min"
+    direction: Literal["minimize", "maximize"] = "minimize" if lower else "maximize"
+    study = optuna.create_study(storage=storage, study_name="search", direction=direction, load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=config["seed"] + len(study.trials))
     study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=warmup_epochs)
     settings = flatten({"config": config, "space": space, "warmup_epochs": warmup_epochs})
@@ -72,7 +75,7 @@ def search(
     study.set_user_attr("settings", settings)
 
     def run_trial(trial: optuna.Trial) -> float:
-        """Train the run of one trial, and return its lowest validation loss."""
+        """Train the run of one trial, and return its best value."""
         run = run_of(trial, directory)
         trial.set_user_attr("directory", run.path.name)
         trial_config = copy.deepcopy(config) | {"test": False}
@@ -89,7 +92,8 @@ def search(
         except UserError as error:
             log.error("trial %s: %s", run.path.name, error)
             raise
-        return min(study.trials[trial.number].intermediate_values.values(), default=float("nan"))
+        best = min if lower else max
+        return best(study.trials[trial.number].intermediate_values.values(), default=float("nan"))
 
     while True:
         latest = {run_of(trial, directory).path: trial for trial in study.trials}  # of each run
@@ -115,8 +119,10 @@ class Report(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         from optuna import TrialPruned
 
-        self.trial.report(trainer.callback_metrics["val/loss"].item(), trainer.current_epoch + 1)
+        value, epoch = trainer.callback_metrics[MONITOR].item(), trainer.current_epoch + 1
+        self.trial.report(value, epoch)
         if self.trial.should_prune():
+            log.info("trial %d is pruned after epoch %d: %s %.2f", self.trial.number, epoch, MONITOR, value)
             raise TrialPruned
 
 
@@ -162,7 +168,7 @@ def finish(study: optuna.Study, directory: Path, states: Counter[str]) -> Path:
     if "test/loss" not in metrics:
         metrics = train(run.read_config() | {"test": True}, run, resume=True)
     tested = {key: value for key, value in metrics.items() if key.startswith("test/")}
-    content = {"trials": states, "run": str(run), "params": best.params, "val/loss": best.value}
+    content = {"trials": states, "run": str(run), "params": best.params, MONITOR: best.value}
     write_json(directory / "search.json", content | tested)
-    log.info("best trial: %s  val/loss %.2f  test/loss %.2f", run.path.name, best.value, tested["test/loss"])
+    log.info("best trial: %s  %s %.2f  test/loss %.2f", run.path.name, MONITOR, best.value, tested["test/loss"])
     return run.path

@@ -74,7 +74,7 @@ class ImageModel(LightningModule, ABC):
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
         self.batch_index = 0  # in the current epoch
         self.batch_checked = False  # in the current fit
-        self.schedule_length: int | None = None  # of the run, in the unit of its schedule; 0 if it has none
+        self.schedule_length: int | None = None  # of the run, in the unit of its schedule
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
@@ -273,7 +273,7 @@ class ImageModel(LightningModule, ABC):
         optimizer = make_optimizer(h["optimizer"], self.parameters(), rate, h["weight_decay"], h["decay_biases"], fused)
         if h["schedule"] is None:
             return optimizer
-        if trainer and self.schedule_length is None:
+        if trainer and not trainer.ckpt_path:
             self.schedule_length = run_length(trainer, h["schedule"].get("interval", "epoch"))
         return [optimizer], [make_schedule(h["schedule"], optimizer, rate, self.schedule_length, trainer)]
 
@@ -281,8 +281,8 @@ class ImageModel(LightningModule, ABC):
         check_lengths(self.trainer, self.hparams.get("objective") or {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["schedule_length"] = self.schedule_length or 0
+        checkpoint["schedule_length"] = self.schedule_length
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the length of the schedule, also in a resumed run that is trained for longer."""
-        self.schedule_length = checkpoint.get("schedule_length", 0)
+        self.schedule_length = checkpoint.get("schedule_length")

@@ -20,11 +20,13 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     StochasticWeightAveraging,
     TQDMProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vae_lightning.config import ConfigError, NonNegative, PositiveInt, build, check_arguments
+from vae_lightning.models.metrics import better
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import Health, NonFiniteGuard, SkipNonFinite
 from vae_lightning.training.checkpoints import AtomicCheckpointIO
@@ -79,6 +81,9 @@ def make_trainer(
         raise ConfigError(
             f"trainer.on_nan=skip: trainer.precision={precision} skips such updates itself. Allowed: stop"
         )
+    if options["gradient_clip_algorithm"] and not gradient_clip_val:
+        key = f"trainer.gradient_clip_algorithm={options['gradient_clip_algorithm']}"
+        raise ConfigError(f"{key}: has no effect without trainer.gradient_clip_val")
     if re.search("spawn|fork|notebook", str(options["strategy"])):
         raise ConfigError(f"trainer.strategy={options['strategy']}: returns the weights in a pickle. Allowed: ddp")
     if options["enable_progress_bar"] is None:  # on a terminal; a log file gets one line per epoch from History
@@ -89,7 +94,8 @@ def make_trainer(
         ours = [*ours, ModelSummary(max_depth=-1)]
     # The guard comes first, so that no other callback acts on a loss that is not finite.
     ours = [NonFiniteGuard(), Health(), *([SkipNonFinite()] if on_nan == "skip" else []), *ours]
-    ours += [build(spec, Callback, f"trainer.callbacks.{i}") for i, spec in enumerate(as_list(callbacks))]
+    validates = options["limit_val_batches"] != 0
+    ours += [make_callback(spec, f"trainer.callbacks.{i}", validates) for i, spec in enumerate(as_list(callbacks))]
     if refused := [type(callback).__name__ for callback in ours if isinstance(callback, REFUSED)]:
         raise ConfigError(f"trainer.callbacks: {refused[0]} does not resume, or trains with other settings than these")
     torch.set_float32_matmul_precision(matmul_precision)
@@ -116,6 +122,21 @@ def make_trainer(
             reason = " ".join(str(error).split())
             log.info("trainer.fast_loop: every step runs through Lightning's own loop: %s", reason)
     return trainer
+
+
+def make_callback(spec: Any, key: str, validates: bool) -> Callback:
+    """Build a configured callback; one that monitors a metric gets the mode of that metric. Raises ConfigError."""
+    callback = build(spec, Callback, key)
+    if isinstance(callback, WeightAveraging) and not callback.should_update(step_idx=0):
+        advice = "use {_target_: vae_lightning.training.callbacks.EMA, start: STEPS}"
+        raise ConfigError(f"{key}: averages untrained weights until it starts; {advice}")
+    if (metric := getattr(callback, "monitor", None)) and hasattr(callback, "mode"):
+        takes = signature(type(callback)).parameters
+        mode = better(metric, spec.get("mode") if "mode" in takes else callback.mode, key, validates)
+        every_epoch = "check_on_train_epoch_end" in takes and not metric.startswith("val/")  # of EarlyStopping
+        defaults = {"check_on_train_epoch_end": True} if every_epoch else {}
+        callback = build(defaults | spec | ({"mode": mode} if "mode" in takes else {}), Callback, key)
+    return callback
 
 
 def as_list(value: Any) -> list[Any]:
