@@ -48,6 +48,8 @@ def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], 
     changed, theirs, ours = {"test": True} | copy.deepcopy(former), flatten(former), flatten(config)
     for key in (key for key in ours | theirs if any(f"{key}.".startswith(f"{name}.") for name in keys)):
         old, new = theirs.get(key, "missing"), ours.get(key, "missing")
+        if (key, old) == ("trainer.precision", "bf16-mixed") and str(new) in ("16", "16-mixed") and resume == "auto":
+            continue  # a CPU trains with bf16-mixed instead, and config.yaml says so
         if old != new and (key not in CHANGEABLE or key not in ours):
             allowed = ", ".join(CHANGEABLE)
             raise ConfigError(f"{key}={new}: is {old} in {run}; when a run is resumed, only {allowed} may change")

@@ -106,6 +106,10 @@ class Progress(Callback):
         if stop:
             raise Interrupted(f"stopped by {self.stop.name or 'another process'} after step {trainer.global_step}")
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # so that Lightning validates the last weights, also in mid-epoch
+
     def due(self, trainer: Trainer, batch_idx: int) -> tuple[bool, bool]:
         """Return whether to stop and whether to save before a batch of the epoch; the same in all processes."""
         if batch_idx % trainer.accumulate_grad_batches:

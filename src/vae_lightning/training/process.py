@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def share_log() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logger = logging.getLogger(name)
         logger.filters.clear()
-        logger.addFilter(lambda record: "Tip:" not in record.msg and "already configured" not in record.msg)
+        logger.addFilter(lambda record: not re.search("Tip:|already configured|`Trainer.fit` stopped", record.msg))
     for message in (
         ".*all_gather is deprecated.*",  # Lightning 2.6 with the newest torch
         ".*LeafSpec.*",  # the same
@@ -60,11 +61,14 @@ class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 @contextlib.contextmanager
 def log_to(file: Path) -> Iterator[None]:
-    """Also append log lines of the block to `file`."""
+    """Also append log lines of the block to `file`, and the error that ends it, which the console shows later."""
     handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     logging.root.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        handler.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
+        raise
     finally:
         logging.root.removeHandler(handler)
         handler.close()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
@@ -23,6 +23,7 @@ from vae_lightning.data.pixels import described
 from vae_lightning.files import atomic_write, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
+from vae_lightning.models.metrics import MONITOR, better
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
@@ -97,7 +98,9 @@ def train(
         history = History(run.history_file, options["max_epochs"])
         progress = Progress(run, history, stop, interval, saves)
         name = run.best_checkpoint.stem
-        best = ModelCheckpoint(run.checkpoints, filename=name, monitor="val/loss", enable_version_counter=False)
+        best = ModelCheckpoint(
+            run.checkpoints, filename=name, monitor=MONITOR, mode=better(MONITOR), enable_version_counter=False
+        )
         ours = [make_figures(c.figures, run, model), progress, *([best] if saves and validates else []), *callbacks]
         ours += [LearningRateMonitor("epoch")] if c.model.get("schedule") else []
         check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
@@ -105,6 +108,11 @@ def train(
         check_test_batches(trainer, data)
 
         # 4. The description of the run
+        if trainer.precision == "bf16-mixed" and "bf16" not in str(options["precision"]):  # on a CPU, for 16-mixed
+            c.trainer["precision"] = trainer.precision
+            config = asdict(c)
+            if is_first and not resume:
+                run.write_config(config)
         if is_first:
             environment = describe_environment(model, trainer.strategy.root_device, data)
             if resume:
@@ -119,6 +127,9 @@ def train(
         stop.stepping = False
         stop.check()  # a signal during the last step: everything is saved
 
+        end = {"stopped": reason_to_stop(trainer), "checkpoint_steps": trainer.global_step}
+        log.info("training stopped: %s", end["stopped"])
+
         # 6. Test with the weights of the best checkpoint
         if saves:
             first = RunDirectory(trainer.strategy.broadcast(str(run)))  # the first process's directory
@@ -130,12 +141,14 @@ def train(
                     shutil.copyfile(run.last_checkpoint, partial)
             trainer.strategy.barrier()
             # Not by Lightning, which with averaged weights would test those of the optimizer.
-            load_weights(load_checkpoint(first.best_checkpoint)["state_dict"], model, first.best_checkpoint)
+            tested = load_checkpoint(first.best_checkpoint)
+            load_weights(tested["state_dict"], model, first.best_checkpoint)
+            end["checkpoint_steps"] = tested["global_step"]
         if c.test:
             trainer.test(model, data, verbose=False)
 
         # 7. Results
-        results = describe_results(c, model, data, trainer, history, best.best_model_path)
+        results = describe_results(c, model, data, trainer, history, best.best_model_path) | end
         if is_first:
             write_results(c, run, results, trainer, history)
         return results
@@ -195,6 +208,20 @@ def write_environment(run: RunDirectory, environment: dict[str, Any]) -> None:
         changed = {key: value for key, value in environment.items() if value != latest.get(key)}
         environment = former | {"resumed": [*former.get("resumed", []), changed]}
     write_json(run.environment_file, environment)
+
+
+def reason_to_stop(trainer: Trainer) -> str:
+    """Return why training ended: the limit under `trainer` that was reached, or the reason of early stopping."""
+    if trainer.global_step == trainer.max_steps:
+        return "max_steps"
+    if trainer.current_epoch == trainer.max_epochs:
+        return "max_epochs"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and (reason := callback.stopping_reason_message):
+            return f"early stopping in epoch {callback.stopped_epoch + 1}: {reason.partition(' Signaling')[0]}"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
+            return "max_time"
+    return "a callback" if trainer.should_stop else "no batches"
 
 
 def describe_results(
