@@ -24,7 +24,7 @@ FUZZ = settings(
 EXCLUDED = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs", "trainer.min_steps", "trainer.max_time"),
     *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.limit_train_batches", "data.root"),
-    *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.fast_dev_run", "trainer.model_registry"),
+    *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.fast_dev_run"),
     *("trainer.val_check_interval", "trainer.overfit_batches", "trainer.detect_anomaly", "trainer.benchmark"),
 )
 ODD = [2**40, -(2**70), float("nan"), float("inf"), 1e-9]

@@ -60,6 +60,8 @@ class MLP(Backbone):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        if gated and activation != "relu":
+            raise ConfigError(f"model.backbone.activation={activation}: gated layers have no activation")
         pixels = math.prod(image_shape)
         encoder = linear_layers([pixels, *hidden, encoder_outputs], activation, gated, batch_norm)
         decoder = linear_layers([latent_dim, *reversed(hidden), pixels], activation, gated, batch_norm)

@@ -33,7 +33,8 @@ from vae_lightning.training.checkpoints import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
-OURS = ("logger", "callbacks", "default_root_dir")  # Trainer arguments that `train` sets itself
+# Trainer arguments that `train` sets itself, and two without effect: nothing is predicted or uploaded.
+OURS = ("logger", "callbacks", "default_root_dir", "limit_predict_batches", "model_registry")
 # All other arguments of Lightning's Trainer with their defaults. conf/trainer/default.yaml builds on these, so that
 # `trainer.limit_train_batches=10` works and `trainer.limit_trian_batches=10` is refused.
 TRAINER_DEFAULTS = {
