@@ -52,7 +52,7 @@ REFUSED = [
     ("trainer.strategy=ddp_spawn", ["trainer.strategy=ddp_spawn", "Allowed: ddp"]),
     ("trainer.limit_test_batches=0.00001", ["trainer.limit_test_batches=1e-05", "one of 79 batches"]),
     ("trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateFinder}]", ["LearningRateFinder does not"]),
-    ("trainer.gradient_clip_algorithm=value", ["algorithm=value: has no effect without trainer.gradient_clip_val"]),
+    ("trainer.gradient_clip_algorithm=value", ["algorithm: has no effect without trainer.gradient_clip_val"]),
     # metrics that are monitored, and averaged weights
     (
         f"trainer.callbacks=[{{{STOP}, monitor: val/elbo, mode: min}}]",
@@ -67,7 +67,7 @@ REFUSED = [
     ("trainer.callbacks=[{_target_: test_cli.Maximal}]", ["callbacks.0.mode=max: val/loss", "Allowed: min"]),
     (
         f"trainer.callbacks=[{{{AVERAGE}, update_starting_at_step: 9}}]",
-        ["averages untrained weights until", "callbacks.EMA"],
+        ["averages untrained weights until", "optimization.EMA"],
     ),
     # Lightning's own checks, before and in `fit`
     ("trainer.accelerator=cuda9", ["trainer: ", "cuda9"]),

@@ -73,7 +73,7 @@ def average(start: int, step: int) -> Weights:
     return found
 
 
-EMA = "{_target_: vae_lightning.training.callbacks.EMA, decay: 0.9, start: %d}"
+EMA = "{_target_: vae_lightning.models.optimization.EMA, decay: 0.9, start: %d}"
 # The best validation is that of the first epoch.
 EXPLODING = "model.schedule={_target_: torch.optim.lr_scheduler.MultiStepLR, milestones: [1], gamma: 1e6}"
 EARLY = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/%s, patience: 1, min_delta: 1e4}"

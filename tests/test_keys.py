@@ -20,6 +20,7 @@ from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.launch.plan import set_key
 from vae_lightning.models.base import ImageModel
+from vae_lightning.models.optimization import EMA
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training import callbacks, trainer
@@ -222,8 +223,7 @@ def test_every_key_of_the_trainer_has_an_effect(config, tmp_path: Path, monkeypa
     weights = [torch.zeros(()), torch.ones(()), torch.tensor(2)]
     for key in ("decay", "start"):
         one, two = (
-            build(spec, callbacks.EMA, "ema")._kwargs["avg_fn"](*weights)
-            for spec in (average, average | {key: TRAINER[key]})
+            build(spec, EMA, "ema")._kwargs["avg_fn"](*weights) for spec in (average, average | {key: TRAINER[key]})
         )
         assert one != two, key
 

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule.
+"""The optimizer, the learning-rate schedule and averaged weights.
 
 `model/optimizer` chooses the optimizer, which gets `model.learning_rate` and `model.weight_decay`. To add one, name its
 class in a YAML file in conf/model/optimizer/. An argument of the schedule with the value `auto` is the length of the
@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from inspect import signature
-from typing import Any
+from typing import Annotated, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
+from pydantic import Field
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import get_ema_avg_fn
 
-from vae_lightning.config import ConfigError, Spec, build, locate
+from vae_lightning.config import ConfigError, NonNegativeInt, Spec, build, locate
 from vae_lightning.models.metrics import MONITOR, better
 
 log = logging.getLogger(__name__)
@@ -144,3 +147,19 @@ def check_lengths(trainer: Trainer, objective: Spec) -> None:
         unreached = end >= length if name in ("milestones", "step_size") else end > length
         if unreached or (name == "T_max" and end < length):
             log.warning("%s=%s: does not end with the run, which has %d %ss", key, end, length, unit)
+
+
+class EMA(WeightAveraging):
+    """Average the weights exponentially over about 1 / (1 − decay) steps: for validation, checkpoints and the test.
+
+    Until `start` steps are done, the average is the trained weights themselves.
+    """
+
+    def __init__(self, decay: Annotated[float, Field(ge=0, lt=1)] = 0.999, start: NonNegativeInt = 0) -> None:
+        average = get_ema_avg_fn(decay)
+        super().__init__(avg_fn=lambda old, new, steps: torch.where(steps < start, new, average(old, new, steps)))
+        self.start, self.span = start, round(1 / (1 - decay))
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if (steps := run_length(trainer, "step")) and steps < self.start + self.span:
+            log.warning("EMA: averages %d steps from step %d on; the run has %d", self.span, self.start, steps)

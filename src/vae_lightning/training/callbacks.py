@@ -11,18 +11,15 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.optim.swa_utils import get_ema_avg_fn
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
-from vae_lightning.models.optimization import run_length
 from vae_lightning.models.posteriors import DiagonalGaussian
 from vae_lightning.models.standard_figures import standard_figures
 from vae_lightning.models.vae import VAE
@@ -127,22 +124,6 @@ def held_out_images(trainer: Trainer) -> tuple[Tensor, Tensor]:
     if data.val_size:
         return data.val_images, data.val_labels
     return evaluation_pixels(data.train_images[:2_000], data.pixels), data.train_labels[:2_000]
-
-
-class EMA(WeightAveraging):
-    """Average the weights exponentially over about 1 / (1 − decay) steps: for validation, checkpoints and the test.
-
-    Until `start` steps are done, the average is the trained weights themselves.
-    """
-
-    def __init__(self, decay: Annotated[float, Field(ge=0, lt=1)] = 0.999, start: NonNegativeInt = 0) -> None:
-        average = get_ema_avg_fn(decay)
-        super().__init__(avg_fn=lambda old, new, steps: torch.where(steps < start, new, average(old, new, steps)))
-        self.start, self.span = start, round(1 / (1 - decay))
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if (steps := run_length(trainer, "step")) and steps < self.start + self.span:
-            log.warning("EMA: averages %d steps from step %d on; the run has %d", self.span, self.start, steps)
 
 
 class Health(Callback):

@@ -222,8 +222,3 @@ def load_last(run: RunDirectory) -> dict[str, Any] | None:
             "it can be loaded and evaluated"
         )
     return checkpoint
-
-
-def epochs_started(checkpoint: dict[str, Any]) -> int:
-    """Return how many epochs the run of a checkpoint has started."""
-    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])

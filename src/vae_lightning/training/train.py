@@ -29,7 +29,7 @@ from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
 from vae_lightning.runs.loading import load_checkpoint, load_weights
 from vae_lightning.training.callbacks import Figures
-from vae_lightning.training.checkpoints import Interval, Progress, epochs_started, load_last
+from vae_lightning.training.checkpoints import Interval, Progress, load_last
 from vae_lightning.training.history import History, format_terms
 from vae_lightning.training.loggers import make_loggers, opened
 from vae_lightning.training.process import log_to, share_log, steady_cpu
@@ -192,7 +192,9 @@ def rewind(
     """
     if checkpoint is None and run.metrics_file.exists():
         raise RunError(f"{run}: is finished, and has no checkpoint to resume from")
-    epochs, limit = epochs_started(checkpoint) if checkpoint else 0, config["trainer"].get("max_epochs")
+    limit, epochs = config["trainer"].get("max_epochs"), 0
+    if checkpoint:
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"]
     if limit not in (None, -1) and limit < epochs:
         raise RunError(f"trainer.max_epochs={limit}: {run} is in epoch {epochs} already")
     if run.read_environment().get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:

@@ -83,8 +83,7 @@ def make_trainer(
             f"trainer.on_nan=skip: trainer.precision={precision} skips such updates itself. Allowed: stop"
         )
     if options["gradient_clip_algorithm"] and not gradient_clip_val:
-        key = f"trainer.gradient_clip_algorithm={options['gradient_clip_algorithm']}"
-        raise ConfigError(f"{key}: has no effect without trainer.gradient_clip_val")
+        raise ConfigError("trainer.gradient_clip_algorithm: has no effect without trainer.gradient_clip_val")
     if re.search("spawn|fork|notebook", str(options["strategy"])):
         raise ConfigError(f"trainer.strategy={options['strategy']}: returns the weights in a pickle. Allowed: ddp")
     if options["enable_progress_bar"] is None:  # on a terminal; a log file gets one line per epoch from History
@@ -129,14 +128,14 @@ def make_callback(spec: Any, key: str, validates: bool) -> Callback:
     """Build a configured callback; one that monitors a metric gets the mode of that metric. Raises ConfigError."""
     callback = build(spec, Callback, key)
     if isinstance(callback, WeightAveraging) and not callback.should_update(step_idx=0):
-        advice = "use {_target_: vae_lightning.training.callbacks.EMA, start: STEPS}"
+        advice = "use {_target_: vae_lightning.models.optimization.EMA, start: STEPS}"
         raise ConfigError(f"{key}: averages untrained weights until it starts; {advice}")
     if (metric := getattr(callback, "monitor", None)) and hasattr(callback, "mode"):
         takes = signature(type(callback)).parameters
         mode = better(metric, spec.get("mode") if "mode" in takes else callback.mode, key, validates)
-        every_epoch = "check_on_train_epoch_end" in takes and not metric.startswith("val/")  # of EarlyStopping
-        defaults = {"check_on_train_epoch_end": True} if every_epoch else {}
-        callback = build(defaults | spec | ({"mode": mode} if "mode" in takes else {}), Callback, key)
+        # EarlyStopping acts after a validation by default, where there is no new metric of training yet.
+        options = {"check_on_train_epoch_end": None if metric.startswith("val/") else True} | spec | {"mode": mode}
+        callback = build({k: value for k, value in options.items() if k in {*takes, *spec}}, Callback, key)
     return callback
 
 
