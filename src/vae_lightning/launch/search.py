@@ -12,6 +12,8 @@ import logging
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -55,13 +57,7 @@ def search(
     check_space(space, config)
     directory.mkdir(parents=True, exist_ok=True)
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{directory.absolute() / 'study.db'}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=HEARTBEAT,
-        grace_period=GRACE,
-        heartbeat_stale_trial_callback=retry,
-    )
+    storage = open_storage(directory, retry)
     lower = better(MONITOR) == "min"
     direction: Literal["minimize", "maximize"] = "minimize" if lower else "maximize"
     study = optuna.create_study(storage=storage, study_name="search", direction=direction, load_if_exists=True)
@@ -108,6 +104,27 @@ def search(
             if states["running"] == sum(trial.state.name == "RUNNING" for trial in study.trials):
                 log.info("%s: other processes are still searching", directory)
                 return directory
+
+
+def open_storage(directory: Path, retry: Callable[..., None]) -> optuna.storages.RDBStorage:
+    """Open the study's database, or create it; another process may be creating it at the same moment."""
+    import optuna
+    import sqlalchemy
+
+    connect = partial(
+        optuna.storages.RDBStorage,
+        f"sqlite:///{directory.absolute() / 'study.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        heartbeat_interval=HEARTBEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=retry,
+    )
+    for _ in range(10):
+        try:
+            return connect()
+        except sqlalchemy.exc.SQLAlchemyError:
+            time.sleep(1)  # until the other process has written all tables
+    return connect()
 
 
 class Report(Callback):
