@@ -82,6 +82,7 @@ class ImageModel(LightningModule, ABC):
         self.example_input_array = (example, torch.zeros(1)) if classes else example  # for the model summary
         # A plain dictionary keeps them out of checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
+        self.initial_weights: dict[str, Tensor] = {}  # of another run, to start the next fit from
         self.batch_index = 0  # in the current epoch
         self.checked: set[str] = set()  # splits whose first batch is checked, in the current fit
 
@@ -287,13 +288,14 @@ class ImageModel(LightningModule, ABC):
         return torch.cat(found)
 
     def on_fit_start(self) -> None:
-        """Initialize from training images what needs them, unless the run is resumed or the model was loaded."""
+        """Initialize from training images and `initial_weights`, unless the run is resumed or the model was loaded."""
         self.checked.clear()
         if self.needs_images and not self.trainer.ckpt_path:
             self.initialize(self.training_images())
             if self.trainer.world_size > 1:  # processes may have different images and random numbers
                 self.load_state_dict(self.trainer.strategy.broadcast(self.state_dict()))
-        self.needs_images = False
+        self.load_state_dict(self.initial_weights, strict=False)
+        self.needs_images, self.initial_weights = False, {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["_target_"] = f"{type(self).__module__}.{type(self).__qualname__}"  # for load_run

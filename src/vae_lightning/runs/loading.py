@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import torch
+from torch import Tensor
 
 from vae_lightning.config import ConfigError, build
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
+
+log = logging.getLogger(__name__)
 
 
 def load_run(path: StrPath) -> ImageModel:
@@ -54,6 +58,24 @@ def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise RunError(f"{checkpoint}: its weights do not fit the configured model") from error
+
+
+def weights_from(path: StrPath, model: ImageModel, strict: bool = True) -> dict[str, Tensor]:
+    """Return the weights of a run or checkpoint that fit `model`, and log one line for each tensor that does not.
+
+    Raises ConfigError if a tensor does not fit and `strict` is true, and if none fits; and the errors of
+    `load_checkpoint`.
+    """
+    ours, theirs = model.state_dict(), load_checkpoint(RunDirectory.locate(path)[1])["state_dict"]
+    shapes = [{name: list(tensor.shape) for name, tensor in weights.items()} for weights in (ours, theirs)]
+    different = [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]
+    for name in different:
+        log.warning("init: %s is %s here, %s in the other run", name, *(s.get(name, "missing") for s in shapes))
+    fitting = {name: tensor for name, tensor in theirs.items() if name in ours and name not in different}
+    if not fitting or (different and strict):
+        advice = "; init_strict=false starts them anew" if fitting else ""
+        raise ConfigError(f"init={path}: {len(different)} tensors, listed above, do not fit this model{advice}")
+    return fitting
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
