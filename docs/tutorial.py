@@ -20,25 +20,23 @@
 
 # %%
 import os
-import re
-import subprocess
 import sys
 from itertools import count
 from pathlib import Path
 
 import torch
+from lightning import Trainer
 from matplotlib.figure import Figure
 
-from vae_lightning import figures
+from vae_lightning import VAE, Autoencoder, ImageModel, MNISTDataModule, figures, load_run
 from vae_lightning.analysis import generation
 from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
-from vae_lightning.runs.loading import open_run
+from vae_lightning.runs.directory import RunDirectory
+from vae_lightning.runs.loading import Run
 
-here = Path.cwd()
-os.chdir(next(folder for folder in (here, *here.parents) if (folder / "train.py").exists()))  # the repository's root
 EPOCHS = int(os.environ.get("EPOCHS", "10"))
-OVERRIDES = os.environ.get("OVERRIDES", "")  # further overrides for train.py
-HERE = Path("outputs/tutorial") / re.sub(r"[^\w.]+", "-", f"{EPOCHS}_epochs {OVERRIDES}".strip())[:100]
+BATCHES = int(os.environ.get("BATCHES", "0"))  # of an epoch; 0: all
+HERE = Path(f"outputs/tutorial/{EPOCHS}_epochs{f'_of_{BATCHES}_batches' if BATCHES else ''}")
 number = count(1)
 
 
@@ -57,25 +55,29 @@ def show(figure: torch.Tensor | Figure) -> None:
 # %% [markdown]
 # ## Training
 #
-# One command trains one model and writes one run directory. A sweep (`-m`) writes one directory per job. Here are five
-# runs: VAEs with 2, 5, 20 and 200 latent dimensions, and a plain autoencoder with 2 for comparison.
-
+# A model is a LightningModule, and Lightning's `Trainer` trains it. Here are five models: VAEs with 2, 5, 20 and 200
+# latent dimensions, and a plain autoencoder with 2 for comparison. A model that an earlier start of this script has
+# trained is loaded from its checkpoint.
 
 # %%
-def train(*words: str) -> None:
-    """Run train.py with these overrides."""
-    command = [sys.executable, "train.py", *words, f"trainer.max_epochs={EPOCHS}", *OVERRIDES.split()]
-    if subprocess.run(command).returncode:
-        raise SystemExit(f"{' '.join(command)} failed; see its output above")
+data = MNISTDataModule()
+data.setup()
 
 
-if not (HERE / "vae_200" / "metrics.json").exists():
-    train("-m", "model.latent_dim=2,5,20,200", f"hydra.sweep.dir={HERE}", "hydra.sweep.subdir=vae_${model.latent_dim}")
-if not (HERE / "autoencoder_2" / "metrics.json").exists():
-    train("model=autoencoder", "model.latent_dim=2", f"hydra.run.dir={HERE}/autoencoder_2")
+def trained(model: ImageModel, name: str) -> Run:
+    """Train a model, or load it if it is trained already."""
+    file = HERE / f"{name}.ckpt"
+    if not file.exists():
+        trainer = Trainer(
+            max_epochs=EPOCHS, limit_train_batches=BATCHES or 1.0, logger=False, enable_checkpointing=False
+        )
+        trainer.fit(model, data)
+        trainer.save_checkpoint(file)
+    return Run(RunDirectory(HERE), file, load_run(file), data)
 
-vaes = {d: open_run(HERE / f"vae_{d}", "cpu") for d in (2, 5, 20, 200)}
-autoencoder = open_run(HERE / "autoencoder_2", "cpu")
+
+vaes = {d: trained(VAE(latent_dim=d), f"vae_{d}") for d in (2, 5, 20, 200)}
+autoencoder = trained(Autoencoder(latent_dim=2), "autoencoder_2")
 
 # %% [markdown]
 # ## The latent dimension
@@ -179,6 +181,5 @@ show(generation.interpolations(vaes[20]))
 show(generation.traversals(vaes[20]))
 
 # %% [markdown]
-# Next steps: `vae explore outputs/tutorial/10_epochs/vae_2` shows the latent space in a browser,
-# `vae evaluate outputs/tutorial/10_epochs/vae_20` estimates the log likelihood, and docs/guides/ shows how to
-# change the model.
+# Next steps: `python train.py model.latent_dim=2` writes figures, metrics and its configuration. `vae explore
+# latest` shows the latent space of that run in a browser. docs/guides/ shows how to change the model.

@@ -12,7 +12,7 @@ from helpers import Few
 from linear import LATENT_DIM, SCALE, SHAPE, exact_log_likelihood, linear_vae
 from torch import Tensor, nn
 
-from vae_lightning.analysis.evaluation import bayes_classifier, evaluate, evaluate_run
+from vae_lightning.analysis.evaluation import bayes_classifier, evaluate_images, evaluate_run
 from vae_lightning.analysis.explorer import make_application
 from vae_lightning.analysis.exporting import export_run
 from vae_lightning.analysis.generation import FIGURES
@@ -57,7 +57,7 @@ def test_a_linear_model_has_the_exact_likelihood_and_accuracy() -> None:
     of_labels = exact[torch.arange(60), labels]
     for objective in (ELBO(kl="monte_carlo"), IWAE(3), DReG(3)):
         torch.testing.assert_close(-objective(vae, x, labels)["loss"].double(), of_labels, rtol=1e-5, atol=1e-4)
-    results, _, _ = evaluate(vae, images, labels, samples=5)
+    results, _, _ = evaluate_images(vae, images, labels, samples=5)
     assert results["nll"] == pytest.approx(-of_labels.mean().item(), abs=1e-4)
     log_joint = exact + torch.tensor([3, 2, 1]).double().div(6).log()
     found = bayes_classifier(vae, images, labels, train_labels, samples=2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from vae_lightning.analysis.evaluation import (
     aggregate_posterior,
     curve_points,
-    evaluate,
+    evaluate_images,
     importance_sampling,
     posteriors,
     probe_accuracy,
@@ -54,7 +54,7 @@ def test_evaluate_finds_the_exact_likelihood(images: Tensor) -> None:
     for shift in (0.0, 0.4):
         vae = linear_vae(shift)
         exact = exact_log_likelihood(vae, images / 255)
-        results, sampled, _ = evaluate(vae, images, LABELS, samples=20_000, chunk=2_000)
+        results, sampled, _ = evaluate_images(vae, images, LABELS, samples=20_000, chunk=2_000)
         torch.testing.assert_close(sampled.log_likelihood.double(), exact, rtol=0, atol=0.05)
         assert results["nll"] == pytest.approx(-exact.mean().item(), abs=0.01)
         assert results["nll_stderr"] == pytest.approx(exact.std().item() / math.sqrt(40), rel=0.02)

@@ -12,7 +12,7 @@ from linear import SHAPE, exact_log_likelihood, linear_vae
 from torch import Tensor, nn
 
 from vae_lightning.analysis import generation
-from vae_lightning.analysis.evaluation import evaluate, evaluate_run
+from vae_lightning.analysis.evaluation import evaluate_images, evaluate_run
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.posteriors import Gaussian, PosteriorDistribution
 from vae_lightning.models.vae import VAE
@@ -143,7 +143,7 @@ def test_a_flow_on_top_of_the_true_posterior_finds_the_exact_likelihood() -> Non
     vae = linear_vae(posterior={"_target_": "test_evaluation_of_own_models.IAF"})
     images, labels = torch.randint(256, (30, *SHAPE), dtype=torch.uint8), torch.zeros(30)
     exact = exact_log_likelihood(vae, images / 255)
-    results, sampled, _ = evaluate(vae, images, labels, samples=20_000, chunk=2_000)
+    results, sampled, _ = evaluate_images(vae, images, labels, samples=20_000, chunk=2_000)
     assert results["nll"] == pytest.approx(-exact.mean().item(), abs=0.02)
     assert results["elbo"] < exact.mean().item() - 0.01
     assert not sampled.analytic

@@ -160,7 +160,15 @@ def read(page: str, reader: Path, script) -> None:
             name, words = script_and_words(command)
             assert script(name, *words).err.startswith(output.rstrip()), command
         if block.language == "python" and not block.file:
-            run_python(block.text)
+            run_python(quick(block.text))
+
+
+def quick(code: str) -> str:
+    """An example that takes a second to train or evaluate."""
+    options = "accelerator='cpu', logger=False, enable_progress_bar=False, limit_train_batches=2"
+    limits = "limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1"
+    code = re.sub(r"\bTrainer\(max_epochs=\d+", f"Trainer(max_epochs=1, {options}, {limits}", code)
+    return re.sub(r"\bsamples=\d+", "samples=2", code)
 
 
 def run_python(code: str) -> None:
@@ -217,6 +225,14 @@ def test_commands_and_examples_run(page: str, reader: Path, script) -> None:
     if page.endswith("guides/backbone.md"):
         words = ["model/backbone=wide", "model.backbone.width=wide", f"hydra.searchpath=[file://{reader}/conf]"]
         assert script("train.py", *words).err == "model.backbone.width=wide: should be a valid integer.\n"
+
+
+@pytest.mark.parametrize("name", ["python", "semisupervised", "missing"])
+def test_guides_without_commands_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader)
+    for block in blocks(f"docs/guides/{name}.md"):
+        if block.language == "python":
+            run_python(quick(block.text))
 
 
 @pytest.mark.parametrize("page", PAGES)

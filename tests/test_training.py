@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,26 @@ def test_denormal_numbers_are_flushed_to_zero(config, tmp_path: Path) -> None:
     torch.set_flush_denormal(False)  # an earlier run in this process has switched it on
     train(config("model=autoencoder", *BRIEF), tmp_path / "run")
     assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
+
+
+def test_a_run_starts_with_the_weights_of_another(command, tmp_path: Path) -> None:
+    vamp = ["model/prior=vamp", "model.prior.pseudo_inputs=5", "model.data_bias=true"]
+    words = [*BRIEF, "model.backbone.hidden=[8]", *vamp]
+    assert command(*words, "hydra.run.dir=one").code == 0
+    done = command(*words, "hydra.run.dir=two", "init=one", "trainer.max_epochs=0", "model.learning_rate=1e-4")
+    assert done.code == 0, done.err
+    first, second = checkpoint(tmp_path / "one", "best")["state_dict"], checkpoint(tmp_path / "two")["state_dict"]
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["init"] == str(tmp_path / "one")
+    wider = [*words, "hydra.run.dir=three", "init=one", "model.latent_dim=21", "trainer.max_epochs=0"]
+    refused = command(*wider)
+    assert refused.code == 2
+    assert refused.err.endswith("3 tensors, listed above, do not fit this model; init_strict=false starts them anew\n")
+    assert "init: decoder.0.weight is [8, 21] here, [8, 20] in the other run" in refused.out
+    assert not (tmp_path / "three").exists()
+    assert command(*wider, "init_strict=false").code == 0
+    third = checkpoint(tmp_path / "three")["state_dict"]
+    same = {name for name, value in third.items() if first[name].shape == value.shape and first[name].equal(value)}
+    assert third.keys() - same == {"encoder.3.weight", "encoder.3.bias", "decoder.0.weight"}
+    shutil.rmtree(tmp_path / "one")
+    assert command("resume=two", "trainer.max_epochs=1").code == 0, "the other run is not needed again"

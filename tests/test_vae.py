@@ -164,8 +164,8 @@ def test_training_checks_the_first_batch_of_a_fit_and_no_other(mnist: Tensor, co
     x = mnist[:4]
     wrong = [
         ((255 * x, labels), "pixels from 0 to 255: should be floats"),
-        (((255 * x).byte(), labels), "training needs floats"),
-        ((x[:, 0], labels), r"\(4, 28, 28\): training needs floats \(batch, \*\(1, 28, 28\)\)"),
+        ((x.long(), labels), "batch of torch.int64 .*: training needs images"),
+        ((x[:, 0], labels), r"\(4, 28, 28\): training needs images \(batch, 1, 28, 28\)"),
         *([((x, labels + 1), "labels from 1 to 3: should be a class from 0 to 2")] if conditional else []),
     ]
     for batch, message in wrong:

@@ -4,22 +4,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_lightning.data.mnist import MNISTDataModule
-    from vae_lightning.models.autoencoder import Autoencoder
-    from vae_lightning.models.vae import VAE
-    from vae_lightning.runs.loading import load_run
+    from vae_lightning.analysis.comparisons import compare as compare
+    from vae_lightning.analysis.evaluation import evaluate as evaluate
+    from vae_lightning.data.mnist import MNISTDataModule as MNISTDataModule
+    from vae_lightning.data.module import ImageDataModule as ImageDataModule
+    from vae_lightning.models.autoencoder import Autoencoder as Autoencoder
+    from vae_lightning.models.backbones import MLP as MLP
+    from vae_lightning.models.backbones import Backbone as Backbone
+    from vae_lightning.models.backbones import Conv as Conv
+    from vae_lightning.models.backbones import ResidualConv as ResidualConv
+    from vae_lightning.models.base import ImageModel as ImageModel
+    from vae_lightning.models.flows import FlowPosterior as FlowPosterior
+    from vae_lightning.models.flows import FlowPrior as FlowPrior
+    from vae_lightning.models.likelihoods import Bernoulli as Bernoulli
+    from vae_lightning.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
+    from vae_lightning.models.likelihoods import GaussianLikelihood as GaussianLikelihood
+    from vae_lightning.models.likelihoods import Likelihood as Likelihood
+    from vae_lightning.models.objectives import IWAE as IWAE
+    from vae_lightning.models.objectives import DReG as DReG
+    from vae_lightning.models.posteriors import FullCovarianceGaussian as FullCovarianceGaussian
+    from vae_lightning.models.posteriors import GaussianPosterior as GaussianPosterior
+    from vae_lightning.models.posteriors import Posterior as Posterior
+    from vae_lightning.models.priors import MixturePrior as MixturePrior
+    from vae_lightning.models.priors import Prior as Prior
+    from vae_lightning.models.priors import StandardNormal as StandardNormal
+    from vae_lightning.models.priors import VampPrior as VampPrior
+    from vae_lightning.models.vae import ELBO as ELBO
+    from vae_lightning.models.vae import VAE as VAE
+    from vae_lightning.models.vae import Objective as Objective
+    from vae_lightning.runs.loading import load_run as load_run
 
-# Imported on first use, so that `import vae_lightning` is fast and loads neither torch nor Lightning.
-_MODULES = {
-    "VAE": "vae_lightning.models.vae",
-    "Autoencoder": "vae_lightning.models.autoencoder",
-    "MNISTDataModule": "vae_lightning.data.mnist",
-    "load_run": "vae_lightning.runs.loading",
+# The same names. They are imported on first use, so that `import vae_lightning` is fast, without torch and Lightning.
+_NAMES = {
+    "analysis.comparisons": "compare",
+    "analysis.evaluation": "evaluate",
+    "data.mnist": "MNISTDataModule",
+    "data.module": "ImageDataModule",
+    "models.autoencoder": "Autoencoder",
+    "models.backbones": "MLP Backbone Conv ResidualConv",
+    "models.base": "ImageModel",
+    "models.flows": "FlowPosterior FlowPrior",
+    "models.likelihoods": "Bernoulli ContinuousBernoulli GaussianLikelihood Likelihood",
+    "models.objectives": "IWAE DReG",
+    "models.posteriors": "FullCovarianceGaussian GaussianPosterior Posterior",
+    "models.priors": "MixturePrior Prior StandardNormal VampPrior",
+    "models.vae": "ELBO VAE Objective",
+    "runs.loading": "load_run",
 }
-__all__ = ["VAE", "Autoencoder", "MNISTDataModule", "load_run"]
+_PLACES = {name: f"vae_lightning.{module}" for module, names in _NAMES.items() for name in names.split()}
+__all__ = [*_PLACES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

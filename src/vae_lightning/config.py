@@ -6,7 +6,8 @@ other keys are the constructor's arguments, and the constructor's type hints say
     spec = {"_target_": "vae_lightning.models.backbones.MLP", "hidden": [400]}
     build(spec, Backbone, "model.backbone", latent_dim=20, encoder_outputs=40, image_shape=(1, 28, 28))
 
-This module does not need Hydra, so a trained model loads without it.
+In Python, a class or `functools.partial(MLP, hidden=[400])` takes the place of such a dictionary. This module does not
+need Hydra, so a trained model loads without it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,6 +33,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # accepted by every library's generator
 ImageShape = Annotated[Sequence[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 Spec = dict[str, Any]  # {"_target_": class, argument: value, ...}
+Part = Annotated[Spec | type[Any] | partial[Any], SkipValidation]  # `build` checks it
 
 
 class UserError(Exception):
@@ -78,23 +81,41 @@ def check_arguments(
             raise ConfigError(f"{prefix}{name}: missing, and it has no default")
 
 
-def build(spec: Mapping[str, Any], kind: type[T], path: str, **given: Any) -> T:
-    """Build the object that `spec` describes: call `spec["_target_"]` with the other keys and with `given`.
+def build(part: object, kind: type[T], path: str, **given: Any) -> T:
+    """Build the object that `part` describes: call its class with its arguments and with `given`.
 
-    The target must be a subclass of `kind`, so a configuration cannot name functions such as `os.system`.
+    The class must be a subclass of `kind`, so a configuration cannot name functions such as `os.system`.
     Raises ConfigError, which names the key under `path`, if the class or an argument does not fit.
     """
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"{path}={spec}: should be {{_target_: class, argument: value}} for a {kind.__name__}")
-    if "_target_" not in spec:
-        raise ConfigError(f"{path}._target_: missing; it should name the class to build, a {kind.__name__}")
-    target = locate(spec["_target_"], kind, f"{path}._target_")
-    arguments = {key: value for key, value in spec.items() if key != "_target_"}
+    named, arguments = class_and_arguments(part, path)
+    target = locate(named, kind, f"{path}._target_")
     check_arguments(target, arguments, path, given)
     try:
         return target(**{**arguments, **given})
     except ValueError as error:  # the class rejected its arguments, with a message
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def as_spec(part: object, path: str) -> Spec:
+    """Return `part` as a spec, which a checkpoint can store. Raises ConfigError, which names `path`."""
+    named, arguments = class_and_arguments(part, path)
+    name = f"{named.__module__}.{named.__qualname__}" if isinstance(named, type) else named
+    return {"_target_": name, **arguments}
+
+
+def class_and_arguments(part: object, path: str) -> tuple[str | type, dict[str, Any]]:
+    """Return the class of a part, or its name, and the arguments. Raises ConfigError, which names `path`."""
+    if isinstance(part, type):
+        return part, {}
+    if isinstance(part, partial) and isinstance(part.func, type) and not part.args:
+        return part.func, part.keywords
+    if not isinstance(part, Mapping):
+        given = " ".join(str(part).split())[:100]
+        allowed = "a class, functools.partial(class, argument=value), or {_target_: class, argument: value}"
+        raise ConfigError(f"{path}={given}: should be {allowed}")
+    if "_target_" not in part:
+        raise ConfigError(f"{path}._target_: missing; it should name the class to build")
+    return part["_target_"], {key: value for key, value in part.items() if key != "_target_"}
 
 
 def takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -120,7 +141,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def locate(name: object, kind: type[T], key: str) -> type[T]:
-    """Return the class with that dotted name. Raises ConfigError, which names `key`, if it is no subclass of `kind`."""
+    """Return the class with that dotted name, or the class `name` itself.
+
+    Raises ConfigError, which names `key`, if it is not a subclass of `kind`.
+    """
+    target = name if isinstance(name, type) else _imported(name, key)
+    if not (isinstance(target, type) and issubclass(target, kind)):
+        given = target.__name__ if isinstance(name, type) else name
+        raise ConfigError(f"{key}={given}: must be a subclass of {kind.__module__}.{kind.__name__}")
+    return target
+
+
+def _imported(name: object, key: str) -> Any:
     module_name, _, class_name = str(name).rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
@@ -132,8 +164,6 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
     if target is None:
         names = [n for n, value in vars(module).items() if isinstance(value, type)] if module else []
         raise ConfigError(f"{key}={name}: no such class{did_you_mean(class_name, names)}")
-    if not (isinstance(target, type) and issubclass(target, kind)):
-        raise ConfigError(f"{key}={name}: must be a subclass of {kind.__module__}.{kind.__name__}")
     return target
 
 

@@ -94,6 +94,24 @@ def paired_difference(ours: Tensor, baseline: Tensor) -> tuple[Estimate, Estimat
     return of_runs, estimate(mean, [*parts, *(variance_of_mean(side.mean(dim=1)) for side in (ours, baseline))])
 
 
+def compare(ours: dict[str, Any] | Tensor, baseline: dict[str, Any] | Tensor) -> Estimate:
+    """Estimate the mean of `ours` − `baseline` in log likelihood, in nats per image, with its 95 % interval.
+
+    Both are results of `evaluate`, or log likelihoods `[images]` of the same images in the same order. The error is
+    that of a mean over images of the paired differences, so other seeds of training may differ by more. Raises
+    UserError if the two cannot be compared.
+    """
+    if isinstance(ours, dict) and isinstance(baseline, dict):
+        for key, advice in (("samples", "the same number"), ("images_sha256", "the same loader, without shuffling")):
+            if ours[key] != baseline[key]:
+                raise UserError(f"{key}: {ours[key]} and {baseline[key]}; evaluate both models with {advice}")
+    pair = [values["log_likelihood"] if isinstance(values, dict) else values for values in (ours, baseline)]
+    if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or len(pair[0]) < 2:
+        shapes = " and ".join(str(tuple(values.shape)) for values in pair)
+        raise UserError(f"log likelihoods of shape {shapes}: should be two of the same shape [images], at least 2")
+    return paired_difference(*(values.double().cpu().unsqueeze(0) for values in pair))[0]
+
+
 def variance_of_mean(values: Tensor) -> tuple[float, int]:
     """Return the variance of the mean of independent values `[n]`, and its degrees of freedom, n − 1."""
     return values.var().item() / len(values), len(values) - 1

@@ -1,16 +1,17 @@
 """Evaluate a trained VAE: likelihood, rate and distortion, use of the latents, probes. In nats per image.
 
-The estimators take q(z|x), p(x|z) and p(z) from the model and nothing else; `evaluate` returns their results in one
-flat dictionary.
+The estimators take q(z|x), p(x|z) and p(z) from the model and nothing else; `evaluate` returns their results for the
+images of any loader in one flat dictionary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from vae_lightning.models.estimators import (
     importance_weighted_bound,
     importance_weighted_stderr,
 )
+from vae_lightning.models.inputs import check_count
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.posteriors import PosteriorDistribution
 from vae_lightning.models.vae import VAE
@@ -57,17 +59,22 @@ class ImportanceSampling:
 
 
 @torch.inference_mode()
-def posteriors(vae: VAE, images: Tensor, labels: Tensor, batch_size: int = 1_000) -> list[PosteriorDistribution]:
-    """Return q(z|x) of `images` `[n, …]`, bytes, in batches."""
-    parts = zip(images.split(batch_size), labels.to(vae.device).split(batch_size), strict=True)
-    return [vae.encode(x, y) for x, y in parts]
+def posteriors(vae: VAE, images: Tensor, labels: Tensor | None, batch_size: int = 1_000) -> list[PosteriorDistribution]:
+    """Return q(z|x) of `images` `[n, …]`, bytes or floats in [0, 1], in batches."""
+    starts = range(0, len(images), batch_size)
+    return [vae.encode(images[i : i + batch_size], rows(labels, i, i + batch_size, vae)) for i in starts]
+
+
+def rows(labels: Tensor | None, start: int, stop: int, vae: VAE) -> Tensor | None:
+    """Return some of the labels, on the device of the model."""
+    return None if labels is None else labels[start:stop].to(vae.device)
 
 
 @torch.inference_mode()
 def importance_sampling(
     vae: VAE,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     samples: int,
     seed: int = 0,
     batch_size: int = 100,
@@ -80,7 +87,7 @@ def importance_sampling(
     depends on (seed, image) alone, so both change memory and speed but no number. `compile` compiles the likelihood.
     """
 
-    def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor) -> Tensor:
+    def log_likelihood_of(x: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
         return vae.likelihood_given(z, labels).log_prob(x)
 
     score: Callable[..., Tensor] = log_likelihood_of
@@ -96,7 +103,7 @@ def importance_sampling(
     starts = range(0, len(images), batch_size)  # the bar is shown in a terminal only
     for start in tqdm(starts, desc=f"{samples} samples", unit="batch", disable=None):
         index = range(start, min(start + batch_size, len(images)))
-        x, y = vae.images(images[start : index.stop]), labels[start : index.stop].to(vae.device)
+        x, y = vae.images(images[start : index.stop]), rows(labels, start, index.stop, vae)
         q = vae.encode(x, y)
         noise = []
         for image in index:
@@ -204,20 +211,54 @@ def bayes_classifier(
     return {"class_accuracy": accuracy, "marginal_nll": -log_joint.logsumexp(dim=1).mean().item()}
 
 
-@torch.inference_mode()
 def evaluate(
     vae: VAE,
+    loader: Iterable[Any],
+    samples: int = 5_000,
+    seed: int = 0,
+    batch_size: int = 100,
+    chunk: int = 10,
+) -> dict[str, Any]:
+    """Evaluate a VAE on the images of a loader: a dictionary of numbers, in nats per image.
+
+    `nll` is estimated with `samples` importance samples per image; docs/numbers.md explains the keys. `log_likelihood`
+    are those of each image, `[images]`, in the order of the loader: `compare` takes two such dictionaries. `batch_size`
+    images with `chunk` samples each are decoded together; both change memory and speed, but no number. The images of
+    the loader are held in memory. Raises ShapeError for batches that the model does not accept.
+    """
+    check_count("samples", samples)
+    batches = [vae.prepared(batch, "evaluate") for batch in loader]
+    if not batches:
+        raise UserError("loader: has no batch")
+    images = torch.cat([x.cpu() for x, _ in batches])
+    labels = None if batches[0][1] is None else torch.cat([y.cpu() for _, y in batches if y is not None])
+    was_training = vae.training
+    results, sampled, _ = evaluate_images(vae, images, labels, samples, seed, batch_size, chunk)
+    vae.train(was_training)
+    grey = bool(((images > 0) & (images < 1)).any())
+    return results | {
+        "samples": samples,
+        "images": len(images),
+        "images_sha256": hashlib.sha256(images.contiguous().numpy().data).hexdigest(),
+        "remark": remark(vae.likelihood, "grey" if grey else "binary"),
+        "log_likelihood": sampled.log_likelihood.cpu(),
+    }
+
+
+@torch.inference_mode()
+def evaluate_images(
+    vae: VAE,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     samples: int = 5_000,
     seed: int = 0,
     batch_size: int = 100,
     chunk: int = 10,
     compile: bool = False,
 ) -> tuple[dict[str, Any], ImportanceSampling, Tensor]:
-    """Return all results but the probes in a flat dictionary, the estimates for each image, and the posterior means.
+    """Return the results for images, bytes or floats in [0, 1], in a flat dictionary; all but the probes.
 
-    The keys are explained in docs/numbers.md.
+    Also return the estimates for each image, and the posterior means. The keys are explained in docs/numbers.md.
     """
     vae.eval()
     parts = posteriors(vae, images, labels)
@@ -307,7 +348,7 @@ def evaluate_run(
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
     started = time.monotonic()
-    results, sampled, codes = evaluate(vae, images, labels, samples, seed, batch_size, chunk, compile)
+    results, sampled, codes = evaluate_images(vae, images, labels, samples, seed, batch_size, chunk, compile)
     if split == "test":
         check_elbo(directory, checkpoint, vae.config, results["elbo"], sampled.deviation)
     if probes:

@@ -22,6 +22,7 @@ from vae_lightning.config import ConfigError, check_arguments
 from vae_lightning.launch.errors import error_line, quoted
 from vae_lightning.launch.plan import plan_run
 from vae_lightning.launch.search import search
+from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.signals import Interrupted, StopRequest
 from vae_lightning.training.train import train
 
@@ -58,6 +59,12 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
     """Search hyperparameters, or train one run; return the directory of the best or only run. Raises UserError."""
     resume, options = config.pop("resume"), config.pop("hparams_search", None)
     check_arguments(plan_run, {"resume": resume}, "", given=("config", "directory", "overrides"))
+    if config["init"] is None:
+        del config["init"], config["init_strict"]  # runs of earlier versions do not have them
+    elif config["init"] == "latest":
+        config["init"] = str(RunDirectory.locate("latest")[0].path.resolve())
+    else:
+        config["init"] = os.path.join(hydra.runtime.cwd, config["init"])
     sweep, named = hydra.mode == RunMode.MULTIRUN, resume not in (None, "auto")
     if named and (sweep or options):
         raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")

@@ -6,8 +6,10 @@ import math
 from typing import Literal
 
 from torch import Tensor
+from torch.optim import Adam
 
-from vae_lightning.config import ImageShape, NonNegative, Positive, PositiveInt, Spec
+from vae_lightning.config import ImageShape, NonNegative, Part, Positive, PositiveInt
+from vae_lightning.models.backbones import MLP, Networks
 from vae_lightning.models.base import ImageModel
 
 
@@ -15,23 +17,23 @@ class Autoencoder(ImageModel):
     """Encoder and decoder trained on the mean squared error per pixel.
 
     `output="sigmoid"` compares pixels in [0, 1]. `"tanh"` compares pixels scaled to [−1, 1], where the error is four
-    times as large. Raises ConfigError if a spec is invalid.
+    times as large. Raises ConfigError if an argument is invalid.
     """
 
     def __init__(
         self,
         latent_dim: PositiveInt = 20,
-        backbone: Spec = {"_target_": "vae_lightning.models.backbones.MLP"},  # noqa: B006 (read, never written)
+        backbone: Networks = MLP,
         output: Literal["sigmoid", "tanh"] = "sigmoid",
         image_shape: ImageShape = (1, 28, 28),
-        optimizer: Spec = {"_target_": "torch.optim.Adam"},  # noqa: B006
-        schedule: Spec | None = None,
+        optimizer: Part = Adam,
+        schedule: Part | None = None,
         learning_rate: Positive = 1e-3,
         weight_decay: NonNegative = 0.0,
         decay_biases: bool = True,
     ) -> None:
         super().__init__(latent_dim, latent_dim, backbone, image_shape)
-        self.save_hyperparameters(logger=False)
+        self.save_settings(backbone=backbone, optimizer=optimizer, schedule=schedule)
         self.output = output
 
     def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard
 
-from pydantic import Field
+import torch
+from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
+from vae_lightning.config import ConfigError, NonNegativeInt, Part, PositiveInt, build
 
 Widths = Annotated[Sequence[PositiveInt], Field(max_length=100)]  # one entry per layer
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"]
+Networks = Annotated[Part | tuple[nn.Module, nn.Module], SkipValidation]  # or (encoder, decoder)
 
 
 def activation_layer(name: Activation) -> nn.Module:
@@ -40,6 +43,43 @@ class Backbone(nn.Module):
 
     encoder: nn.Module
     decoder: nn.Module
+
+
+class Pair(Backbone):
+    """An encoder and a decoder of your own, for the shapes above. Raises ConfigError if they do not take them."""
+
+    NOT_STORED = "(encoder, decoder)"  # in place of a spec in the hyperparameters
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, image_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        for name, network, shape in [
+            ("encoder", self.encoder, (2, *image_shape)),
+            ("decoder", self.decoder, (2, latent_dim)),
+        ]:
+            try:  # with a copy, so that no running statistics change
+                with torch.no_grad():
+                    deepcopy(network).cpu().eval()(torch.zeros(shape))
+            except Exception as error:  # of any type
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"model.backbone: its {name} does not take shape {shape} ({reason})") from error
+
+
+def make_backbone(part: object, latent_dim: int, encoder_outputs: int, image_shape: Sequence[int]) -> Backbone:
+    """Build the backbone that `part` describes, or wrap a pair `(encoder, decoder)`. Raises ConfigError."""
+    if part == Pair.NOT_STORED:
+        raise ConfigError(
+            "model.backbone: was a pair of modules, which a checkpoint does not store; give it again: "
+            "load_from_checkpoint(path, backbone=(encoder, decoder))"
+        )
+    if is_pair(part):
+        return Pair(*part, latent_dim, image_shape)
+    given = {"latent_dim": latent_dim, "encoder_outputs": encoder_outputs, "image_shape": image_shape}
+    return build(part, Backbone, "model.backbone", **given)
+
+
+def is_pair(part: object) -> TypeGuard[tuple[nn.Module, nn.Module]]:
+    return isinstance(part, tuple | list) and len(part) == 2 and all(isinstance(p, nn.Module) for p in part)
 
 
 class MLP(Backbone):

@@ -5,6 +5,7 @@ A model defines `terms(x, labels, epoch)`, the loss of each image. The rest of t
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,30 +14,44 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from vae_lightning.config import ConfigError, ImageShape, PositiveInt, Spec, build
+from vae_lightning.config import ConfigError, ImageShape, PositiveInt, as_spec
+from vae_lightning.data.module import ImageDataModule
 from vae_lightning.data.pixels import Share
-from vae_lightning.models.backbones import Backbone
+from vae_lightning.models.backbones import Networks, Pair, is_pair, make_backbone
 from vae_lightning.models.conditional import ConditionalDecoder, ConditionalEncoder
-from vae_lightning.models.inputs import Array, as_images, as_labels, as_latents, check_batch, check_count
+from vae_lightning.models.inputs import (
+    Array,
+    as_images,
+    as_labels,
+    as_latents,
+    check_batch,
+    check_count,
+    check_image_shape,
+    images_and_labels,
+)
 from vae_lightning.models.inputs import ShapeError as ShapeError  # part of this module's interface
 from vae_lightning.models.latents import arc, line
 from vae_lightning.models.metrics import EpochMeans
 from vae_lightning.models.optimization import check_lengths, make_optimizer, make_schedule, run_length
 from vae_lightning.models.posteriors import PosteriorDistribution
 
-Batch = tuple[Tensor, Tensor]  # images [batch, channels, height, width] in [0, 1], labels [batch]
+ENOUGH_IMAGES = 10_000  # to initialize from, of a loader
 
 
 class ImageModel(LightningModule, ABC):
     """A model of images, trained on `terms(…)["loss"]`. Each epoch it logs the mean over images of every term.
 
-    `backbone` is a spec, `{"_target_": class, argument: value}`; its encoder has `encoder_outputs` outputs. With
-    `classes`, the model is conditional: both networks get the label of the image, an integer from 0 to `classes` − 1.
-    A subclass calls `save_hyperparameters` with plain values, from which a checkpoint rebuilds the model. The
-    hyperparameters of the optimizer are optimizer, schedule (specs), learning_rate, weight_decay and decay_biases.
-    Raises ConfigError if a spec is invalid.
+    `backbone` is a class, a `functools.partial` of one, a spec `{"_target_": class, argument: value}`, or a pair of
+    modules; its encoder has `encoder_outputs` outputs. With `classes`, the model is conditional: both networks get the
+    label of the image, an integer from 0 to `classes` − 1.
+    A subclass calls `save_settings` in its constructor, so that a checkpoint can rebuild the model. The settings of the
+    optimizer are optimizer, schedule, learning_rate, weight_decay and decay_biases.
+    Raises ConfigError if an argument is invalid.
     """
+
+    needs_images = False  # True: `initialize` is called before the first step
 
     # Set by load_run:
     config: dict[str, Any]  # the configuration of the run
@@ -46,22 +61,17 @@ class ImageModel(LightningModule, ABC):
         self,
         latent_dim: PositiveInt,
         encoder_outputs: PositiveInt,
-        backbone: Spec,
+        backbone: Networks,
         image_shape: ImageShape,
         classes: int | None = None,
     ) -> None:
         super().__init__()
+        check_count("latent_dim", latent_dim)
+        check_image_shape(image_shape)
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
         self.classes = classes or 0
-        networks = build(
-            backbone,
-            Backbone,
-            "model.backbone",
-            latent_dim=latent_dim + self.classes,
-            encoder_outputs=encoder_outputs,
-            image_shape=self.image_shape,
-        )
+        networks = make_backbone(backbone, latent_dim + self.classes, encoder_outputs, self.image_shape)
         self.encoder: nn.Module = networks.encoder
         self.decoder: nn.Module = networks.decoder
         if classes:
@@ -72,9 +82,20 @@ class ImageModel(LightningModule, ABC):
         self.example_input_array = (example, torch.zeros(1)) if classes else example  # for the model summary
         # A plain dictionary keeps them out of checkpoints and model summaries.
         self.means = {split: EpochMeans() for split in ("train", "val", "test")}
+        self.initial_weights: dict[str, Tensor] = {}  # of another run, to start the next fit from
         self.batch_index = 0  # in the current epoch
-        self.batch_checked = False  # in the current fit
         self.schedule_length: int | None = None  # of the run, in the unit of its schedule
+        self.checked: set[str] = set()  # splits whose first batch is checked, in the current fit
+
+    def save_settings(self, **parts: Networks | None) -> None:
+        """Save the arguments of the calling constructor as hyperparameters, and `parts`, which are arguments, as specs.
+
+        Raises ConfigError for a part that is neither a spec, a class, a partial nor a pair of modules.
+        """
+        caller: Any = inspect.currentframe()
+        self.save_hyperparameters(ignore=[*parts], frame=caller.f_back, logger=False)
+        for name, part in parts.items():
+            self.hparams[name] = Pair.NOT_STORED if is_pair(part) else part and as_spec(part, f"model.{name}")
 
     @abstractmethod
     def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
@@ -224,31 +245,88 @@ class ImageModel(LightningModule, ABC):
         """Return the training progress in epochs, with fractions, counted in batches; infinite without a trainer."""
         if self._trainer is None:
             return math.inf
-        batches = int(self.trainer.num_training_batches)
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):  # of a loader without a length
+            return float(self.trainer.current_epoch)
         return (self.trainer.current_epoch * batches + self.batch_index) / batches
 
-    def on_fit_start(self) -> None:
-        self.batch_checked = False
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Return images and labels of a batch: `images`, `(images,)` or `(images, labels)`; None without labels.
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        if not self.batch_checked:
-            check_batch(*batch, self.image_shape, self.classes)
-            self.batch_checked = True
+        Override this method for other batches, such as longer tuples or dictionaries. Raises ShapeError for them.
+        """
+        return images_and_labels(batch)
+
+    def check_batch(self, x: Tensor, labels: Tensor | None) -> None:
+        """Raise ShapeError unless a batch is floats `[batch, *image_shape]` in [0, 1], with labels if conditional."""
+        check_batch(x, labels, self.image_shape, self.classes)
+
+    def prepared(self, batch: Any, split: str) -> tuple[Tensor, Tensor | None]:
+        """Unpack a batch: images in [0, 1] and labels. The first batch of a split is checked, once per fit."""
+        x, labels = self.unpack(batch)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if split not in self.checked:
+            self.check_batch(x, labels)
+            self.checked.add(split)
+        return x, labels
+
+    def initialize(self, images: Tensor) -> None:
+        """Initialize from training images `[n, *image_shape]`, uint8 on the CPU, if `needs_images`."""
+
+    def training_images(self) -> Tensor:
+        """Return training images, uint8 on the CPU: all of an ImageDataModule, or up to 10,000 of another loader."""
+        if isinstance(data := self.trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            return data.train_images
+        self.trainer.fit_loop.setup_data()  # Lightning would do so later
+        loader: Any = self.trainer.train_dataloader
+        if getattr(loader, "persistent_workers", False):  # they serve one iterator, which is Lightning's
+            loader = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
+        found: list[Tensor] = []
+        for batch in loader:
+            found.append((255 * self.prepared(batch, "train")[0]).round().to("cpu", torch.uint8))
+            if len(found) * len(found[0]) >= ENOUGH_IMAGES:
+                break
+        return torch.cat(found)
+
+    def on_fit_start(self) -> None:
+        """Initialize from training images and `initial_weights`, unless the run is resumed or the model was loaded."""
+        self.checked.clear()
+        if self.needs_images and not self.trainer.ckpt_path:
+            self.initialize(self.training_images())
+            if self.trainer.world_size > 1:  # processes may have different images and random numbers
+                self.load_state_dict(self.trainer.strategy.broadcast(self.state_dict()))
+        self.load_state_dict(self.initial_weights, strict=False)
+        self.needs_images, self.initial_weights = False, {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["_target_"] = f"{type(self).__module__}.{type(self).__qualname__}"  # for load_run
+        checkpoint["schedule_length"] = self.schedule_length
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Do not initialize again, and keep the length of the schedule, also in a run that is trained for longer."""
+        self.needs_images = False
+        self.schedule_length = checkpoint.get("schedule_length")
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         self.batch_index = batch_index
-        loss, terms = self.loss_and_terms(*batch, self.epochs_trained())
+        loss, terms = self.loss_and_terms(*self.prepared(batch, "train"), self.epochs_trained())
         self.count("train", terms)
         return loss
 
-    def loss_and_terms(self, x: Tensor, labels: Tensor, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_and_terms(self, x: Tensor, labels: Tensor | None, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a training batch and its terms. `trainer.compile` replaces this method during training."""
         terms = self.terms(x, labels, epoch)
         return self.batch_mean(terms["loss"]), terms
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.count("val", self.terms(*batch))
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        self.count("val", self.terms(*self.prepared(batch, "val")))
 
-    def test_step(self, batch: Batch, batch_index: int) -> None:
-        self.count("test", self.terms(*batch))
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self.count("test", self.terms(*self.prepared(batch, "test")))
+
+    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Return the codes of a batch, `[batch, latent_dim]`."""
+        return self.codes_given(*self.prepared(batch, "predict"))
 
     def on_train_epoch_end(self) -> None:
         self._log_means("train")
@@ -279,10 +357,3 @@ class ImageModel(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         check_lengths(self.trainer, self.hparams.get("objective") or {})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["schedule_length"] = self.schedule_length
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the length of the schedule, also in a resumed run that is trained for longer."""
-        self.schedule_length = checkpoint.get("schedule_length")

@@ -6,6 +6,7 @@ Public methods of a model do so at the start, and training for its first batch: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,12 +84,36 @@ def as_labels(values: Array | None, classes: int, shape: Sequence[int], device: 
     return y
 
 
-def check_batch(x: Tensor, labels: Tensor, image_shape: tuple[int, ...], classes: int) -> None:
+def images_and_labels(batch: object) -> tuple[Tensor, Tensor | None]:
+    """Return images and labels of a batch: `images`, `(images,)` or `(images, labels)`. Raises ShapeError."""
+    parts: list[Any] = list(batch) if isinstance(batch, tuple | list) else [batch]
+    if len(parts) in (1, 2) and all(isinstance(part, Tensor) for part in parts):
+        return parts[0], parts[1] if parts[1:] else None
+    given = ", ".join(type(part).__name__ for part in parts)
+    given = f"({given})" if isinstance(batch, tuple | list) else given
+    raise ShapeError(
+        f"batch of {given}: should be images, (images,) or (images, labels), tensors; for another batch, override "
+        "the model's method `unpack`"
+    )
+
+
+def check_batch(x: Tensor, labels: Tensor | None, image_shape: tuple[int, ...], classes: int) -> None:
     """Raise ShapeError unless a batch is floats `[batch, *image_shape]` in [0, 1], with valid labels if `classes`."""
     if x.shape[1:] != image_shape or not x.is_floating_point():
-        raise ShapeError(f"batch of {x.dtype} and {tuple(x.shape)}: training needs floats (batch, *{image_shape})")
+        shape = f"(batch, {', '.join(map(str, image_shape))})"
+        raise ShapeError(
+            f"batch of {x.dtype} and {tuple(x.shape)}: training needs images {shape}, uint8 or floats in [0, 1]; "
+            "image_shape of the model and the images must agree"
+        )
     as_images(x, image_shape, x.device)
     as_labels(labels, classes, x.shape[:1], x.device)
+
+
+def check_image_shape(shape: object) -> None:
+    """Raise ShapeError unless `shape` is three positive integers: channels, height, width."""
+    sizes = list(shape) if isinstance(shape, Sequence) else []
+    if len(sizes) != 3 or not all(isinstance(n, int) and n >= 1 for n in sizes):
+        raise ShapeError(f"image_shape={shape}: should be (channels, height, width), such as (1, 28, 28)")
 
 
 def check_count(name: str, count: object) -> None:

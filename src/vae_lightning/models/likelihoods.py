@@ -182,3 +182,6 @@ class Gaussian(Likelihood):
     def metrics(self, p: td.Distribution, x: Tensor) -> dict[str, Tensor]:
         """Return `squared_error`, summed over the pixels of an image, with z drawn from the posterior."""
         return {"squared_error": (p.mean - x).square().sum(dim=(-3, -2, -1))}
+
+
+GaussianLikelihood = Gaussian  # its name in the package, where the posterior is GaussianPosterior

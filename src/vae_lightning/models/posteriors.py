@@ -184,6 +184,9 @@ class Gaussian(Posterior):
         return diagonal_gaussian(outputs)
 
 
+GaussianPosterior = Gaussian  # its name in the package, where the likelihood is GaussianLikelihood
+
+
 class FullCovarianceGaussian(Posterior):
     """A Gaussian with covariance L Lᵀ: the encoder gives the mean and the Cholesky factor L."""
 

@@ -17,130 +17,18 @@ from typing import Literal
 import torch
 import torch.distributions as td
 from torch import Tensor
+from torch.optim import Adam
 
-from vae_lightning.config import ConfigError, ImageShape, NonNegative, Positive, PositiveInt, Spec, build
-from vae_lightning.models.backbones import output_bias
+from vae_lightning.config import ConfigError, ImageShape, NonNegative, Part, Positive, PositiveInt, build
+from vae_lightning.models.backbones import MLP, Networks, output_bias
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import closed_form_kl, with_free_bits
 from vae_lightning.models.inputs import Array, ShapeError, check_count
-from vae_lightning.models.likelihoods import Likelihood
-from vae_lightning.models.posteriors import Posterior, PosteriorDistribution
-from vae_lightning.models.priors import Prior
+from vae_lightning.models.likelihoods import Bernoulli, Likelihood
+from vae_lightning.models.posteriors import Gaussian, Posterior, PosteriorDistribution
+from vae_lightning.models.priors import Prior, StandardNormal
 
 KL = Literal["analytic", "path", "monte_carlo"]
-
-
-class VAE(ImageModel):
-    """Encoder, decoder, prior and an objective, from specs; `beta` weights the KL in the loss.
-
-    `data_bias` initializes the decoder's output bias so that p(x|z) has the mean training image as mean. A
-    `conditional` model has p(x|z, y) and q(z|x, y) with labels y (Sohn et al. 2015); its numbers are those of p(x|y).
-    Raises ConfigError if a spec is invalid.
-    """
-
-    def __init__(
-        self,
-        latent_dim: PositiveInt = 20,
-        backbone: Spec = {"_target_": "vae_lightning.models.backbones.MLP"},  # noqa: B006 (read, never written)
-        likelihood: Spec = {"_target_": "vae_lightning.models.likelihoods.Bernoulli"},  # noqa: B006
-        prior: Spec = {"_target_": "vae_lightning.models.priors.StandardNormal"},  # noqa: B006
-        posterior: Spec = {"_target_": "vae_lightning.models.posteriors.Gaussian"},  # noqa: B006
-        objective: Spec = {"_target_": "vae_lightning.models.objectives.ELBO"},  # noqa: B006
-        beta: NonNegative = 1.0,
-        data_bias: bool = False,
-        conditional: bool = False,
-        image_shape: ImageShape = (1, 28, 28),
-        classes: PositiveInt | None = None,
-        optimizer: Spec = {"_target_": "torch.optim.Adam"},  # noqa: B006
-        schedule: Spec | None = None,
-        learning_rate: Positive = 1e-3,
-        weight_decay: NonNegative = 0.0,
-        decay_biases: bool = True,
-    ) -> None:
-        q = build(posterior, Posterior, "model.posterior", latent_dim=latent_dim)
-        if conditional and not classes:
-            raise ConfigError("model.conditional=true: needs the number of classes, such as classes=10")
-        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, classes if conditional else None)
-        self.save_hyperparameters(logger=False)
-        self.beta, self.data_bias = beta, data_bias
-        self.posterior = q
-        self.likelihood = build(likelihood, Likelihood, "model.likelihood")
-        self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
-        if conditional and self.prior.encodes_images:
-            name = type(self.prior).__name__
-            raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior")
-        if self.prior.encodes_images:
-            self.prior.posterior_given = self.posterior_given
-        self.objective = build(objective, Objective, "model.objective")
-        self.objective.check(self)
-
-    def posterior_given(self, x: Tensor, labels: Tensor | None = None) -> PosteriorDistribution:
-        """Return q(z|x) of images `[batch, *image_shape]`, floats in [0, 1], and labels `[batch]`."""
-        return self.posterior(self.encoded(x, labels))
-
-    def likelihood_given(self, z: Tensor, labels: Tensor | None = None) -> td.Distribution:
-        """Return p(x|z) for z `[..., latent_dim]`, and labels that broadcast to `[...]`."""
-        return self.likelihood(self.decoded(z, labels))
-
-    def prior_distribution(self, temperature: float = 1.0) -> td.Distribution:
-        """Return p(z). `temperature` scales the standard deviations of samples."""
-        return self.prior(temperature)
-
-    def encode(self, x: Array, labels: Array | None = None) -> PosteriorDistribution:
-        """Return q(z|x) of images in any format that `as_images` accepts. Its `mean` is `[batch, latent_dim]`."""
-        return self.posterior_given(*self.image_inputs(x, labels))
-
-    def decode(self, z: Array, labels: Array | None = None) -> td.Distribution:
-        """Return p(x|z) for z `[..., latent_dim]`: `log_prob(x)` is `[...]`, `mean` is `[..., *image_shape]`."""
-        return self.likelihood_given(*self.latent_inputs(z, labels))
-
-    def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.posterior_given(x, labels).mean
-
-    def decode_images_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.likelihood_given(z, labels).mean
-
-    def elbo(self, x: Array, labels: Array | None = None, kl: KL = "analytic") -> dict[str, Tensor]:
-        """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, as `ELBO(kl)` computes them."""
-        return ELBO(kl)(self, *self.image_inputs(x, labels))
-
-    def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
-        """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
-        return self.prior_distribution().log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
-
-    def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
-        """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
-        check_count("k", k)
-        x, labels = self.image_inputs(x, labels)
-        q = self.posterior_given(x, labels)
-        z, log_q = q.transform_and_log_prob(self.noise_for(q, k))
-        return self.prior_distribution().log_prob(z) + self.likelihood_given(z, labels).log_prob(x) - log_q
-
-    def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
-        return self.objective(self, x, labels, epoch)
-
-    def on_fit_start(self) -> None:
-        """Initialize the prior and the decoder's bias from the training images, unless the run is resumed."""
-        super().on_fit_start()
-        if not self.trainer.ckpt_path:
-            images = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
-            self.prior.initialize(images)
-            if self.data_bias:
-                self.likelihood.initialize(output_bias(self.decoder), images)
-
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:
-        """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
-
-        With a `temperature` below 1, images are more typical and less varied. `labels` is a class of a conditional
-        model or a list of n, by default 0, 1, …, 0, 1, …. Raises ShapeError for labels of a model without classes.
-        """
-        check_count("n", n)
-        if labels is None:
-            labels = torch.arange(n) % self.classes if self.classes else None
-        elif not self.classes and type(self).likelihood_given is VAE.likelihood_given:
-            raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
-        return self.decode_images(self.prior_distribution(temperature).sample((n,)), labels)
 
 
 class Objective(ABC):
@@ -197,3 +85,115 @@ class ELBO(Objective):
         warmup = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate}
         return {"loss": reconstruction + vae.beta * warmup * penalty} | terms | vae.likelihood.metrics(p, x)
+
+
+class VAE(ImageModel):
+    """Encoder, decoder, prior and an objective; `beta` weights the KL in the loss.
+
+    A part is a class, a `functools.partial` or a spec; `backbone` also a pair (encoder, decoder). `data_bias` sets the
+    decoder's first output bias so that p(x|z) has the mean training image as mean. A `conditional` model has p(x|z, y)
+    and q(z|x, y) with labels y (Sohn et al. 2015). Raises ConfigError if an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        latent_dim: PositiveInt = 20,
+        backbone: Networks = MLP,
+        likelihood: Part = Bernoulli,
+        prior: Part = StandardNormal,
+        posterior: Part = Gaussian,
+        objective: Part = ELBO,
+        beta: NonNegative = 1.0,
+        data_bias: bool = False,
+        conditional: bool = False,
+        image_shape: ImageShape = (1, 28, 28),
+        classes: PositiveInt | None = None,
+        optimizer: Part = Adam,
+        schedule: Part | None = None,
+        learning_rate: Positive = 1e-3,
+        weight_decay: NonNegative = 0.0,
+        decay_biases: bool = True,
+    ) -> None:
+        q = build(posterior, Posterior, "model.posterior", latent_dim=latent_dim)
+        if conditional and not classes:
+            raise ConfigError("model.conditional=true: needs the number of classes, such as classes=10")
+        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, classes if conditional else None)
+        parts = {"likelihood": likelihood, "prior": prior, "posterior": posterior, "objective": objective}
+        self.save_settings(backbone=backbone, **parts, optimizer=optimizer, schedule=schedule)
+        self.beta, self.data_bias = beta, data_bias
+        self.posterior = q
+        self.likelihood = build(likelihood, Likelihood, "model.likelihood")
+        self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
+        if conditional and self.prior.encodes_images:
+            name = type(self.prior).__name__
+            raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior")
+        if self.prior.encodes_images:
+            self.prior.posterior_given = self.posterior_given
+        self.needs_images = data_bias or type(self.prior).initialize is not Prior.initialize
+        self.objective = build(objective, Objective, "model.objective")
+        self.objective.check(self)
+
+    def posterior_given(self, x: Tensor, labels: Tensor | None = None) -> PosteriorDistribution:
+        """Return q(z|x) of images `[batch, *image_shape]`, floats in [0, 1], and labels `[batch]`."""
+        return self.posterior(self.encoded(x, labels))
+
+    def likelihood_given(self, z: Tensor, labels: Tensor | None = None) -> td.Distribution:
+        """Return p(x|z) for z `[..., latent_dim]`, and labels that broadcast to `[...]`."""
+        return self.likelihood(self.decoded(z, labels))
+
+    def prior_distribution(self, temperature: float = 1.0) -> td.Distribution:
+        """Return p(z). `temperature` scales the standard deviations of samples."""
+        return self.prior(temperature)
+
+    def encode(self, x: Array, labels: Array | None = None) -> PosteriorDistribution:
+        """Return q(z|x) of images in any format that `as_images` accepts. Its `mean` is `[batch, latent_dim]`."""
+        return self.posterior_given(*self.image_inputs(x, labels))
+
+    def decode(self, z: Array, labels: Array | None = None) -> td.Distribution:
+        """Return p(x|z) for z `[..., latent_dim]`: `log_prob(x)` is `[...]`, `mean` is `[..., *image_shape]`."""
+        return self.likelihood_given(*self.latent_inputs(z, labels))
+
+    def codes_given(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.posterior_given(x, labels).mean
+
+    def decode_images_given(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.likelihood_given(z, labels).mean
+
+    def elbo(self, x: Array, labels: Array | None = None, kl: KL = "analytic") -> dict[str, Tensor]:
+        """Return loss, elbo, reconstruction and kl of each image, `[batch]`, in nats, as `ELBO(kl)` computes them."""
+        return ELBO(kl)(self, *self.image_inputs(x, labels))
+
+    def log_joint(self, x: Array, z: Array, labels: Array | None = None) -> Tensor:
+        """Return log p(x, z) `[..., batch]` of images `[batch, *image_shape]` and z `[..., batch, latent_dim]`."""
+        return self.prior_distribution().log_prob(self.latents(z)) + self.decode(z, labels).log_prob(self.images(x))
+
+    def log_weights(self, x: Array, k: int, labels: Array | None = None) -> Tensor:
+        """Return log p(x,z) − log q(z|x) for k samples z ~ q(z|x) of each image: `[k, batch]`, in nats."""
+        check_count("k", k)
+        x, labels = self.image_inputs(x, labels)
+        q = self.posterior_given(x, labels)
+        z, log_q = q.transform_and_log_prob(self.noise_for(q, k))
+        return self.prior_distribution().log_prob(z) + self.likelihood_given(z, labels).log_prob(x) - log_q
+
+    def terms(self, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
+        return self.objective(self, x, labels, epoch)
+
+    def initialize(self, images: Tensor) -> None:
+        """Initialize the prior, and with `data_bias` the decoder's bias, from training images."""
+        self.prior.initialize(images)
+        if self.data_bias:
+            self.likelihood.initialize(output_bias(self.decoder), images)
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:
+        """Decode n samples of the prior: the means of p(x|z), `[n, *image_shape]`.
+
+        With a `temperature` below 1, images are more typical and less varied. `labels` is a class of a conditional
+        model or a list of n, by default 0, 1, …, 0, 1, …. Raises ShapeError for labels of a model without classes.
+        """
+        check_count("n", n)
+        if labels is None:
+            labels = torch.arange(n) % self.classes if self.classes else None
+        elif not self.classes and type(self).likelihood_given is VAE.likelihood_given:
+            raise ShapeError(f"labels={labels}: the model is not conditional; train one with model.conditional=true")
+        return self.decode_images(self.prior_distribution(temperature).sample((n,)), labels)

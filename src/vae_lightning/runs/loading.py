@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import torch
+from torch import Tensor
 
 from vae_lightning.config import ConfigError, build
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.models.base import ImageModel
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
+
+log = logging.getLogger(__name__)
 
 
 def load_run(path: StrPath) -> ImageModel:
@@ -20,19 +24,32 @@ def load_run(path: StrPath) -> ImageModel:
 
     Nothing is unpickled: config.yaml says what to build, a subclass of the part that it stands for, and the checkpoint
     is read as weights only. Classes of your own are imported by their names. `model.config` is the configuration of
-    the run. Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
+    the run. A checkpoint that Lightning's Trainer wrote without train.py needs no config.yaml.
+    Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
     """
     run, checkpoint = RunDirectory.locate(path)
-    config = run.read_config()
-    content = load_checkpoint(checkpoint)
-    saved = content.get("hyper_parameters", {})
+    if run.config_file.exists() or not checkpoint.exists() or checkpoint != Path(path):
+        config = run.read_config()
+        content = load_checkpoint(checkpoint)
+    else:
+        content = load_checkpoint(checkpoint)
+        config = {"model": model_spec(content, checkpoint)}
+    saved = content.get("hyper_parameters", {}) | dict.fromkeys(config["model"])
     of_data = {key: saved[key] for key in ("image_shape", "classes") if saved.get(key) is not None}
     model = build(config["model"], ImageModel, "model", **of_data)
     load_weights(content["state_dict"], model, checkpoint)
+    model.needs_images = False
     data = next((value for value in content.values() if isinstance(value, dict) and "data.pixels" in value), {})
     model.protocol = {key: value for key, value in data.items() if key.startswith("data.")}
     model.config = config
     return model.eval()
+
+
+def model_spec(content: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Return the spec of the model in the content of a checkpoint. Raises RunError if there is none."""
+    if "_target_" not in content or "hyper_parameters" not in content:
+        raise RunError(f"{checkpoint}: has no config.yaml beside it; load it with VAE.load_from_checkpoint(path)")
+    return {"_target_": content["_target_"], **content["hyper_parameters"]}
 
 
 def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -> None:
@@ -41,6 +58,24 @@ def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise RunError(f"{checkpoint}: its weights do not fit the configured model") from error
+
+
+def weights_from(path: StrPath, model: ImageModel, strict: bool = True) -> dict[str, Tensor]:
+    """Return the weights of a run or checkpoint that fit `model`, and log one line for each tensor that does not.
+
+    Raises ConfigError if a tensor does not fit and `strict` is true, and if none fits; and the errors of
+    `load_checkpoint`.
+    """
+    ours, theirs = model.state_dict(), load_checkpoint(RunDirectory.locate(path)[1])["state_dict"]
+    shapes = [{name: list(tensor.shape) for name, tensor in weights.items()} for weights in (ours, theirs)]
+    different = [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]
+    for name in different:
+        log.warning("init: %s is %s here, %s in the other run", name, *(s.get(name, "missing") for s in shapes))
+    fitting = {name: tensor for name, tensor in theirs.items() if name in ours and name not in different}
+    if not fitting or (different and strict):
+        advice = "; init_strict=false starts them anew" if fitting else ""
+        raise ConfigError(f"init={path}: {len(different)} tensors, listed above, do not fit this model{advice}")
+    return fitting
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -77,6 +112,7 @@ def open_run(path: StrPath, accelerator: str = "auto", data_root: str | None = N
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu: PyTorch finds no GPU on this machine. Allowed: auto, cpu")
     directory, checkpoint = RunDirectory.locate(path)
+    directory.read_config()  # raises for a checkpoint that is not of a run, which has no data
     model = load_run(checkpoint)  # not `path`: latest may be another run by now
     model.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     spec = model.config["data"] | ({"root": data_root} if data_root else {})

@@ -97,13 +97,13 @@ class CompiledLoss:
         self.with_gradients = Compiled(self._with_gradients, model.device, cuda_graph=True)
 
     def _with_gradients(
-        self, x: Tensor, labels: Tensor, epoch: Tensor, parameters: list[nn.Parameter]
+        self, x: Tensor, labels: Tensor | None, epoch: Tensor, parameters: list[nn.Parameter]
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, ...]]:
         loss, terms = self.uncompiled(x, labels, epoch)  # type: ignore[arg-type]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), {name: term.detach() for name, term in terms.items()}, gradients
 
-    def __call__(self, x: Tensor, labels: Tensor, epoch: float) -> LossAndTerms:
+    def __call__(self, x: Tensor, labels: Tensor | None, epoch: float) -> LossAndTerms:
         if self.with_gradients.compiled is None or len(x) != self.batch_size:
             return self.uncompiled(x, labels, epoch)
         parameters = [parameter for parameter in self.parameters if parameter.requires_grad]

@@ -27,7 +27,7 @@ from vae_lightning.models.metrics import MONITOR, better
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
-from vae_lightning.runs.loading import load_checkpoint, load_weights
+from vae_lightning.runs.loading import load_checkpoint, load_weights, weights_from
 from vae_lightning.training.callbacks import Figures
 from vae_lightning.training.checkpoints import Interval, Progress, load_last
 from vae_lightning.training.history import History, format_terms
@@ -51,6 +51,8 @@ class Config:
     figures: dict[str, Any]
     logger: dict[str, Spec] = field(default_factory=dict)
     test: bool = True
+    init: Annotated[str, Field(min_length=1)] | None = None
+    init_strict: bool = True
 
 
 def train(
@@ -87,6 +89,8 @@ def train(
         data.setup()
         of_data = {"image_shape": data.image_shape} | ({"classes": data.classes} if c.model.get("conditional") else {})
         model = build(c.model, ImageModel, "model", **of_data)
+        if c.init and not resume:
+            model.initial_weights = weights_from(c.init, model, c.init_strict)
 
         # 3. Loggers, callbacks and trainer
         checkpoint = load_last(run) if resume else None
