@@ -116,10 +116,11 @@ def test_the_weights_of_the_best_validation_are_saved_tested_and_loaded(
     assert f"training stopped: {metrics['stopped']}" in caplog.text
     assert f"training stopped: {metrics['stopped']}" in (run / "train.log").read_text()
     assert metrics == json.loads((run / "metrics.json").read_text())
-    assert metrics["steps"] == last or last is None
+    assert last in (metrics["steps"], None)
     assert metrics["steps"] in Witness.validated  # the last weights
     best = min(Witness.validated, key=lambda step: Witness.validated[step][0])
-    assert best == (20 if EXPLODING in words else metrics["steps"])
+    if last is not None:  # max_time may end a run one step after a validation, whose loss may be the better one
+        assert best == (20 if EXPLODING in words else last)
     assert metrics["checkpoint_steps"] == best == checkpoint(run, "best")["global_step"]
     expected = Witness.trained[best]
     if callback.startswith(EMA[:40]):
