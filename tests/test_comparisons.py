@@ -192,5 +192,3 @@ def test_evaluated_runs_get_a_figure(compare, config, tmp_path: Path) -> None:
     assert f"{nll[0] - nll[1]:+.3f}" in result.out
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"comparison_1.png", "comparison_2.png"}
     assert "(comparison_2.png)" in (tmp_path / "out" / "comparison.md").read_text()
-    assert compare("a", "b", "--split", "val", "--to", "out").code == 0
-    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"comparison_1.png"}

@@ -100,17 +100,6 @@ def test_arguments_are_compared_between_runs_with_the_same_class() -> None:
     assert differing_keys([flatten(changed) for changed in saving]) == [], "these change no number"
 
 
-def test_figures_of_an_earlier_report_are_removed(report, tmp_path: Path) -> None:
-    for n in range(2):
-        fake_run(tmp_path / "runs" / str(n), 100.0 + n, latent_dim=2 + n)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.png").touch()
-    assert report(tmp_path / "runs", "--to", tmp_path / "out").code == 0
-    assert (tmp_path / "out" / "1_rate_distortion.png").exists()
-    assert report(tmp_path / "runs" / "0", "--to", tmp_path / "out").code == 0
-    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"mine.png", "1_learning_curves.png"}
-
-
 def test_the_later_of_two_equal_runs_is_used(tmp_path: Path) -> None:
     for name, loss, age in (("old", 100.0, 50), ("new", 90.0, 0)):
         run = fake_run(tmp_path / name, loss)

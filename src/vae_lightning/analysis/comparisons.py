@@ -21,9 +21,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from vae_lightning import figures
-from vae_lightning.analysis.reports import Result, find_results, make_table, page
+from vae_lightning.analysis.reports import Result, find_results, make_table
 from vae_lightning.config import UserError
-from vae_lightning.files import FileError, read_dict
+from vae_lightning.files import FileError, read_dict, staging_directory
 from vae_lightning.runs.directory import RunDirectory, RunError
 from vae_lightning.runs.loading import open_run
 
@@ -242,7 +242,7 @@ def compare_runs(
 
     destination = Path(to)
     markdown_file = destination / "comparison.md"
-    with page(markdown_file) as scratch:
+    with staging_directory(destination) as scratch:
         markdown = f"## {heading}\n\n{as_table(rows, 'pipe')}\n"
         for number, figure in enumerate(drawn, start=1):
             figures.save(figure, scratch / f"comparison_{number}.png")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -342,7 +341,7 @@ def report_runs(
     markdown = as_text(compared, "markdown")
     destination = Path(to)
     markdown_file, csv_file = destination / "report.md", destination / "report.csv"
-    with page(markdown_file) as scratch:
+    with staging_directory(destination) as scratch:
         (scratch / "report.tex").write_text(as_text(compared, "latex"), encoding="utf-8")
         write_csv(compared, scratch / csv_file.name)
         for number, table in enumerate(compared, start=1):
@@ -360,25 +359,6 @@ def report_runs(
         (scratch / markdown_file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = csv_file.read_text(encoding="utf-8") if style == "csv" else as_text(compared, style)
     return "\n".join([text.rstrip(), *notes, str(destination)])
-
-
-@contextmanager
-def page(markdown: Path) -> Iterator[Path]:
-    """Yield a directory for the files of a report, which replace the earlier ones together.
-
-    Figures that the new page does not link to any more are removed.
-    """
-    previous = linked_figures(markdown)
-    with staging_directory(markdown.parent) as scratch:
-        yield scratch
-    for name in previous - linked_figures(markdown):
-        (markdown.parent / name).unlink(missing_ok=True)
-
-
-def linked_figures(markdown: Path) -> set[str]:
-    """Return the names of the figures that a report links to; none if it does not exist."""
-    text = markdown.read_text(encoding="utf-8") if markdown.exists() else ""
-    return set(re.findall(r"\]\(([^/()]+\.png)\)", text))
 
 
 def comparable(value: Any) -> str:
