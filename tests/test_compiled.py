@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shutil import which
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,14 +75,14 @@ def test_compiled_training_differs_by_rounding_only(config, tmp_path, compiled_s
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler() -> AbstractContextManager[object]:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    return config.patch({"cpp.cxx": ("no-such-compiler",)})
 
 
-def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vae_lightning.training.compiled.can_trace_gradients", lambda: False)
+def old_version() -> AbstractContextManager[object]:
+    return patch("vae_lightning.training.compiled.can_trace_gradients", return_value=False)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +90,16 @@ def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(no_compiler, ["model.backbone.hidden=[17]"], "compiler", marks=pytest.mark.proof),
         (old_version, [], r"PyTorch 2\.\S+ cannot trace gradients"),
-        (None, ["model.objective._target_=test_compiled.Branching"], r"ata-dependent.*test_compiled.py:\d+"),
-        pytest.param(None, ["trainer.detect_anomaly=true"], "trainer.detect_anomaly=true", marks=pytest.mark.proof),
+        (nullcontext, ["model.objective._target_=test_compiled.Branching"], r"ata-dependent.*test_compiled.py:\d+"),
+        pytest.param(
+            nullcontext, ["trainer.detect_anomaly=true"], "trainer.detect_anomaly=true", marks=pytest.mark.proof
+        ),
     ],
 )
 def test_one_line_where_it_cannot_be_compiled(
-    config, tmp_path, compiled_steps, caplog, monkeypatch, change, overrides, reason
+    config, tmp_path, compiled_steps, caplog, change, overrides, reason
 ) -> None:
-    if change:
-        change(monkeypatch)
-    with caplog.at_level("INFO"):
+    with change(), caplog.at_level("INFO"):
         train(config(*SMALL, *overrides, "trainer.compile=true"), tmp_path / "compiled")
     assert not any(compiled_steps[1:])  # the first step tries
     (line,) = [r.message for r in caplog.records if "compile=true has no effect" in r.message]

@@ -134,7 +134,7 @@ def say_uncompiled(reason: str) -> None:
 
 def summary(error: Exception) -> str:
     """Return the cause of an error of the compiler, and the line of the code that it names, in one line."""
-    said = str(error).strip()
+    said = str(error).removeprefix("backend='inductor' raised:").strip()
     cause = said.partition("\n")[0][:200]
     places = re.findall(r'File "(.+?)", line (\d+)', said.partition("from user code")[2])
     return f"{cause} (at {places[-1][0]}:{places[-1][1]})" if places else cause
