@@ -31,8 +31,14 @@ SCALE = 3  # screen pixels for each image pixel in a saved grid
 
 
 def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
-    """Arrange images `[n, channels, height, width]` in rows of `columns`."""
-    return make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=padding, pad_value=0.5)
+    """Arrange images `[n, channels, height, width]` in rows of `columns`: `[3, height, width]`."""
+    return make_grid(displayable(images).clamp(0, 1).cpu(), nrow=columns, padding=padding, pad_value=0.5)
+
+
+def displayable(images: Tensor) -> Tensor:
+    """Return images `[n, channels, height, width]` with one or three channels: others as a row of grey images each."""
+    n, channels, height, width = images.shape
+    return images if channels in (1, 3) else images.movedim(1, 2).reshape(n, 1, height, channels * width)
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -68,8 +74,13 @@ def manifold_grid(
     return image_grid(torch.stack([image_grid(decode(z, label), steps, padding=0) for label in labels]), columns=5)
 
 
-def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_1$", "$z_2$")) -> Figure:
-    """Plot latents `[n, 2]` coloured by digit, with a label at each digit's median; `names` label the axes."""
+def latent_scatter(
+    means: Tensor,
+    labels: Tensor,
+    names: tuple[str, str] = ("$z_1$", "$z_2$"),
+    class_name: Callable[[int], str] = str,
+) -> Figure:
+    """Plot latents `[n, 2]` coloured by label, with the name of each class at its median; `names` label the axes."""
     figure, axes = new_axes(6.4, 6)
     digits = labels.unique().tolist()
     order = torch.randperm(len(means), generator=torch.Generator().manual_seed(0)).to(labels.device)
@@ -81,7 +92,8 @@ def latent_scatter(means: Tensor, labels: Tensor, names: tuple[str, str] = ("$z_
     extent = (means.amax(dim=0) - means.amin(dim=0)).max().item()
     for digit, (x, y) in zip(digits, spread_labels(medians, 0.05 * extent).tolist(), strict=True):
         box = {"fc": "white", "ec": DIGIT_COLOURS[digit % 10], "boxstyle": "round,pad=0.2"}
-        axes.text(x, y, digit, ha="center", va="center", weight="bold", bbox=box)
+        if name := class_name(digit):  # none of images without labels
+            axes.text(x, y, verbatim(name), ha="center", va="center", weight="bold", bbox=box)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     return figure
 
@@ -100,7 +112,8 @@ def spread_labels(points: Tensor, distance: float) -> Tensor:
 
 def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = ()) -> Figure:
     """Plot images `[rows, columns, channels, height, width]` with labels for the rows and columns."""
-    many, across, _, height, width = images.shape
+    many, across = images.shape[:2]
+    height, width = displayable(images.flatten(0, 1)).shape[2:]
     height_of_rows = 0.5 * many * (height + 2) / (width + 2)
     figure, axes = new_axes(0.3 + 0.08 * max(map(len, rows)) + 0.5 * across, 0.35 + height_of_rows)
     show_rows(axes, images, rows, columns)
@@ -110,8 +123,9 @@ def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = 
 def show_rows(axes: Axes, images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Show images `[rows, columns, channels, height, width]` in `axes`, with labels."""
     many, across = images.shape[:2]
-    grid = image_grid(images.flatten(0, 1), across).permute(1, 2, 0).numpy()
-    height, width = (2 + size for size in images.shape[-2:])  # of a cell with its border
+    shown = displayable(images.flatten(0, 1))
+    grid = image_grid(shown, across).permute(1, 2, 0).numpy()
+    height, width = (2 + size for size in shown.shape[-2:])  # of a cell with its border
     axes.imshow(grid, interpolation="nearest")
     axes.set_anchor("E")  # leaves the room beside the images to the labels
     axes.set_yticks([height * (row + 0.5) for row in range(many)], rows)

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from vae_lightning.analysis.generation import latent_center_and_deviation
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
-from vae_lightning.figures import DIGIT_COLOURS
+from vae_lightning.figures import DIGIT_COLOURS, displayable
 from vae_lightning.models.latents import by_activity, principal_directions
 from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
@@ -159,6 +159,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
     center, deviation = latent_center_and_deviation(run)
     directions, deviations = principal_directions(codes)
     two_dimensional = codes.shape[1] == 2
+    n_classes = max(run.model.classes, int(run.data.test_labels.max()) + 1)
     order = [0, 1] if two_dimensional else by_activity(codes)
     bases = {
         "dimensions": {
@@ -178,10 +179,12 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         "title": f"{run.directory.path.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
         f"{run.data.dataset}, {described(run.data.pixels, run.data.image_shape[0])} pixels",
         "shape": list(run.model.image_shape),
+        "shown": list(displayable(torch.zeros(1, *run.model.image_shape)).shape[1:]),
         "classes": run.model.classes,  # to choose from; 0 if the model is not conditional
         "bases": bases,
         "codes": [[round(value, 4) for value in code] for code in codes[:MAP_IMAGES].tolist()],
         "labels": run.data.test_labels[:MAP_IMAGES].tolist(),
+        "names": [run.data.class_name(label) for label in range(n_classes)],
         "colours": DIGIT_COLOURS,
     }
 
@@ -212,7 +215,8 @@ def normalize_drawing(drawing: Tensor) -> Tensor:
 
 
 def as_bytes(image: Tensor) -> bytes:
-    """Return an image `[channels, height, width]`, bytes or floats in [0, 1], as one byte per value, row by row."""
+    """Return an image `[channels, height, width]`, bytes or floats in [0, 1], as shown: one byte per value, by rows."""
+    image = displayable(image.unsqueeze(0))[0]
     if image.dtype != torch.uint8:
         image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     return image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()

@@ -84,7 +84,8 @@ def scatter(run: Run, *, n: PositiveInt = 10_000, plane: Plane | None = None) ->
     center, axes, names = latent_plane(run, plane)
     codes = run.model.all_codes(run.data.test_images[:n], run.data.test_labels[:n])
     along = codes if plane or run.model.latent_dim == 2 else codes - center
-    return figures.latent_scatter(along @ normalize(axes).T, run.data.test_labels[:n].to(codes.device), names)
+    labels = run.data.test_labels[:n].to(codes.device)
+    return figures.latent_scatter(along @ normalize(axes).T, labels, names, run.data.class_name)
 
 
 def traversals(
@@ -115,7 +116,7 @@ def traversals(
     for row, dimension in enumerate(dimensions):
         z[row, :, dimension] = center[dimension] + steps * deviation[dimension]
     rows = [
-        f"$z_{{{dimension + 1}}}$" + ("" if label is None else f", y = {label}")
+        f"$z_{{{dimension + 1}}}$" + ("" if label is None else f", y = {run.data.class_name(label)}")
         for dimension, label in zip(dimensions, of_rows, strict=True)
     ]
     drawn = torch.stack([run.model.decode_images(*row) for row in zip(z, of_rows, strict=True)])
@@ -154,9 +155,9 @@ def analogies(run: Run, *, n: PositiveInt = 10, images: Images | None = None) ->
         raise ConfigError(f"{run.directory}: its model has no classes; train one with model.conditional=true")
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     z = run.model.codes(x, labels)
-    classes = run.model.every_label()
+    classes, name = range(run.model.classes), run.data.class_name
     rows = torch.stack([x, *(run.model.decode_images(z, y) for y in classes)], dim=1)
-    return figures.labelled_rows(rows, [str(label) for label in labels.tolist()], ["image", *map(str, classes)])
+    return figures.labelled_rows(rows, list(map(name, labels.tolist())), ["image", *map(name, classes)])
 
 
 def decode(run: Run, *, z: Points, columns: PositiveInt = 10, label: NonNegativeInt | None = None) -> Tensor:
@@ -282,9 +283,10 @@ def select_test_images(run: Run, indices: Sequence[int]) -> tuple[Tensor, Tensor
 
 
 def first_of_each_digit(run: Run) -> list[int]:
-    """Return the index of the first test image of each label."""
+    """Return the index of the first test image of each label; of unlabelled images, those of the first ten."""
     labels = run.data.test_labels
-    return [int((labels == label).nonzero()[0]) for label in labels.unique()]
+    found = [int((labels == label).nonzero()[0]) for label in labels.unique() if label >= 0]
+    return found or list(range(min(10, len(labels))))
 
 
 def latent_center_and_deviation(run: Run) -> tuple[Tensor, Tensor]:

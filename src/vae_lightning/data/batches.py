@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vae_lightning.config import ConfigError
 from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
@@ -37,6 +38,7 @@ class DeviceBatches:
         self.draw = draw
         self.rank = rank
         self.world_size = world_size
+        self.joins = False  # whether the last batch is joined to the one before it
         self.epoch = 0
         self.start = 0  # index of the first batch of the next iteration
         self.given = 0  # number of batches in the current iteration so far
@@ -46,8 +48,21 @@ class DeviceBatches:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def join_last(self, at_least: int) -> None:
+        """Join the last batch to the one before it if a process has fewer than `at_least` of its images.
+
+        Batch normalization cannot train on one image. Raises ConfigError if all batches are too small.
+        """
+        images, together = len(self.images), self.batch_size * self.world_size
+        if min(images // self.world_size, self.batch_size) < at_least:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: batch normalization needs {at_least} images or more per batch and "
+                f"process, and there are {images} training images for {self.world_size} processes"
+            )
+        self.joins = 0 < images % together < at_least * self.world_size and images > together
+
     def __len__(self) -> int:
-        return -(-len(self.images) // (self.batch_size * self.world_size))
+        return -(-len(self.images) // (self.batch_size * self.world_size)) - self.joins
 
     def state_dict(self) -> dict[str, int]:
         return {"given": self.given}
@@ -62,7 +77,10 @@ class DeviceBatches:
 
     def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order().to(self.images.device)
-        for i, batch in enumerate(order.split(self.batch_size * self.world_size)):
+        batches = list(order.split(self.batch_size * self.world_size))
+        if self.joins:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        for i, batch in enumerate(batches):
             if i < start:
                 continue
             self.given = i + 1

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 from vae_lightning.data.batches import DeviceBatches, fits
+from vae_lightning.data.checks import DataError as DataError  # part of this module's interface
+from vae_lightning.data.checks import Labelled as Labelled
+from vae_lightning.data.checks import check_loaded
 from vae_lightning.data.pixels import Pixels, evaluation_pixels
-
-Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n]
-
-
-class DataError(UserError):
-    """A data file that is missing, truncated or altered."""
 
 
 class ImageDataModule(LightningDataModule, ABC):
     """Base class of data sets: splits images, applies the pixel protocol, and serves batches from the training device.
 
-    A subclass defines `load`. The last `val_size` training images are held out for validation; 0 trains on all of them.
+    A subclass defines `load`, and may set `class_names`, which figures and the explorer show in place of the labels.
+    The last `val_size` training images are held out for validation; 0 trains on all of them.
     Batches are `(images [batch, channels, height, width] in [0, 1], labels [batch])`. Each process of a run sees its
-    own share of the images. Raises ConfigError if `val_size` leaves no image to train on.
+    own share of the images. Raises DataError if `load` returns anything else than it should, and ConfigError if
+    `val_size` leaves no image to train on.
     """
+
+    class_names: Sequence[str] | None = None  # of label 0, 1, …
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> tuple[Labelled, Labelled]:
-        """Return training and test images, uint8 `[n, channels, height, width]`, each with labels `[n]`."""
+        """Return training and test images, uint8 `[n, channels, height, width]`, each with labels `[n]` or None."""
 
     def prepare_data(self) -> None:
         """Download missing files, once per machine."""
@@ -56,7 +58,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         if self.ready:  # Lightning calls this for fit and again for test
             return
-        (train, train_labels), (test, test_labels) = self.load()
+        loaded, source = self.load(), f"{type(self).__name__}.load()"
+        (train, train_labels), (test, test_labels) = check_loaded(loaded, source, self.class_names)
         if self.val_size >= len(train):
             raise ConfigError(
                 f"data.val_size={self.val_size}: leaves no image to train on; "
@@ -84,9 +87,13 @@ class ImageDataModule(LightningDataModule, ABC):
     def classes(self) -> int:
         """The number of classes of a conditional model, after `setup`: 1 + the largest label. Raises ConfigError."""
         labels = torch.cat([self.train_labels, self.val_labels, self.test_labels])
-        if labels.is_floating_point() or labels.min() < 0:
+        if labels.min() < 0:
             raise ConfigError(f"model.conditional=true: the labels of {self.dataset} should be integers from 0")
         return int(labels.max()) + 1
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, by default its label; an empty string for -1, an image without a label."""
+        return "" if label < 0 else self.class_names[label] if self.class_names else str(label)
 
     def checksums(self) -> dict[str, str]:
         """Return the SHA-256 checksum of each split's images, after the pixel protocol."""
@@ -110,7 +117,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DeviceBatches:
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's option: the same batches each epoch
         shuffle_seed = None if overfit else self.seed
-        return self._batches(self.train_images, self.train_labels, shuffle_seed, draw=self.pixels == "dynamic")
+        batches = self._batches(self.train_images, self.train_labels, shuffle_seed, draw=self.pixels == "dynamic")
+        model = getattr(self.trainer, "lightning_module", None) or nn.Identity()
+        if any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in model.modules()):
+            batches.join_last(at_least=2)
+        return batches
 
     def val_dataloader(self) -> DeviceBatches | list[DeviceBatches]:
         return self._batches(self.val_images, self.val_labels) if self.val_size else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -22,12 +22,13 @@ def standard_figures(
     pairs: int = 8,
     samples: Sequence[int] = (8, 8),
     points: Sequence[Sequence[float]] = (),
+    class_name: Callable[[int], str] = str,
 ) -> dict[str, Tensor | Figure]:
     """Return figures by name: reconstructions of `pairs` images, samples, decoded points.
 
     `images` are uint8 `[n, channels, height, width]`, `samples` rows and columns, always of the same z, and `points`
     latents. A conditional model has a row of samples per class. With two latent dimensions, the posterior means and the
-    decoded latent plane are added.
+    decoded latent plane are added; `class_name` returns the name of a label.
     """
     was_training = model.training
     model.eval()
@@ -46,7 +47,7 @@ def standard_figures(
         drawn["points"] = figures.image_grid(decoded, len(points))
     if model.latent_dim == 2:
         codes = model.all_codes(images[:10_000], labels[:10_000])
-        drawn["scatter"] = figures.latent_scatter(codes, labels[:10_000])
+        drawn["scatter"] = figures.latent_scatter(codes, labels[:10_000], class_name=class_name)
         if isinstance(model, VAE):
             center, spread = moments(model.prior_distribution())
             drawn["manifold"] = figures.manifold_grid(

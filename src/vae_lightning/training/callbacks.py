@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
@@ -181,15 +182,16 @@ class Figures(Callback):
         assert isinstance(module, ImageModel)
         if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
             images, labels = held_out_images(trainer)  # the test set is used only at the end
-            drawn = standard_figures(module, images, labels, self.pairs, self.samples, self.points)
+            drawn = self._drawn(trainer, module, images, labels)
             log_figures(trainer, drawn, trainer.global_step - 1)  # the step of the epoch's metrics
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, ImageModel)
         if not trainer.is_global_zero:
             return
-        images, labels = trainer.datamodule.test_images, trainer.datamodule.test_labels  # type: ignore[attr-defined]
-        drawn = standard_figures(module, images, labels, self.pairs, self.samples, self.points)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images, labels = data.test_images, data.test_labels
+        drawn = self._drawn(trainer, module, images, labels)
         log_figures(trainer, {f"test/{name}": figure for name, figure in drawn.items()}, trainer.global_step)
         for name, figure in drawn.items():
             figures.save(figure, self.directory / f"{name}.png")
@@ -197,4 +199,12 @@ class Figures(Callback):
             images, labels = images[: self.embedded], labels[: self.embedded]
             codes = module.all_codes(images, labels).cpu()
             codes = pad(codes, (0, max(0, 3 - codes.shape[1])))  # the projector needs three dimensions
-            writer.add_embedding(codes, labels.tolist(), module.images(images).cpu(), trainer.global_step, "codes")
+            names = [data.class_name(label) or "unlabelled" for label in labels.tolist()]
+            shown = figures.displayable(module.images(images).cpu())
+            writer.add_embedding(codes, names, shown, trainer.global_step, "codes")
+
+    def _drawn(
+        self, trainer: Trainer, module: ImageModel, images: Tensor, labels: Tensor
+    ) -> dict[str, Tensor | Figure]:
+        class_name = trainer.datamodule.class_name  # type: ignore[attr-defined]
+        return standard_figures(module, images, labels, self.pairs, self.samples, self.points, class_name)

@@ -202,7 +202,7 @@ def rewind(
     if limit not in (None, -1) and limit < epochs:
         raise RunError(f"trainer.max_epochs={limit}: {run} is in epoch {epochs} already")
     if run.read_environment().get("data_checksums", environment["data_checksums"]) != environment["data_checksums"]:
-        raise RunError(f"{run}: was trained on other images than those in data.root={config['data']['root']}")
+        raise RunError(f"{run}: was trained on other images than those in data.root={config['data'].get('root')}")
     run.reopen(config)
     log.info("resuming %s", f"after step {checkpoint['global_step']}" if checkpoint else "from the start")
 
