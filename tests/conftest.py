@@ -73,6 +73,12 @@ def _clean_state() -> Iterator[None]:
     logging.root.handlers[:] = handlers  # Hydra's handlers write to this test's streams and run directory
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep decoded pictures out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quick_ends_of_runs() -> Iterator[None]:
     """Do once what each run does in the same way, and takes longer than two steps of training."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from conftest import MLP, ROOT
+from PIL import Image
 
 from vae_lightning.data.mnist import MNISTDataModule
 
@@ -37,6 +39,15 @@ def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", 
     (directory / "metrics.json").write_text(json.dumps(metrics))
     (directory / "history.csv").write_text(f"epoch,train/loss,val/loss\n1,{2 * loss},{2 * loss}\n2,{loss},{loss}\n")
     return directory
+
+
+def write_pictures(root: Path, many: int = 50) -> None:
+    """Write pictures of two classes and of different sizes, cat/0.png, dog/1.png, …, with noise."""
+    for i in range(many):
+        path = root / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(256, size=(40 + i, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
 
 
 def change_json(file: Path, **changed: object) -> None:

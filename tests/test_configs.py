@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRIEF, ROOT
+from helpers import write_pictures
 
 from vae_lightning.training.train import train
 
@@ -25,6 +26,9 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains(choice: str, config, tmp_path: Path) -> None:
     smaller = ["model.backbone.channels=[4,8,8]"] if choice == "model/backbone=residual_conv" else []
+    if choice == "data=folder":
+        write_pictures(tmp_path / "photos")
+        smaller = [f"data.root={tmp_path / 'photos'}", "data.size=16", "data.batch_size=10"]
     metrics = train(config(choice, *smaller, "trainer.fast_dev_run=2", *BRIEF), tmp_path / "run")
     assert metrics["steps"] == 2
     assert torch.tensor(metrics["test/loss"]).isfinite()

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT, composed
-from helpers import blocks
-from PIL import Image
+from helpers import blocks, write_pictures
 from torchvision import datasets
 
 from vae_lightning.data import mnist
@@ -115,15 +114,6 @@ class FakeCIFAR:
         self.targets = [i % 10 for i in range(60)]
 
 
-def write_images(root: Path) -> None:
-    for split, many in (("train", 40), ("test", 12)):
-        for i in range(many):
-            folder = root / "images" / split / f"class{i % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(i).integers(256, size=(40 + i, 50, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory with what the pages expect around them: a folder of images, and data sets to download."""
@@ -131,7 +121,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fewer = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
     monkeypatch.setattr(mnist, "load_images", lambda name, root: fewer)  # of any name: nothing is downloaded
     monkeypatch.setattr(datasets, "CIFAR10", FakeCIFAR)
-    write_images(tmp_path)
+    write_pictures(tmp_path / "photos")
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path

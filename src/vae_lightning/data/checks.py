@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vae_lightning.config import UserError
 
+Array = np.ndarray[Any, Any]
+Loaded = tuple[Tensor | Array, Tensor | Array | None]  # what `load` of a data set may return for a split
 Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n], int64; -1: unlabelled
 
 
@@ -111,7 +113,7 @@ def is_numeric(values: Any) -> bool:
     return isinstance(values, np.ndarray) and values.dtype.kind in "biuf" and values.ndim > 0
 
 
-def as_tensor(values: Tensor | np.ndarray[Any, Any]) -> Tensor:
+def as_tensor(values: Tensor | Array) -> Tensor:
     """Return values as a tensor on the CPU, without a copy where possible."""
     if isinstance(values, Tensor):
         return values.detach().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from vae_lightning.config import NonNegativeInt, PositiveInt
+from vae_lightning.data.decoding import cache_directory
 from vae_lightning.data.module import DataError, ImageDataModule, Labelled
 from vae_lightning.data.pixels import Pixels
 from vae_lightning.files import atomic_write
 
 Name = Literal["MNIST", "FashionMNIST", "KMNIST", "EMNIST-letters", "EMNIST-balanced", "EMNIST-digits"]
 CHECKOUT = Path(__file__).resolve().parents[3] / "data"  # MNIST's original files, if this is a checkout
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vae_lightning"
 
 
 class MNISTDataModule(ImageDataModule):
@@ -39,7 +38,7 @@ class MNISTDataModule(ImageDataModule):
         super().__init__(pixels, batch_size, val_size, seed)
         self.save_hyperparameters(logger=False)
         self.name = name
-        self.root = Path(root) if root is not None else CHECKOUT if CHECKOUT.is_dir() else CACHE
+        self.root = Path(root) if root is not None else CHECKOUT if CHECKOUT.is_dir() else cache_directory()
 
     def load(self) -> tuple[Labelled, Labelled]:
         return load_images(self.name, self.root.resolve())

@@ -15,6 +15,7 @@ from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 from vae_lightning.data.batches import DeviceBatches, fits
 from vae_lightning.data.checks import DataError as DataError  # part of this module's interface
 from vae_lightning.data.checks import Labelled as Labelled
+from vae_lightning.data.checks import Loaded as Loaded
 from vae_lightning.data.checks import check_loaded
 from vae_lightning.data.pixels import Pixels, evaluation_pixels
 
@@ -47,7 +48,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.ready = False
 
     @abstractmethod
-    def load(self) -> tuple[Labelled, Labelled]:
+    def load(self) -> tuple[Loaded, Loaded]:
         """Return training and test images, uint8 `[n, channels, height, width]`, each with labels `[n]` or None."""
 
     def prepare_data(self) -> None:
