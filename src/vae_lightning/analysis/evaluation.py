@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, Seed, UserError, takes_options_of
+from vae_lightning.data.mapped import Images
 from vae_lightning.data.pixels import described, evaluation_pixels, stream_seed
 from vae_lightning.files import atomic_write, read_dict, write_json
 from vae_lightning.models.estimators import (
@@ -59,7 +60,7 @@ class ImportanceSampling:
 
 
 @torch.inference_mode()
-def posteriors(vae: VAE, images: Tensor, labels: Tensor | None, batch_size: int = 1_000) -> list[PosteriorDistribution]:
+def posteriors(vae: VAE, images: Images, labels: Tensor | None, batch_size: int = 1_000) -> list[PosteriorDistribution]:
     """Return q(z|x) of `images` `[n, …]`, bytes or floats in [0, 1], in batches."""
     starts = range(0, len(images), batch_size)
     return [vae.encode(images[i : i + batch_size], rows(labels, i, i + batch_size, vae)) for i in starts]
@@ -73,7 +74,7 @@ def rows(labels: Tensor | None, start: int, stop: int, vae: VAE) -> Tensor | Non
 @torch.inference_mode()
 def importance_sampling(
     vae: VAE,
-    images: Tensor,
+    images: Images,
     labels: Tensor | None,
     samples: int,
     seed: int = 0,
@@ -190,7 +191,7 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
 @torch.inference_mode()
 def bayes_classifier(
     vae: VAE,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     train_labels: Tensor,
     samples: int,
@@ -248,7 +249,7 @@ def evaluate(
 @torch.inference_mode()
 def evaluate_images(
     vae: VAE,
-    images: Tensor,
+    images: Images,
     labels: Tensor | None,
     samples: int = 5_000,
     seed: int = 0,

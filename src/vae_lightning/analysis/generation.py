@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed
+from vae_lightning.data import mapped
 from vae_lightning.models.latents import arc, by_activity, line, moments, principal_directions
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import StrPath
@@ -319,7 +320,7 @@ def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[s
     return center, axes, (f"$z_{{{across}}}$", f"$z_{{{up}}}$")
 
 
-def nearest_images(x: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_images(x: Tensor, images: mapped.Images, k: int) -> tuple[Tensor, Tensor]:
     """Return the k nearest neighbours of x `[m, …]`, in [0, 1], among `images` `[n, …]`, bytes, by Euclidean distance.
 
     Distances `[k, m]`, images `[k, m, …]`.
@@ -327,4 +328,4 @@ def nearest_images(x: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
     flat = x.flatten(1).cpu()
     distances = torch.cat([torch.cdist(flat, part.flatten(1).cpu().float() / 255) for part in images.split(10_000)], 1)
     nearest = distances.topk(k, dim=1, largest=False)
-    return nearest.values.T, images.cpu()[nearest.indices.T]
+    return nearest.values.T, images[nearest.indices.T]

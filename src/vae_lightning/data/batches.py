@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 
 from vae_lightning.config import ConfigError
+from vae_lightning.data.mapped import Images, read_batches
 from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
 
 class DeviceBatches:
-    """Batches on `device` from uint8 images `[n, channels, height, width]` on that device or on the CPU.
+    """Batches on `device` from uint8 images `[n, channels, height, width]` on that device, on the CPU or in a file.
 
     With a `shuffle_seed`, the order depends only on (shuffle_seed, epoch). With `draw`, so does the Bernoulli draw of
-    each batch. Batch i over all `world_size` processes equals batch i of one process with `world_size` times the batch
-    size; `share` says which of its images this process has.
+    each batch, and with `flip`, which of its images are mirrored horizontally: each with probability 1/2. Batch i over
+    all `world_size` processes equals batch i of one process with `world_size` times the batch size; `share` says which
+    of its images this process has.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         batch_size: int,
         shuffle_seed: int | None = None,
         draw: bool = False,
+        flip: bool = False,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -36,6 +39,7 @@ class DeviceBatches:
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.draw = draw
+        self.flip = flip
         self.rank = rank
         self.world_size = world_size
         self.joins = False  # whether the last batch is joined to the one before it
@@ -80,20 +84,21 @@ class DeviceBatches:
         batches = list(order.split(self.batch_size * self.world_size))
         if self.joins:
             batches[-2:] = [torch.cat(batches[-2:])]
-        for i, batch in enumerate(batches):
-            if i < start:
-                continue
+        shares = [Share(len(batch), self.rank, self.world_size) for batch in batches]
+        indices = [batch[share.rows] for batch, share in zip(batches, shares, strict=True)]
+        for i, images in enumerate(read_batches(self.images, indices[start:]), start):
             self.given = i + 1
-            self.share = share = Share(len(batch), self.rank, self.world_size)
-            index = batch[share.rows]
-            images = self.images.index_select(0, index).to(self.device)
-            if self.draw:
-                seed = stream_seed(self.shuffle_seed or 0, self.epoch, i, 0)
-                generator = torch.Generator(self.device).manual_seed(seed)
-                x = bernoulli_draw(images, generator, share).float()
-            else:
-                x = images.float().div_(255)
-            yield x, self.labels.index_select(0, index).to(self.device)
+            self.share = share = shares[i]
+            images = images.to(self.device)
+            if self.flip:
+                uniform = torch.rand(share.total, generator=self._generator(i, 1), device=self.device)
+                images = torch.where(uniform[share.rows, None, None, None] < 0.5, images.flip(-1), images)
+            x = bernoulli_draw(images, self._generator(i, 0), share).float() if self.draw else images.float().div_(255)
+            yield x, self.labels.index_select(0, indices[i]).to(self.device)
+
+    def _generator(self, batch: int, stream: int) -> torch.Generator:
+        seed = stream_seed(self.shuffle_seed or 0, self.epoch, batch, stream)
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _order(self) -> Tensor:
         if self.shuffle_seed is None:

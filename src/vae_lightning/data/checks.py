@@ -9,18 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae_lightning.config import UserError
+from vae_lightning.data.mapped import Array, DataError, Images, MappedImages, spread
 
-Array = np.ndarray[Any, Any]
 Loaded = tuple[Tensor | Array, Tensor | Array | None]  # what `load` of a data set may return for a split
-Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n], int64; -1: unlabelled
+Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n], int64
+Checked = tuple[Images, Tensor]  # the same, or images in a file; the label of an unlabelled image is -1
 
 
-class DataError(UserError):
-    """Data that are missing, damaged or of another form than a model takes."""
-
-
-def check_loaded(loaded: Any, source: str, class_names: Sequence[str] | None) -> tuple[Labelled, Labelled]:
+def check_loaded(loaded: Any, source: str, class_names: Sequence[str] | None) -> tuple[Checked, Checked]:
     """Return training and test images with their labels as tensors. Raises DataError, which begins with `source`."""
     try:
         (train, train_labels), (test, test_labels) = loaded
@@ -40,14 +36,19 @@ def check_loaded(loaded: Any, source: str, class_names: Sequence[str] | None) ->
     return (train, train_labels), (test, test_labels)
 
 
-def check_images(images: Any, what: str) -> Tensor:
-    """Return uint8 images `[n, channels, height, width]` as a tensor on the CPU. Raises DataError for others."""
+def check_images(images: Any, what: str) -> Images:
+    """Return uint8 images `[n, channels, height, width]`, on the CPU or in a file. Raises DataError for others.
+
+    A sample stands for the pixels of a memory map, which is never read as a whole.
+    """
     if not is_numeric(images):
         raise DataError(f"{what} are {describe(images)}: should be a tensor, NumPy array or memory map of uint8")
     if 0 in images.shape:
         raise DataError(f"{what} are {describe(images)}: should be at least one image with at least one pixel")
     dtype, shape, steps = name_of(images.dtype), images.shape, []
-    low, high = float(images.min()), float(images.max())
+    mapped = isinstance(images, np.memmap) and images.mode is not None  # None: a copy in memory
+    pixels = MappedImages(images).read(spread(len(images), 1_000)) if mapped else images
+    low, high = float(pixels.min()), float(pixels.max())
     if dtype != "uint8" or high == 1:
         steps.append(scaling(dtype, low, high))
     if len(shape) != 4:
@@ -62,7 +63,7 @@ def check_images(images: Any, what: str) -> Tensor:
             f"{what} are {describe(images)}, {low:g} to {high:g}: should be uint8 [n, channels, height, width], "
             f"0 to 255; convert them: {advice}"
         )
-    return as_tensor(images)
+    return MappedImages(images) if mapped else as_tensor(images)
 
 
 def scaling(dtype: str, low: float, high: float) -> str:

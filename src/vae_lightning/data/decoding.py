@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vae_lightning.data.checks import DataError
+from vae_lightning.data.mapped import DataError
 from vae_lightning.files import atomic_write, read_dict, write_json
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from vae_lightning.config import NonNegativeInt, PositiveInt
-from vae_lightning.data.checks import DataError, Loaded
+from vae_lightning.data.checks import Loaded
 from vae_lightning.data.decoding import Channels, decode
+from vae_lightning.data.mapped import DataError
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.data.pixels import Pixels
 
@@ -39,8 +40,9 @@ class FolderDataModule(ImageDataModule):
         batch_size: PositiveInt = 128,
         val_size: NonNegativeInt | None = None,
         seed: NonNegativeInt = 0,
+        flip: bool = False,
     ) -> None:
-        super().__init__(pixels, batch_size, val_size or 0, seed)
+        super().__init__(pixels, batch_size, val_size or 0, seed, flip)
         self.save_hyperparameters(logger=False)
         self.root = Path(root).expanduser().resolve()
         self.size, self.channels, self.skip_broken = size, channels, skip_broken

@@ -34,8 +34,9 @@ class MNISTDataModule(ImageDataModule):
         batch_size: PositiveInt = 128,
         val_size: NonNegativeInt = 10_000,
         seed: NonNegativeInt = 0,
+        flip: bool = False,
     ) -> None:
-        super().__init__(pixels, batch_size, val_size, seed)
+        super().__init__(pixels, batch_size, val_size, seed, flip)
         self.save_hyperparameters(logger=False)
         self.name = name
         self.root = Path(root) if root is not None else CHECKOUT if CHECKOUT.is_dir() else cache_directory()

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 from vae_lightning.data.batches import DeviceBatches, fits
-from vae_lightning.data.checks import DataError as DataError  # part of this module's interface
 from vae_lightning.data.checks import Labelled as Labelled
 from vae_lightning.data.checks import Loaded as Loaded
 from vae_lightning.data.checks import check_loaded
+from vae_lightning.data.mapped import DataError as DataError  # part of this module's interface
+from vae_lightning.data.mapped import Images, part
 from vae_lightning.data.pixels import Pixels, evaluation_pixels
 
 
@@ -24,7 +25,8 @@ class ImageDataModule(LightningDataModule, ABC):
     """Base class of data sets: splits images, applies the pixel protocol, and serves batches from the training device.
 
     A subclass defines `load`, and may set `class_names`, which figures and the explorer show in place of the labels.
-    The last `val_size` training images are held out for validation; 0 trains on all of them.
+    The last `val_size` training images are held out for validation; 0 trains on all of them. With `flip`, half of the
+    training images are mirrored horizontally, others in each epoch.
     Batches are `(images [batch, channels, height, width] in [0, 1], labels [batch])`. Each process of a run sees its
     own share of the images. Raises DataError if `load` returns anything else than it should, and ConfigError if
     `val_size` leaves no image to train on.
@@ -38,6 +40,7 @@ class ImageDataModule(LightningDataModule, ABC):
         batch_size: PositiveInt = 128,
         val_size: NonNegativeInt = 10_000,
         seed: NonNegativeInt = 0,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # saved in the checkpoint, with the pixel protocol
@@ -45,6 +48,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.val_size = val_size
         self.seed = seed
+        self.flip = flip
         self.ready = False
 
     @abstractmethod
@@ -68,8 +72,8 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         split = len(train) - self.val_size
         evaluated = evaluation_pixels(train, self.pixels)
-        self.train_images = train[:split] if self.pixels == "dynamic" else evaluated[:split]
-        self.val_images = evaluated[split:]
+        self.train_images = part(train if self.pixels == "dynamic" else evaluated, 0, split)
+        self.val_images = part(evaluated, split, len(train))
         self.test_images = evaluation_pixels(test, self.pixels)
         self.train_labels, self.val_labels, self.test_labels = train_labels[:split], train_labels[split:], test_labels
         self.ready = True
@@ -97,9 +101,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return "" if label < 0 else self.class_names[label] if self.class_names else str(label)
 
     def checksums(self) -> dict[str, str]:
-        """Return the SHA-256 checksum of each split's images, after the pixel protocol."""
+        """Return the SHA-256 checksum of each split's images, after the pixel protocol.
+
+        That of a memory map is of its shape and of 100 images, evenly spread.
+        """
         images = {"train": self.train_images, "val": self.val_images, "test": self.test_images}
-        return {split: hashlib.sha256(x.contiguous().numpy().data).hexdigest() for split, x in images.items()}
+        return {split: checksum(x) for split, x in images.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the data set and pixel protocol, which a checkpoint stores."""
@@ -118,7 +125,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DeviceBatches:
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # Lightning's option: the same batches each epoch
         shuffle_seed = None if overfit else self.seed
-        batches = self._batches(self.train_images, self.train_labels, shuffle_seed, draw=self.pixels == "dynamic")
+        draw = self.pixels == "dynamic"
+        batches = self._batches(self.train_images, self.train_labels, shuffle_seed, draw, self.flip)
         model = getattr(self.trainer, "lightning_module", None) or nn.Identity()
         if any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in model.modules()):
             batches.join_last(at_least=2)
@@ -131,12 +139,23 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._batches(self.test_images, self.test_labels)
 
     def _batches(
-        self, images: Tensor, labels: Tensor, shuffle_seed: int | None = None, draw: bool = False
+        self,
+        images: Images,
+        labels: Tensor,
+        shuffle_seed: int | None = None,
+        draw: bool = False,
+        flip: bool = False,
     ) -> DeviceBatches:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        home = device if fits(images, device) else torch.device("cpu")
-        return DeviceBatches(
-            images.to(home), labels.to(home), self.batch_size, shuffle_seed, draw, rank, world_size, device
-        )
+        if isinstance(images, Tensor) and fits(images, device):
+            images, labels = images.to(device), labels.to(device)
+        return DeviceBatches(images, labels, self.batch_size, shuffle_seed, draw, flip, rank, world_size, device)
+
+
+def checksum(images: Images) -> str:
+    """Return the SHA-256 checksum of images, or of the shape and a sample of a memory map."""
+    if isinstance(images, Tensor):
+        return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+    return hashlib.sha256(str(list(images.shape)).encode() + images.sample(100).numpy().tobytes()).hexdigest()

@@ -5,7 +5,8 @@
     fixed       Bernoulli(p), drawn once (seed 777).
     threshold   p > 0.5.
 
-Results under different protocols cannot be compared.
+Results under different protocols cannot be compared. The fixed draw of images in memory is one draw of all of them.
+In a memory map each image has its own draw, seeded with its row, so that a batch can be drawn without the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from vae_lightning.data.mapped import Array, Images, MappedImages
 
 Pixels = Literal["grey", "dynamic", "fixed", "threshold"]
 FIXED_DRAW_SEED = 777
@@ -60,12 +63,28 @@ def bernoulli_draw(images: Tensor, generator: torch.Generator, share: Share) -> 
     return uniform[share.rows] < images
 
 
-def evaluation_pixels(images: Tensor, pixels: Pixels) -> Tensor:
+def evaluation_pixels(images: Images, pixels: Pixels) -> Images:
     """Return uint8 images `[n, …]` for evaluation under a protocol: unchanged for grey, otherwise only 0 and 255."""
     if pixels == "grey":
         return images
+    if isinstance(images, MappedImages):
+        return images.changed(threshold if pixels == "threshold" else fixed_draw)
     if pixels == "threshold":
-        return (images > 127).to(torch.uint8) * 255
+        return threshold(images)
     # NumPy guarantees that RandomState's streams never change, so all versions and devices get the same draw.
     uniform = np.random.RandomState(FIXED_DRAW_SEED).randint(0, 255, size=tuple(images.shape), dtype=np.uint8)
+    return (torch.from_numpy(uniform) < images).to(torch.uint8) * 255
+
+
+def threshold(images: Tensor, rows: Array | None = None) -> Tensor:
+    """Return 255 where uint8 images are above one half, otherwise 0."""
+    return (images > 127).to(torch.uint8) * 255
+
+
+def fixed_draw(images: Tensor, rows: Array) -> Tensor:
+    """Return the fixed draw of uint8 images `[*rows.shape, channels, height, width]` of a memory map."""
+    uniform, random = np.empty(images.shape, np.uint8), np.random.RandomState(0)
+    for place, row in np.ndenumerate(rows):
+        random.seed([FIXED_DRAW_SEED, row])  # faster than a new generator
+        uniform[place] = random.randint(0, 255, size=images.shape[-3:], dtype=np.uint8)
     return (torch.from_numpy(uniform) < images).to(torch.uint8) * 255

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vae_lightning.config import ConfigError, ImageShape, PositiveInt, as_spec
+from vae_lightning.data.mapped import Images, sampled
 from vae_lightning.data.module import ImageDataModule
 from vae_lightning.data.pixels import Share
 from vae_lightning.models.backbones import Networks, Pair, is_pair, make_backbone
@@ -171,7 +172,7 @@ class ImageModel(LightningModule, ABC):
         return self.decode_images_given(*self.latent_inputs(z, labels))
 
     @torch.no_grad()
-    def all_codes(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def all_codes(self, images: Images, labels: Tensor | None = None) -> Tensor:
         """Return `codes` of many images `[n, *image_shape]`, in batches of 1,000: `[n, latent_dim]`."""
         parts = [None] * -(-len(images) // 1_000) if labels is None else labels.to(self.device).split(1_000)
         pairs = zip(images.split(1_000), parts, strict=True)
@@ -274,9 +275,9 @@ class ImageModel(LightningModule, ABC):
         """Initialize from training images `[n, *image_shape]`, uint8 on the CPU, if `needs_images`."""
 
     def training_images(self) -> Tensor:
-        """Return training images, uint8 on the CPU: all of an ImageDataModule, or up to 10,000 of another loader."""
+        """Return training images, uint8 on the CPU: all of an ImageDataModule, or up to 10,000 of a file or loader."""
         if isinstance(data := self.trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            return data.train_images
+            return sampled(data.train_images)
         self.trainer.fit_loop.setup_data()  # Lightning would do so later
         loader: Any = self.trainer.train_dataloader
         if getattr(loader, "persistent_workers", False):  # they serve one iterator, which is Lightning's

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vae_lightning import figures
+from vae_lightning.data.mapped import Images
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.latents import moments
 from vae_lightning.models.vae import VAE
@@ -17,7 +18,7 @@ from vae_lightning.models.vae import VAE
 @torch.inference_mode()
 def standard_figures(
     model: ImageModel,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     pairs: int = 8,
     samples: Sequence[int] = (8, 8),

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from vae_lightning import figures
 from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
+from vae_lightning.data.mapped import Images
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import active_units, kl_divergence
@@ -119,7 +120,7 @@ class SkipNonFinite(Callback):
         self.skipped = 0
 
 
-def held_out_images(trainer: Trainer) -> tuple[Tensor, Tensor]:
+def held_out_images(trainer: Trainer) -> tuple[Images, Tensor]:
     """Return the validation images and labels; without a validation split, the first 2,000 training ones."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if data.val_size:
@@ -204,7 +205,7 @@ class Figures(Callback):
             writer.add_embedding(codes, names, shown, trainer.global_step, "codes")
 
     def _drawn(
-        self, trainer: Trainer, module: ImageModel, images: Tensor, labels: Tensor
+        self, trainer: Trainer, module: ImageModel, images: Images, labels: Tensor
     ) -> dict[str, Tensor | Figure]:
         class_name = trainer.datamodule.class_name  # type: ignore[attr-defined]
         return standard_figures(module, images, labels, self.pairs, self.samples, self.points, class_name)
