@@ -36,7 +36,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from vae_lightning.data.mnist import load_images
+from vae_lightning.data.torchvision_sets import load_images
 from vae_lightning.models.backbones import MLP, Backbone, Conv
 from vae_lightning.training.process import steady_cpu
 from vae_lightning.training.train import train

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.module import DataError, Labelled
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from vae_lightning import figures
 from vae_lightning.analysis.evaluation import importance_sampling
 from vae_lightning.config import PositiveInt
-from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.module import Labelled
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.environment import device_name
 from vae_lightning.training.process import steady_cpu

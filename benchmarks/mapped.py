@@ -30,7 +30,7 @@ from lightning.pytorch import Callback
 from vae_lightning.config import PositiveInt
 from vae_lightning.data.batches import DeviceBatches
 from vae_lightning.data.mapped import MappedImages
-from vae_lightning.data.module import ImageDataModule, Loaded
+from vae_lightning.data.module import ImageDataModule, Labelled
 from vae_lightning.training.process import steady_cpu
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import train
@@ -49,7 +49,7 @@ class Generated(ImageDataModule):
         super().__init__(**options)
         self.file, self.images, self.in_memory = file, images, in_memory
 
-    def load(self) -> tuple[Loaded, Loaded]:
+    def load(self) -> tuple[Labelled, Labelled]:
         images: Any = np.load(self.file, mmap_mode="r")
         train, test = images[: self.images - 10_000], images[self.images - 10_000 : self.images]
         return ((np.array(train), None), (np.array(test), None)) if self.in_memory else ((train, None), (test, None))

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from vae_lightning import figures
-from vae_lightning.data.mnist import MNISTDataModule, load_images
+from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
 from vae_lightning.launch import jobs  # noqa: F401 (registers parts of the configuration)
 from vae_lightning.launch.vae import vae
 from vae_lightning.runs import environment

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conftest import DATA
 
-from vae_lightning.data.mnist import load_images
+from vae_lightning.data.torchvision_sets import load_images
 from vae_lightning.launch import commands, jobs  # noqa: F401 (imported once for all sizes)
 
 

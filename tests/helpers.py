@@ -14,7 +14,7 @@ import yaml
 from conftest import MLP, ROOT
 from PIL import Image
 
-from vae_lightning.data.mnist import MNISTDataModule
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 
 COMMAND = r"python|make|pip|source|torchrun|srun|[\w-]+-(train|evaluate|generate|report|compare|explore|export)"
 BERNOULLI = {"_target_": "vae_lightning.models.likelihoods.Bernoulli"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from conftest import DATA, composed
 
-from vae_lightning.data.mnist import load_images
+from vae_lightning.data.torchvision_sets import load_images
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.runs.loading import load_checkpoint
 from vae_lightning.training.train import train

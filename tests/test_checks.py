@@ -12,7 +12,7 @@ from conftest import BRIEF
 from vae_lightning.config import ConfigError
 from vae_lightning.data.checks import check_images, check_labels, check_loaded
 from vae_lightning.data.mapped import DataError
-from vae_lightning.data.mnist import MNISTDataModule
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.train import train
 

@@ -17,7 +17,7 @@ from vae_lightning.analysis.explorer import make_application
 from vae_lightning.analysis.exporting import export_run
 from vae_lightning.analysis.generation import FIGURES
 from vae_lightning.config import ConfigError
-from vae_lightning.data.mnist import load_images
+from vae_lightning.data.torchvision_sets import load_images
 from vae_lightning.models.base import ShapeError
 from vae_lightning.models.objectives import ELBO, IWAE, DReG
 from vae_lightning.models.vae import VAE

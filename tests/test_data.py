@@ -1,25 +1,34 @@
 import functools
 import gzip
 import hashlib
+import io
 import os
+import pickle
 import shutil
 import struct
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from conftest import BRIEF, DATA
+from PIL import Image
+from scipy.io import savemat
 from torchvision import datasets
 
 from vae_lightning.config import ConfigError
+from vae_lightning.data import decoding
 from vae_lightning.data.batches import DeviceBatches, fits
-from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.data.module import DataError
 from vae_lightning.data.pixels import Share, bernoulli_draw
+from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
+from vae_lightning.runs.loading import open_run
+from vae_lightning.training.train import train
 
 
 @pytest.fixture
@@ -204,6 +213,92 @@ def test_emnist_is_unpacked_once(tmp_path: Path, server: Server, monkeypatch: py
     archive.unlink()
     load_images.cache_clear()
     assert load_images("EMNIST-letters", root)[1][0].shape == (10, 1, 28, 28)
+
+
+def write_cifar(root: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write images `[60, 3, 32, 32]` as CIFAR10's archive: five training batches and a test batch of ten images."""
+    checksums, files = [], {}
+    for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        batch = {"data": images[10 * i : 10 * i + 10].reshape(10, -1), "labels": list(range(10))}
+        files[name] = pickle.dumps(batch)
+        checksums.append([name, hashlib.md5(files[name]).hexdigest()])
+    files["batches.meta"] = pickle.dumps({"label_names": [str(n) for n in range(10)]})
+    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    cifar = datasets.CIFAR10
+    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5((root / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "train_list", checksums[:5])
+    monkeypatch.setattr(cifar, "test_list", checksums[5:])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(files["batches.meta"]).hexdigest()})
+
+
+def test_cifar10_is_read_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config) -> None:
+    images = np.random.default_rng(0).integers(256, size=(60, 3, 32, 32), dtype=np.uint8)
+    write_cifar(tmp_path, images, monkeypatch)
+    words = ["data.name=CIFAR10", f"data.root={tmp_path}", "data.val_size=10", "data.batch_size=20", *BRIEF]
+    metrics = train(config(*words), tmp_path / "run")
+    assert (metrics["data"], metrics["image_shape"]) == ("CIFAR10", [3, 32, 32])
+    data = open_run(tmp_path / "run", "cpu").data
+    assert torch.equal(data.train_images, torch.from_numpy(images[:40]))
+    assert torch.equal(data.test_images, torch.from_numpy(images[50:]))
+    assert data.test_labels.tolist() == list(range(10))
+    assert data.class_name(3) == "cat"
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nowhere").as_uri())
+    load_images.cache_clear()
+    with pytest.raises(DataError, match=r"CIFAR10 is incomplete and cannot be downloaded \(.*set its directory"):
+        load_images("CIFAR10", tmp_path)
+
+
+def test_svhn_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(256, size=(12, 3, 32, 32), dtype=np.uint8)
+    split_list = {}
+    for split, part in (("train", images), ("test", images[:10])):
+        file = tmp_path / f"{split}_32x32.mat"
+        savemat(file, {"X": part.transpose(2, 3, 1, 0), "y": np.arange(len(part))[:, None] % 10 + 1})
+        split_list[split] = ["", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
+    data = MNISTDataModule("SVHN", str(tmp_path), val_size=2)
+    data.setup()
+    assert torch.equal(data.train_images, torch.from_numpy(images[:10]))
+    assert data.test_labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]  # the files call the digit 0 class 10
+    assert data.class_names is None
+
+
+def test_celeba_is_decoded_once_with_the_official_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = tmp_path / "celeba" / "img_align_celeba"
+    faces.mkdir(parents=True)
+    rows = []
+    for i in range(10):
+        pixels = np.full((218, 178, 3), 20 * i, np.uint8)
+        pixels[:30], pixels[-30:], pixels[:, :10], pixels[:, -10:] = 255, 255, 255, 255  # outside the crop
+        Image.fromarray(pixels).save(faces / f"{i + 1:06}.jpg", quality=95)
+        rows.append(f"{i + 1:06}.jpg {(0, 1, 2)[(i > 5) + (i > 7)]}\n")
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("".join(rows))
+    data = MNISTDataModule("CelebA", str(tmp_path), val_size=2)
+    data.setup()
+    assert data.image_shape == (3, 64, 64)
+    shown = [images[:].float().mean(dim=(1, 2, 3)) for images in (data.train_images, data.val_images, data.test_images)]
+    expected = [20.0 * torch.arange(6), 20.0 * torch.arange(6, 8), 20.0 * torch.arange(8, 10)]
+    for means, wanted in zip(shown, expected, strict=True):
+        torch.testing.assert_close(means, wanted, atol=4, rtol=0)
+    assert data.test_labels.tolist() == [-1, -1]
+    monkeypatch.setattr(decoding, "square", None)
+    load_images.cache_clear()
+    MNISTDataModule("CelebA", str(tmp_path), val_size=2).setup()
+
+
+def test_earlier_runs_name_the_class_by_its_former_module() -> None:
+    from vae_lightning.data import mnist
+
+    assert mnist.MNISTDataModule is MNISTDataModule
+    assert MNISTDataModule().dataset == "MNIST"
+    assert MNISTDataModule("FashionMNIST").class_name(9) == "Ankle boot"
+    assert MNISTDataModule("EMNIST-letters").class_name(26) == "z"
 
 
 def test_large_data_sets_stay_on_the_cpu(monkeypatch) -> None:

@@ -16,8 +16,8 @@ import torch
 from conftest import DATA, ROOT
 
 from vae_lightning.data.batches import DeviceBatches
-from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.pixels import Share
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.models.vae import VAE
 
 # 2,001 images in batches of 100: 21 batches, and the last one is a single image. 509 to validate on.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vae_lightning.analysis import evaluation
 from vae_lightning.analysis.evaluation import evaluate_run
-from vae_lightning.data import mnist
+from vae_lightning.data import torchvision_sets
 from vae_lightning.models.vae import VAE
 from vae_lightning.training.train import train
 
@@ -66,9 +66,9 @@ def test_evaluate_prints_a_table_and_writes_evaluation_json(evaluate_py, run_dir
 
 
 def test_evaluations_do_not_overwrite_each_other(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (images, labels), (test_images, test_labels) = mnist.load_images("MNIST", DATA)
+    (images, labels), (test_images, test_labels) = torchvision_sets.load_images("MNIST", DATA)
     fewer = (images[:2_000], labels[:2_000]), (test_images[:1_000], test_labels[:1_000])
-    monkeypatch.setattr(mnist, "load_images", lambda name, root: fewer)
+    monkeypatch.setattr(torchvision_sets, "load_images", lambda name, root: fewer)
 
     def evaluated(**options) -> dict:
         evaluate_run(**{"run": str(run_directory), **QUICK, **options})

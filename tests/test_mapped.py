@@ -11,8 +11,8 @@ from test_resuming import Signal, signal_at
 
 from vae_lightning.data.checks import check_images
 from vae_lightning.data.mapped import DataError, MappedImages
-from vae_lightning.data.mnist import MNISTDataModule, load_images
 from vae_lightning.data.module import ImageDataModule
+from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
 from vae_lightning.training.signals import Interrupted
 from vae_lightning.training.train import train
 

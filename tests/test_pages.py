@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT, composed
 from helpers import blocks, write_pictures
-from torchvision import datasets
 
-from vae_lightning.data import mnist
+from vae_lightning.data import torchvision_sets
 from vae_lightning.launch.vae import make_app
 from vae_lightning.runs.directory import runs_in
 from vae_lightning.runs.loading import load_run
@@ -60,7 +58,6 @@ NOT_RUN = {
 
 # Further overrides that make a command quick, or its check sharper, by a pattern in it.
 QUICKER = {
-    r"data=cifar": ["data.val_size=20"],  # the stand-in has 60 images
     r"vae evaluate": ["--batch-size=500", "--chunk=3", "--no-probes", "--class-samples=1"],
     r"model/backbone=wide": ["model.backbone.width=30"],
     r"model/backbone=transformer": ["model.backbone.width=16"],
@@ -106,21 +103,12 @@ def brief(command: str) -> tuple[str, list[str]]:
     return script, words + [word for pattern, more in QUICKER.items() if re.search(pattern, command) for word in more]
 
 
-class FakeCIFAR:
-    """60 colour images in the form of torchvision's CIFAR10."""
-
-    def __init__(self, root: Path, train: bool, download: bool) -> None:
-        self.data = np.random.default_rng(train).integers(256, size=(60, 32, 32, 3), dtype=np.uint8)
-        self.targets = [i % 10 for i in range(60)]
-
-
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory with what the pages expect around them: a folder of images, and data sets to download."""
-    (train, labels), (test, test_labels) = mnist.load_images("MNIST", DATA)
+    (train, labels), (test, test_labels) = torchvision_sets.load_images("MNIST", DATA)
     fewer = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
-    monkeypatch.setattr(mnist, "load_images", lambda name, root: fewer)  # of any name: nothing is downloaded
-    monkeypatch.setattr(datasets, "CIFAR10", FakeCIFAR)
+    monkeypatch.setattr(torchvision_sets, "load_images", lambda name, root: fewer)  # of any name: nothing is downloaded
     write_pictures(tmp_path / "photos")
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)

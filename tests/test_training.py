@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError
-from vae_lightning.data.mnist import MNISTDataModule, load_images
+from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
 from vae_lightning.figures import loss_curves
 from vae_lightning.models.vae import ELBO, VAE
 from vae_lightning.runs.loading import load_run

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vae_lightning.analysis.comparisons import compare as compare
     from vae_lightning.analysis.evaluation import evaluate as evaluate
-    from vae_lightning.data.mnist import MNISTDataModule as MNISTDataModule
+    from vae_lightning.data.folder import FolderDataModule as FolderDataModule
     from vae_lightning.data.module import ImageDataModule as ImageDataModule
+    from vae_lightning.data.torchvision_sets import MNISTDataModule as MNISTDataModule
+    from vae_lightning.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
     from vae_lightning.models.autoencoder import Autoencoder as Autoencoder
     from vae_lightning.models.backbones import MLP as MLP
     from vae_lightning.models.backbones import Backbone as Backbone
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
 _NAMES = {
     "analysis.comparisons": "compare",
     "analysis.evaluation": "evaluate",
-    "data.mnist": "MNISTDataModule",
+    "data.folder": "FolderDataModule",
     "data.module": "ImageDataModule",
+    "data.torchvision_sets": "MNISTDataModule TorchvisionDataModule",
     "models.autoencoder": "Autoencoder",
     "models.backbones": "MLP Backbone Conv ResidualConv",
     "models.base": "ImageModel",

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from vae_lightning.data.mapped import Array, DataError, Images, MappedImages, spread
 
-Loaded = tuple[Tensor | Array, Tensor | Array | None]  # what `load` of a data set may return for a split
-Labelled = tuple[Tensor, Tensor]  # images [n, channels, height, width], uint8, and labels [n], int64
-Checked = tuple[Images, Tensor]  # the same, or images in a file; the label of an unlabelled image is -1
+Labelled = tuple[Tensor | Array, Tensor | Array | None]  # what `load` may return of a split: images, labels
+Checked = tuple[Images, Tensor]  # images [n, channels, height, width], uint8, and labels [n], int64; -1: unlabelled
 
 
 def check_loaded(loaded: Any, source: str, class_names: Sequence[str] | None) -> tuple[Checked, Checked]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vae_lightning.config import NonNegativeInt, PositiveInt
-from vae_lightning.data.checks import Loaded
+from vae_lightning.data.checks import Labelled
 from vae_lightning.data.decoding import Channels, decode
 from vae_lightning.data.mapped import DataError
 from vae_lightning.data.module import ImageDataModule
@@ -53,7 +53,7 @@ class FolderDataModule(ImageDataModule):
     def dataset(self) -> str:
         return self.root.name
 
-    def load(self) -> tuple[Loaded, Loaded]:
+    def load(self) -> tuple[Labelled, Labelled]:
         train, test, depth = split(self.root, find_pictures(self.root))
         images, broken = decode(self.root, [*train, *test], self.size, self.channels, cache=self.cache)
         if broken:

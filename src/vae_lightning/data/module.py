@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt
 from vae_lightning.data.batches import DeviceBatches, fits
 from vae_lightning.data.checks import Labelled as Labelled
-from vae_lightning.data.checks import Loaded as Loaded
 from vae_lightning.data.checks import check_loaded
 from vae_lightning.data.mapped import DataError as DataError  # part of this module's interface
 from vae_lightning.data.mapped import Images, part
@@ -52,7 +51,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.ready = False
 
     @abstractmethod
-    def load(self) -> tuple[Loaded, Loaded]:
+    def load(self) -> tuple[Labelled, Labelled]:
         """Return training and test images, uint8 `[n, channels, height, width]`, each with labels `[n]` or None."""
 
     def prepare_data(self) -> None:
