@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vae_lightning.config import ConfigError, build, flatten, locate
-from vae_lightning.data.mnist import MNISTDataModule
 from vae_lightning.data.module import ImageDataModule
+from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.launch.plan import set_key
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.optimization import EMA
