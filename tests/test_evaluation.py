@@ -133,5 +133,7 @@ def test_probe_accuracy_of_separable_codes_and_of_noise() -> None:
     means = torch.nn.functional.one_hot(labels).float() + 0.01 * torch.randn(200, 4)
     assert probe_accuracy(means, labels, means, labels) == {"knn_accuracy": 1.0, "linear_accuracy": 1.0}
     assert probe_accuracy(means, labels * 0, means, labels * 0) == {}, "one class"
+    some = torch.where(torch.arange(len(labels)) % 3 == 0, -1, labels)  # a third has no label
+    assert probe_accuracy(means, some, means, some) == {"knn_accuracy": 1.0, "linear_accuracy": 1.0}
     noise = probe_accuracy(torch.randn(200, 4), labels, torch.randn(200, 4), labels)
     assert max(noise.values()) < 0.5

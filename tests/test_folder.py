@@ -110,6 +110,8 @@ def test_files_that_cannot_be_read_are_named_and_left_out_on_request(tmp_path: P
     (cat / "2.png").write_bytes((cat / "2.png").read_bytes()[:500])
     (cat / "4.png").write_text("no picture")
     (cat / "notes.txt").write_text("not a picture, and not meant to be one")
+    (cat / ".ipynb_checkpoints").mkdir()
+    (cat / ".ipynb_checkpoints" / "6-checkpoint.png").write_bytes((cat / "6.png").read_bytes())
     with pytest.raises(DataError) as error:
         folder(tmp_path / "photos")
     line = str(error.value)

@@ -173,8 +173,12 @@ def aggregate_posterior(
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
     """Return the accuracy of classification from posterior means: 5 nearest neighbours, logistic regression.
 
-    Empty for a data set with one class, or with fewer than five training images.
+    Images without a label, -1, are left out. Empty for a data set with one class, or with fewer than five training
+    images.
     """
+    train, train_labels, test, test_labels = (
+        part for x, y in ((train, train_labels), (test, test_labels)) for part in (x[(y >= 0).to(x.device)], y[y >= 0])
+    )
     if len(train) < 5 or len(train_labels.unique()) < 2:
         return {}
     from sklearn.linear_model import LogisticRegression

@@ -76,12 +76,13 @@ class FolderDataModule(ImageDataModule):
 def find_pictures(root: Path) -> list[str]:
     """Return the paths below `root`, with forward slashes, of all files with a suffix that Pillow reads.
 
-    They are in the order of their hashes, which is the same on every machine and mixes the classes. Hidden files are
-    left out. Raises DataError if there are none.
+    They are in the order of their hashes, which is the same on every machine and mixes the classes. Hidden files and
+    directories are left out. Raises DataError if there are none.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
-    for directory, _, names in os.walk(root, followlinks=True):
+    for directory, below_it, names in os.walk(root, followlinks=True):
+        below_it[:] = [name for name in below_it if name[0] != "."]  # such as .ipynb_checkpoints
         below = Path(directory).relative_to(root)
         found += [
             (below / name).as_posix() for name in names if name[0] != "." and Path(name).suffix.lower() in suffixes
