@@ -114,7 +114,7 @@ def test_missing_and_wrong_labels_get_one_clear_line(mnist: Tensor, command) -> 
     unlabelled = ["data._target_=test_conditional.Unlabelled", "data.val_size=100"]
     for words, line in (
         (["model/prior=vamp"], "model.conditional=true: VampPrior encodes without labels; use another prior"),
-        (unlabelled, "model.conditional=true: the labels of Unlabelled should be integers from 0"),
+        (unlabelled, "model.conditional=true: images of Unlabelled have no label; each should have one"),
     ):
         refused = command("model.conditional=true", "hydra.run.dir=run", *words)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)

@@ -92,7 +92,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """The number of classes of a conditional model, after `setup`: 1 + the largest label. Raises ConfigError."""
         labels = torch.cat([self.train_labels, self.val_labels, self.test_labels])
         if labels.min() < 0:
-            raise ConfigError(f"model.conditional=true: the labels of {self.dataset} should be integers from 0")
+            raise ConfigError(f"model.conditional=true: images of {self.dataset} have no label; each should have one")
         return int(labels.max()) + 1
 
     def class_name(self, label: int) -> str:
