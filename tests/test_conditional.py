@@ -16,6 +16,7 @@ from vae_lightning.analysis.evaluation import bayes_classifier, evaluate_images,
 from vae_lightning.analysis.explorer import make_application
 from vae_lightning.analysis.exporting import export_run
 from vae_lightning.analysis.generation import FIGURES
+from vae_lightning.analysis.reports import report_runs
 from vae_lightning.config import ConfigError
 from vae_lightning.data.torchvision_sets import load_images
 from vae_lightning.models.base import ShapeError
@@ -146,6 +147,7 @@ def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> Non
     found = evaluate_run(str(tmp_path / "run"), samples=2, probes=False, class_samples=1, accelerator="cpu")
     assert 0 <= found["test/class_accuracy"] <= 1
     assert found["test/marginal_nll"] > 0
+    assert "test/marginal_nll (k=1)" in report_runs([str(tmp_path / "run")], to=str(tmp_path / "report"))
     asyncio.run(explore(run))
 
 

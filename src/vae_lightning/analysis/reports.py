@@ -32,7 +32,7 @@ EVALUATION_METRICS = (
     *("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy", "class_accuracy", "marginal_nll"),
 )
 # The number of importance samples that a metric depends on.
-SAMPLES = {"nll": "samples", "marginal_nll": "test/class_samples", "class_accuracy": "test/class_samples"}
+SAMPLES = {"nll": "samples", "marginal_nll": "class_samples", "class_accuracy": "class_samples"}
 IGNORED_KEYS = (
     *("seed", "name", "figures.", "logger.", "data.root", "test", "trainer.checkpoint_every"),
     *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
@@ -122,7 +122,7 @@ def read_result(run: RunDirectory) -> Result:
     for name in EVALUATION_METRICS:
         if is_number(value := evaluated.get(f"test/{name}")):
             count = SAMPLES.get(name)
-            column = f"{name} (k={evaluated[count]})" if count else name
+            column = f"{name} (k={evaluated.get(count)})" if count else name
             metrics[f"test/{column}"] = float(value)
     model = config["model"]
     given = ", given the label" if model.get("conditional") else ""
