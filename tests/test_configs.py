@@ -25,6 +25,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains(choice: str, config, tmp_path: Path) -> None:
     smaller = ["model.backbone.channels=[4,8,8]"] if choice == "model/backbone=residual_conv" else []
+    smaller += ["model.backbone.hidden=[8]"] if choice == "model/likelihood=categorical" else []
     metrics = train(config(choice, *smaller, "trainer.fast_dev_run=2", *BRIEF), tmp_path / "run")
     assert metrics["steps"] == 2
     assert torch.tensor(metrics["test/loss"]).isfinite()
