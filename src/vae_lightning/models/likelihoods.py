@@ -34,7 +34,7 @@ CROSS_ENTROPY = (
 )
 LOG_SCALE_FLOOR = -6.0  # of a learnt Gaussian scale, which could otherwise shrink towards 0
 GAUSSIAN_LOG_SCALES = -6.0, 2.0  # bounds of log scales that a decoder returns
-LOGISTIC_LOG_SCALES = -9.0, 2.0
+LOGISTIC_LOG_SCALES = -9.0, 4.0
 
 
 class Likelihood(nn.Module, ABC):
