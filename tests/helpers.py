@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from conftest import MLP, ROOT
 from PIL import Image
@@ -26,6 +27,16 @@ class Few(MNISTDataModule):
     def load(self):
         (train, labels), (test, test_labels) = super().load()
         return (train[:500], labels[:500]), (test[:100], test_labels[:100])
+
+
+class Colours(MNISTDataModule):
+    """Smooth 8×8 colour images: 200 to train on, 40 for the test."""
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        small = torch.rand(240, 3, 2, 2, generator=generator)
+        images = (255 * torch.nn.functional.interpolate(small, size=(8, 8), mode="bilinear")).to(torch.uint8)
+        return (images[:200], torch.arange(200) % 3), (images[200:], torch.arange(40) % 3)
 
 
 def fake_run(directory: Path, loss: float, seed: int = 0, pixels: str = "grey", **model: Any) -> Path:

@@ -83,6 +83,31 @@ def test_residual_conv_needs_divisible_sides() -> None:
         ResidualConv(5, 10, channels=[4, 4, 4, 4])
 
 
+@pytest.mark.parametrize("image_shape", [(3, 32, 32), (3, 64, 64), (1, 24, 40)])
+def test_spatial_latents_and_group_normalization(image_shape: tuple[int, ...]) -> None:
+    positions = image_shape[1] * image_shape[2] // 16
+    network = ResidualConv(2 * positions, 4 * positions, image_shape, [8, 16, 16], 1, groups=4, spatial=True)
+    assert not any(isinstance(module, nn.Linear) for module in network.modules())
+    assert sum(isinstance(module, nn.GroupNorm) for module in network.modules()) == 2 * 3 * 2 + 2
+    z = torch.randn(2, 2 * positions)
+    assert network.encoder(torch.rand(2, *image_shape)).shape == (2, 4 * positions)
+    assert network.decoder(z).shape == (2, *image_shape)
+    # A latent is of one position: far from it, it changes the normalization, but not the picture without one.
+    plain = ResidualConv(2 * positions, 4 * positions, image_shape, [8, 16, 16], 1, spatial=True)
+    moved = z.clone()
+    moved[:, 0] += 5  # the upper left corner
+    difference = (plain.decoder(moved) - plain.decoder(z)).abs().amax(dim=(0, 1))
+    assert difference[0, 0] > 0
+    assert difference[-1, -1] == 0
+
+
+def test_spatial_latents_and_groups_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"spatial=true: latent_dim, .*, is 100; it should be a multiple of 7·7"):
+        ResidualConv(100, 200, spatial=True)
+    with pytest.raises(ConfigError, match=r"groups=5: should divide all of channels=\[32, 64, 64\]"):
+        ResidualConv(20, 40, groups=5)
+
+
 def test_output_bias() -> None:
     for network, size in ((MLP(2, 4), 784), (ResidualConv(2, 4, channels=[4]), 1)):
         for parameter in network.decoder.parameters():

@@ -27,6 +27,7 @@ VARIANTS = {
     "bf16": ["trainer.precision=bf16-mixed", "model/likelihood=continuous_bernoulli", "model/optimizer=adamw"],
     "flows": ["model/prior=flow", "model/posterior=flow", "model/objective=dreg"],
     "mixture": ["model/prior=mixture", "model/posterior=full_covariance", "model.objective.kl=monte_carlo"],
+    "8-bit pixels": ["model/likelihood=logistic_mixture", "model.likelihood.components=2"],
     "conditional": ["model.conditional=true", "model/objective=iwae"],
     "autoencoder": ["model=autoencoder", "trainer.fast_loop=false", "model/optimizer=sgd"],
 }

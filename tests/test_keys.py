@@ -61,7 +61,8 @@ TRAINER: dict[str, Any] = {
     "compile": True, "matmul_precision": "high", "checkpoint_every": "5s", "on_nan": "skip", "decay": 0.5, "start": 3,
     "callbacks": [{"_target_": "lightning.pytorch.callbacks.RichProgressBar"}],
 }  # fmt: skip
-GIVEN = {"latent_dim", "encoder_outputs", "image_shape", "params", "lr", "weight_decay", "optimizer"}
+GIVEN = {"latent_dim", "encoder_outputs", "image_shape", "output_channels"}
+GIVEN |= {"params", "lr", "weight_decay", "optimizer"}
 # The choices of each group, with what makes its keys visible or quick.
 CHOICES = {
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}": more

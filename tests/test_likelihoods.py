@@ -1,10 +1,24 @@
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from vae_lightning.config import ConfigError
-from vae_lightning.models.likelihoods import Bernoulli, ContinuousBernoulli, ContinuousBernoulliLogits, Gaussian
+from vae_lightning.models.backbones import MLP, Backbone, Conv, ResidualConv
+from vae_lightning.models.inputs import ShapeError
+from vae_lightning.models.likelihoods import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    ContinuousBernoulliLogits,
+    DiscretizedLogistic,
+    Gaussian,
+    LogisticMixture,
+    bits_per_dim,
+)
+from vae_lightning.models.vae import VAE
 
 
 @pytest.mark.parametrize("logit", [-100.0, -17.0, 0.0, 17.0, 100.0])
@@ -134,10 +148,96 @@ def test_continuous_bernoulli_gradients_do_not_overflow(logit: float) -> None:
         assert gradient.isfinite()
 
 
-@pytest.mark.parametrize(
-    "likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Gaussian(mean="identity")], ids=repr
-)
+ONE_OUTPUT = [Bernoulli(), ContinuousBernoulli(), Gaussian(), Gaussian(mean="identity"), DiscretizedLogistic()]
+EIGHT_BIT = [DiscretizedLogistic(), LogisticMixture(3), Categorical()]
+SCALED_PARTS = [partial(part, scale="per_pixel") for part in (Gaussian, DiscretizedLogistic)]
+SCALED_PARTS += [partial(LogisticMixture, components=3), Categorical]
+SCALED = [part() for part in SCALED_PARTS]
+
+
+@pytest.mark.parametrize("likelihood", [*ONE_OUTPUT, *SCALED], ids=repr)
 def test_outputs_with_mean_of_every_likelihood(likelihood) -> None:
-    mean = torch.linspace(0.16, 0.84, 12).reshape(1, 3, 4)
-    torch.testing.assert_close(likelihood(likelihood.outputs_with_mean(mean)).mean, mean)
-    assert likelihood.outputs_with_mean(torch.zeros(1, 2, 2)).abs().max() <= math.log(999) + 1e-5
+    for shape in ((1, 3, 4), (3, 2, 2)):
+        mean = torch.linspace(0.16, 0.84, 12).reshape(shape)
+        outputs = likelihood.outputs_with_mean(mean)
+        assert outputs.shape == (likelihood.channels(shape[0]), *shape[1:])
+        torch.testing.assert_close(likelihood(outputs).mean, mean)
+    if likelihood in ONE_OUTPUT:
+        assert likelihood.outputs_with_mean(torch.zeros(1, 2, 2)).abs().max() <= math.log(999) + 1e-5
+
+
+@pytest.mark.parametrize("part", SCALED_PARTS, ids=repr)
+@pytest.mark.parametrize("backbone", [partial(MLP, hidden=[4]), partial(Conv, channels=[4]), ResidualConv])
+def test_backbones_have_the_outputs_that_a_likelihood_needs(part, backbone) -> None:
+    images = torch.randint(100, 156, (20, 3, 8, 8), dtype=torch.uint8)
+    vae = VAE(2, backbone, part, data_bias=True, image_shape=(3, 8, 8))
+    for parameter in vae.decoder.parameters():
+        nn.init.zeros_(parameter)
+    vae.initialize(images)
+    mean = images.float().mean(dim=0) / 255
+    mean = mean if isinstance(backbone, partial) and backbone.func is MLP else mean.mean(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(vae.decode_images(torch.zeros(1, 2))[0], mean.expand(3, 8, 8), rtol=0, atol=1e-4)
+    assert vae.elbo(images)["loss"].isfinite().all()
+    assert vae.log_weights(images, 2).shape == (2, 20)
+
+
+class Old(Backbone):
+    """A backbone of someone else, with the signature of before."""
+
+    def __init__(self, latent_dim, encoder_outputs, image_shape) -> None:
+        super().__init__()
+        own = MLP(latent_dim, encoder_outputs, image_shape, hidden=[4])
+        self.encoder, self.decoder = own.encoder, own.decoder
+
+
+def test_a_backbone_without_the_argument_works_with_one_output_per_pixel() -> None:
+    for likelihood in (Bernoulli, Gaussian, DiscretizedLogistic):
+        VAE(2, Old, likelihood, image_shape=(3, 8, 8)).elbo(torch.rand(2, 3, 8, 8))
+    words = "needs 60 decoder outputs per pixel; add an argument output_channels to .*Old.*, or use a likelihood with 3"
+    with pytest.raises(ConfigError, match=words):
+        VAE(2, Old, partial(LogisticMixture, components=6), image_shape=(3, 8, 8))
+    pair = (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), nn.Sequential(nn.Linear(2, 64), nn.Unflatten(1, (1, 8, 8))))
+    vae = VAE(2, pair, Gaussian, image_shape=(1, 8, 8))
+    vae.elbo(torch.rand(3, 1, 8, 8))
+    vae = VAE(2, pair, partial(Gaussian, scale="per_pixel"), image_shape=(1, 8, 8))
+    with pytest.raises(ConfigError, match=r"its decoder returns \[3, 1, 8, 8\] .* should be \[3, 2, 8, 8\]"):
+        vae.elbo(torch.rand(3, 1, 8, 8))
+
+
+def test_learnt_scales_start_at_the_deviation_of_the_training_images() -> None:
+    images = (128 + 20 * torch.randn(100, 3, 8, 8)).to(torch.uint8)
+    for part in (partial(Gaussian, learn_scale=True), DiscretizedLogistic):
+        vae = VAE(2, partial(MLP, hidden=[4]), part, image_shape=(3, 8, 8))
+        assert vae.needs_images
+        vae.initialize(images)
+        p = vae.likelihood(torch.zeros(3, 8, 8))
+        drawn = p.sample((200,))
+        assert drawn.std().item() == pytest.approx(images.float().std().item() / 255, rel=0.05)
+    fixed = VAE(2, partial(MLP, hidden=[4]), Gaussian, image_shape=(3, 8, 8))
+    assert not fixed.needs_images
+    with pytest.raises(ConfigError, match=r"learn_scale=true: a scale per pixel is learnt already"):
+        Gaussian("per_pixel", learn_scale=True)
+
+
+def test_gaussian_scale_per_pixel() -> None:
+    outputs = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    p = Gaussian("per_pixel", mean="identity")(torch.cat([outputs, 100 * outputs], dim=1))
+    assert p.mean.equal(outputs)
+    assert p.stddev.min().item() == pytest.approx(math.exp(-6), rel=1e-3)
+    assert p.stddev.max().item() == pytest.approx(math.exp(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("likelihood", EIGHT_BIT, ids=repr)
+def test_images_that_are_not_of_eight_bits_are_refused(likelihood) -> None:
+    likelihood.check_images(torch.randint(0, 256, (2, 1, 4, 4)) / 255)
+    with pytest.raises(ShapeError, match=r"binary images: .* use data.pixels=grey, or model/likelihood=bernoulli"):
+        likelihood.check_images(torch.randint(0, 2, (2, 1, 4, 4)).float())
+    with pytest.raises(ShapeError, match="pixels between the levels k/255"):
+        likelihood.check_images(torch.rand(2, 1, 4, 4))
+
+
+def test_bits_per_dimension() -> None:
+    uniform = Categorical()
+    nats = -uniform(torch.zeros(768, 4, 4)).log_prob(torch.zeros(3, 4, 4)).item()
+    assert bits_per_dim(uniform, nats, (3, 4, 4)) == pytest.approx(8)
+    assert bits_per_dim(Gaussian(), nats, (3, 4, 4)) is None

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from vae_lightning.models.flows import FlowPrior as FlowPrior
     from vae_lightning.models.likelihoods import Bernoulli as Bernoulli
     from vae_lightning.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
+    from vae_lightning.models.likelihoods import DiscretizedLogistic as DiscretizedLogistic
     from vae_lightning.models.likelihoods import GaussianLikelihood as GaussianLikelihood
     from vae_lightning.models.likelihoods import Likelihood as Likelihood
+    from vae_lightning.models.likelihoods import LogisticMixture as LogisticMixture
     from vae_lightning.models.objectives import IWAE as IWAE
     from vae_lightning.models.objectives import DReG as DReG
     from vae_lightning.models.posteriors import FullCovarianceGaussian as FullCovarianceGaussian
@@ -47,7 +49,8 @@ _NAMES = {
     "models.backbones": "MLP Backbone Conv ResidualConv",
     "models.base": "ImageModel",
     "models.flows": "FlowPosterior FlowPrior",
-    "models.likelihoods": "Bernoulli ContinuousBernoulli GaussianLikelihood Likelihood",
+    "models.likelihoods": "Bernoulli ContinuousBernoulli GaussianLikelihood Likelihood "
+    + "DiscretizedLogistic LogisticMixture",
     "models.objectives": "IWAE DReG",
     "models.posteriors": "FullCovarianceGaussian GaussianPosterior Posterior",
     "models.priors": "MixturePrior Prior StandardNormal VampPrior",

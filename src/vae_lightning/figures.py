@@ -189,6 +189,8 @@ def unit(term: str, terms: Iterable[str]) -> str:
     """Return the unit of a term; none of a count, a share or a metric of your own."""
     if term == "mse" or (term == "loss" and "kl" not in terms and "mse" in terms):  # the loss of an autoencoder
         return "per pixel"
+    if term.partition(" ")[0] == "bits_per_dim":
+        return "bits per dimension"
     nats = ("loss", "elbo", "reconstruction", "kl", "mutual_information", "nll", "marginal_nll")
     return "per image" if term == "squared_error" else "nats per image" if term.partition(" ")[0] in nats else ""
 

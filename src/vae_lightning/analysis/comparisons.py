@@ -227,10 +227,10 @@ def compare_runs(
         f"{next(iter(protocols))}: {content['quantity']} of {content['images']} {split} images, "
         f"{content['samples']} importance samples, nats per image"
     )
-    rows = [side_cells(baseline)]
+    rows = [side_cells(baseline, split)]
     drawn: list[Figure] = []
     for side in others:
-        rows.append(side_cells(side) | difference_cells(side, baseline))
+        rows.append(side_cells(side, split) | difference_cells(side, baseline))
         notes += remarks(side, baseline)
     try:
         images = evaluated_images(baseline.evaluations[0], split)
@@ -252,11 +252,13 @@ def compare_runs(
     return "\n".join([heading, as_table(rows, "simple"), *dict.fromkeys(notes), str(destination)])
 
 
-def side_cells(side: Side) -> dict[str, str]:
-    """Return the cells of a row: label, number of runs, mean ± standard deviation over seeds."""
+def side_cells(side: Side, split: str) -> dict[str, str]:
+    """Return the cells of a row: label, number of runs, mean ± standard deviation over seeds, in nats and in bits."""
+    bits = [e.content[f"{split}/bits_per_dim"] for e in side.evaluations if f"{split}/bits_per_dim" in e.content]
+    of_pixels = {"bits_per_dim": f"{np.mean(bits):.3f}"} if bits else {}
     means = side.log_likelihood.mean(dim=1)
     spread = f" ± {means.std().item():.2f}" if len(means) > 1 else ""
-    return {"": side.label, "runs": str(len(means)), "mean": f"{means.mean().item():.2f}{spread}"}
+    return {"": side.label, "runs": str(len(means)), "mean": f"{means.mean().item():.2f}{spread}"} | of_pixels
 
 
 def difference_cells(side: Side, baseline: Side) -> dict[str, str]:

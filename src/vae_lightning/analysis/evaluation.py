@@ -36,7 +36,7 @@ from vae_lightning.models.estimators import (
     importance_weighted_stderr,
 )
 from vae_lightning.models.inputs import check_count
-from vae_lightning.models.likelihoods import remark
+from vae_lightning.models.likelihoods import bits_per_dim, remark
 from vae_lightning.models.posteriors import PosteriorDistribution
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath, find_runs
@@ -288,6 +288,8 @@ def evaluate_images(
         "ess": sampled.effective_samples.median().item(),
         "ess_min": sampled.effective_samples.min().item(),
     }
+    bits = bits_per_dim(vae.likelihood, nll.mean().item(), vae.image_shape)
+    results |= {} if bits is None else {"bits_per_dim": bits}
     return results, sampled, codes
 
 
@@ -362,7 +364,8 @@ def evaluate_run(
     if vae.classes and class_samples:
         results |= bayes_classifier(vae, images, labels, data.train_labels, class_samples, seed, batch_size, chunk)
     warning = remark(vae.likelihood, data.pixels)
-    quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else "log density"
+    kind = "log probability of 8-bit pixels" if vae.likelihood.eight_bit else "log density"
+    quantity = "negative cross-entropy" if warning else "log probability" if vae.likelihood.binary else kind
     quantity += " given the label" if vae.classes else ""
     given = "given the label, " if vae.classes else ""
     protocol = f"{given}{described(data.pixels, data.image_shape[0])} pixels"
@@ -390,7 +393,8 @@ def evaluate_run(
 FEW = 10  # effective samples, below which an estimate of log p(x) depends on a few samples and is too low
 FEW_SAMPLES = f"* few samples carry this estimate (median ess below {FEW}): it is too high by more than its error says"
 FEW_SAMPLES += "; evaluate with more --samples"
-TABLE = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "active_units", "ess")
+TABLE = ("nll", "nll_stderr", "bits_per_dim", "elbo", "reconstruction", "kl", "active_units", "ess")
+IN_NATS = ("nll", "nll_stderr", "elbo", "reconstruction", "kl", "marginal_nll")
 
 
 @takes_options_of(evaluate_run)
@@ -432,11 +436,13 @@ def evaluate_runs(runs: Annotated[Sequence[str], Field(min_length=1)], **options
     if len(paths) == 1:
         content = evaluated[paths[0]]
         return f"{format_evaluation(content)}\n{evaluation_file(RunDirectory.locate(paths[0])[0], content)}"
+    names = [name for name in TABLE if any(f"{c['split']}/{name}" in c for c in evaluated.values())]
     rows = [
-        [path, *(content.get(f"{content['split']}/{name}") for name in TABLE), content["remark"] + few(content)]
+        [path, *(content.get(f"{content['split']}/{name}") for name in names), content["remark"] + few(content)]
         for path, content in evaluated.items()
     ]
-    table = tabulate(rows, ["run", *TABLE, ""], floatfmt=".2f")
+    formats = [".3f" if name == "bits_per_dim" else ".2f" for name in names]
+    table = tabulate(rows, ["run", *names, ""], floatfmt=["", *formats, ""])
     notes = [FEW_SAMPLES] if any(map(few, evaluated.values())) else []
     return "\n".join([table, *notes, *(f"left out: {error}" for error in failed)])
 
@@ -485,13 +491,15 @@ def format_evaluation(content: dict[str, Any]) -> str:
     split, warning = content["split"], content["remark"]
     heading = f"{split} set, {content['protocol']}, {content['samples']} samples"
     lines = [heading + (f"; {warning}" if warning else "")]
+    bits = content.get(f"{split}/bits_per_dim", 0.0) / content[f"{split}/nll"]  # per nat
     for key, value in content.items():
         name = key.removeprefix(f"{split}/")
         if name == key or isinstance(value, dict):
             continue
         if isinstance(value, float):
             label = f"{name} (cross-entropy)" if warning and name in ("nll", "elbo", "reconstruction") else name
-            lines.append(f"  {label:32} {value:10.4f}")
+            beside = f" nats, {bits * value:8.4f} bits per dimension" if bits and name in IN_NATS else ""
+            lines.append(f"  {label:32} {value:10.4f}{beside}")
         elif isinstance(value, int):
             lines.append(f"  {name:32} {value:10d}")
         elif value is None:

@@ -1,6 +1,7 @@
 """Compare runs in tables: where their configurations differ, and their metrics as mean ± standard deviation over seeds.
 
 Runs of different data, pixel protocols or likelihoods are in separate tables, since their numbers cannot be compared.
+All likelihoods of 8-bit pixels are in one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from vae_lightning.runs.directory import RunDirectory, RunError, find_runs
 from vae_lightning.runs.loading import load_run, open_run
 
 EVALUATION_METRICS = (
-    *("nll", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy", "class_accuracy", "marginal_nll"),
+    *("nll", "bits_per_dim", "active_units", "mutual_information", "knn_accuracy", "linear_accuracy"),
+    *("class_accuracy", "marginal_nll"),
 )
 # The number of importance samples that a metric depends on.
-SAMPLES = {"nll": "samples", "marginal_nll": "class_samples", "class_accuracy": "class_samples"}
+SAMPLES = dict.fromkeys(("nll", "bits_per_dim"), "samples")
+SAMPLES |= dict.fromkeys(("marginal_nll", "class_accuracy"), "class_samples")
 IGNORED_KEYS = (
     *("seed", "name", "figures.", "logger.", "data.root", "test", "trainer.checkpoint_every"),
     *("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.fast_loop"),
@@ -127,7 +130,8 @@ def read_result(run: RunDirectory) -> Result:
     model = config["model"]
     given = ", given the label" if model.get("conditional") else ""
     pixels = described(measured["pixels"], measured["image_shape"][0])
-    likelihood = class_name((model.get("likelihood") or model)["_target_"])
+    eight_bit = "test/bits_per_dim" in measured
+    likelihood = "8-bit likelihood" if eight_bit else class_name((model.get("likelihood") or model)["_target_"])
     protocol = f"{measured['data']}, {pixels} pixels{given}, {likelihood}"
     protocol += " tanh" if model.get("output") == "tanh" else ""  # pixels from -1 to 1: four times the squared error
     return Result(run, flatten(config), metrics, protocol, few(evaluated))
@@ -224,10 +228,11 @@ def format_metric(row: Row, metric: str) -> str:
     average, deviation = row.statistics(metric)
     if average is None:
         return ""
-    digits = 2 if abs(average) >= 1 else 4
+    digits = 3 if "bits_per_dim" in metric else 2 if abs(average) >= 1 else 4
     if metric.endswith("active_units"):  # a count
         digits = 0 if deviation is None else 1
-    mark = max((result.few for result in row.results), default="") if metric.startswith("test/nll") else ""
+    sampled = metric.startswith(("test/nll", "test/bits_per_dim ("))
+    mark = max((result.few for result in row.results), default="") if sampled else ""
     return f"{average:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}") + mark
 
 

@@ -3,22 +3,26 @@
     encoder   images  [batch, *image_shape] → [batch, encoder_outputs]
     decoder   latents [batch, latent_dim]   → [batch, *image_shape]     (logits or means, before any sigmoid)
 
-To add one, write a subclass of `Backbone` and a YAML file in conf/model/backbone/.
+A likelihood may need more outputs per pixel, such as a scale. With the argument `output_channels`, the decoder returns
+[batch, output_channels, height, width]. It is passed only if it differs from the channels of the images.
+
+To add a backbone, write a subclass of `Backbone` and a YAML file in conf/model/backbone/.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
-from typing import Annotated, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
-from vae_lightning.config import ConfigError, NonNegativeInt, Part, PositiveInt, build
+from vae_lightning.config import ConfigError, NonNegativeInt, Part, PositiveInt, build, class_and_arguments, locate
 
 Widths = Annotated[Sequence[PositiveInt], Field(max_length=100)]  # one entry per layer
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"]
@@ -65,7 +69,9 @@ class Pair(Backbone):
                 raise ConfigError(f"model.backbone: its {name} does not take shape {shape} ({reason})") from error
 
 
-def make_backbone(part: object, latent_dim: int, encoder_outputs: int, image_shape: Sequence[int]) -> Backbone:
+def make_backbone(
+    part: object, latent_dim: int, encoder_outputs: int, image_shape: Sequence[int], output_channels: int
+) -> Backbone:
     """Build the backbone that `part` describes, or wrap a pair `(encoder, decoder)`. Raises ConfigError."""
     if part == Pair.NOT_STORED:
         raise ConfigError(
@@ -74,7 +80,16 @@ def make_backbone(part: object, latent_dim: int, encoder_outputs: int, image_sha
         )
     if is_pair(part):
         return Pair(*part, latent_dim, image_shape)
-    given = {"latent_dim": latent_dim, "encoder_outputs": encoder_outputs, "image_shape": image_shape}
+    given: dict[str, Any] = {"latent_dim": latent_dim, "encoder_outputs": encoder_outputs, "image_shape": image_shape}
+    if output_channels != image_shape[0]:
+        name, _ = class_and_arguments(part, "model.backbone")
+        parameters = inspect.signature(locate(name, Backbone, "model.backbone._target_")).parameters.values()
+        if not any(p.name == "output_channels" or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ConfigError(
+                f"model.backbone: the likelihood needs {output_channels} decoder outputs per pixel; add an argument "
+                f"output_channels to {name}, or use a likelihood with {image_shape[0]}"
+            )
+        given["output_channels"] = output_channels
     return build(part, Backbone, "model.backbone", **given)
 
 
@@ -98,15 +113,16 @@ class MLP(Backbone):
         activation: Activation = "relu",
         gated: bool = False,
         batch_norm: bool = False,
+        output_channels: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         if gated and activation != "relu":
             raise ConfigError(f"model.backbone.activation={activation}: gated layers have no activation")
-        pixels = math.prod(image_shape)
+        pixels, shape = math.prod(image_shape), (output_channels or image_shape[0], *image_shape[1:])
         encoder = linear_layers([pixels, *hidden, encoder_outputs], activation, gated, batch_norm)
-        decoder = linear_layers([latent_dim, *reversed(hidden), pixels], activation, gated, batch_norm)
+        decoder = linear_layers([latent_dim, *reversed(hidden), math.prod(shape)], activation, gated, batch_norm)
         self.encoder = nn.Sequential(nn.Flatten(), *encoder)
-        self.decoder = nn.Sequential(*decoder, nn.Unflatten(1, tuple(image_shape)))
+        self.decoder = nn.Sequential(*decoder, nn.Unflatten(1, shape))
 
 
 class Conv(Backbone):
@@ -128,6 +144,7 @@ class Conv(Backbone):
         activation: Activation = "relu",
         padding: NonNegativeInt | Sequence[NonNegativeInt] = 1,
         batch_norm: Widths = (),
+        output_channels: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         image_channels, *size = image_shape
@@ -160,7 +177,9 @@ class Conv(Backbone):
             up = [
                 *([nn.BatchNorm2d(outs)] if norm else []),
                 activation_layer(activation),
-                nn.ConvTranspose2d(outs, ins, 3, 2, pad, output_padding=(missing[0], missing[1])),
+                nn.ConvTranspose2d(
+                    outs, ins if up else output_channels or ins, 3, 2, pad, output_padding=(missing[0], missing[1])
+                ),
                 *up,
             ]
             size = smaller
@@ -176,10 +195,13 @@ class Conv(Backbone):
 
 
 class ResidualConv(Backbone):
-    """Residual convolutions, for MNIST at 28, 14 and 7 pixels per side.
+    """Residual convolutions, for images of 28 to 64 pixels per side.
 
     Each entry of `channels` is one resolution, half of the one before, with `blocks` residual blocks (pre-activation,
-    He et al. 2016). Raises ConfigError if the sides of the image cannot be halved that often.
+    He et al. 2016). `groups` above 0 adds group normalization (Wu & He 2018). With `spatial`, the latents are feature
+    maps of the last resolution, which convolutions read and write in place of linear layers: `latent_dim` is then
+    maps · height · width. Raises ConfigError if the sides of the image cannot be halved that often, or if
+    `groups` or `latent_dim` do not fit.
     """
 
     def __init__(
@@ -189,6 +211,9 @@ class ResidualConv(Backbone):
         image_shape: Sequence[int] = (1, 28, 28),
         channels: Annotated[Widths, Field(min_length=1)] = (32, 64, 64),
         blocks: PositiveInt = 2,
+        groups: NonNegativeInt = 0,
+        spatial: bool = False,
+        output_channels: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         image_channels, height, breadth = image_shape
@@ -198,29 +223,49 @@ class ResidualConv(Backbone):
                 f"model.backbone.channels={list(channels)}: needs sides divisible by {shrink}; the images have "
                 f"{height}×{breadth} pixels"
             )
+        if groups and any(width % groups for width in channels):
+            raise ConfigError(f"model.backbone.groups={groups}: should divide all of channels={list(channels)}")
         small = (channels[-1], height // shrink, breadth // shrink)
+        positions = small[1] * small[2]
+        if spatial and (latent_dim % positions or encoder_outputs % positions):
+            raise ConfigError(
+                f"model.backbone.spatial=true: latent_dim, plus the classes of a conditional model, is {latent_dim}; "
+                f"it should be a multiple of {small[1]}·{small[2]}, the positions of the last resolution"
+            )
         down: list[nn.Module] = [nn.Conv2d(image_channels, channels[0], 3, padding=1)]
         up: list[nn.Module] = [nn.Linear(latent_dim, math.prod(small)), nn.Unflatten(1, small)]
+        if spatial:
+            maps = latent_dim // positions
+            up = [nn.Unflatten(1, (maps, *small[1:])), nn.Conv2d(maps, channels[-1], 3, padding=1)]
         for resolution, width in enumerate(channels):
             if resolution:
                 down.append(nn.Conv2d(channels[resolution - 1], width, 3, stride=2, padding=1))
-            down += [ResidualBlock(width) for _ in range(blocks)]
+            down += [ResidualBlock(width, groups) for _ in range(blocks)]
         for resolution, width in reversed(list(enumerate(channels))):
-            up += [ResidualBlock(width) for _ in range(blocks)]
+            up += [ResidualBlock(width, groups) for _ in range(blocks)]
             if resolution:
                 up.append(nn.ConvTranspose2d(width, channels[resolution - 1], 3, 2, padding=1, output_padding=1))
-        self.encoder = nn.Sequential(*down, nn.ELU(), nn.Flatten(), nn.Linear(math.prod(small), encoder_outputs))
-        self.decoder = nn.Sequential(*up, nn.ELU(), nn.Conv2d(channels[0], image_channels, 3, padding=1))
+        codes: list[nn.Module] = [nn.Flatten(), nn.Linear(math.prod(small), encoder_outputs)]
+        if spatial:
+            codes = [nn.Conv2d(channels[-1], encoder_outputs // positions, 3, padding=1), nn.Flatten()]
+        self.encoder = nn.Sequential(*down, *normalized_elu(channels[-1], groups), *codes)
+        last = nn.Conv2d(channels[0], output_channels or image_channels, 3, padding=1)
+        self.decoder = nn.Sequential(*up, *normalized_elu(channels[0], groups), last)
+
+
+def normalized_elu(channels: int, groups: int) -> list[nn.Module]:
+    """Return an ELU, after group normalization if `groups` is not 0."""
+    return [*([nn.GroupNorm(groups, channels)] if groups else []), nn.ELU()]
 
 
 class ResidualBlock(nn.Module):
     """h + conv(ELU(conv(ELU(h)))), of the same shape. It is the identity at first: the last weights start at zero."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 0) -> None:
         super().__init__()
-        last = nn.Conv2d(channels, channels, 3, padding=1)
+        last, first = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         nn.init.zeros_(last.weight)
-        self.residual = nn.Sequential(nn.ELU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ELU(), last)
+        self.residual = nn.Sequential(*normalized_elu(channels, groups), first, *normalized_elu(channels, groups), last)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.residual(h)

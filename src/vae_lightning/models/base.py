@@ -45,8 +45,9 @@ class ImageModel(LightningModule, ABC):
     """A model of images, trained on `terms(…)["loss"]`. Each epoch it logs the mean over images of every term.
 
     `backbone` is a class, a `functools.partial` of one, a spec `{"_target_": class, argument: value}`, or a pair of
-    modules; its encoder has `encoder_outputs` outputs. With `classes`, the model is conditional: both networks get the
-    label of the image, an integer from 0 to `classes` − 1.
+    modules; its encoder has `encoder_outputs` outputs, and its decoder `output_channels` per pixel, by default as many
+    as the images. With `classes`, the model is conditional: both networks get the label of the image, an integer from 0
+    to `classes` − 1.
     A subclass calls `save_settings` in its constructor, so that a checkpoint can rebuild the model. The settings of the
     optimizer are optimizer, schedule, learning_rate, weight_decay and decay_biases.
     Raises ConfigError if an argument is invalid.
@@ -65,6 +66,7 @@ class ImageModel(LightningModule, ABC):
         backbone: Networks,
         image_shape: ImageShape,
         classes: int | None = None,
+        output_channels: int | None = None,
     ) -> None:
         super().__init__()
         check_count("latent_dim", latent_dim)
@@ -72,7 +74,9 @@ class ImageModel(LightningModule, ABC):
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
         self.classes = classes or 0
-        networks = make_backbone(backbone, latent_dim + self.classes, encoder_outputs, self.image_shape)
+        self.output_shape = (output_channels or image_shape[0], *self.image_shape[1:])
+        inputs, outputs = latent_dim + self.classes, self.output_shape[0]
+        networks = make_backbone(backbone, inputs, encoder_outputs, self.image_shape, outputs)
         self.encoder: nn.Module = networks.encoder
         self.decoder: nn.Module = networks.decoder
         if classes:
@@ -138,13 +142,13 @@ class ImageModel(LightningModule, ABC):
         return outputs
 
     def decoded(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return decoder outputs `[..., *image_shape]`, float32, of z `[..., latent_dim]`. Raises ConfigError."""
+        """Return decoder outputs `[..., *output_shape]`, float32, of z `[..., latent_dim]`. Raises ConfigError."""
         inputs = [z, *self.one_hot(labels, z.shape[:-1])]
         outputs = self.decoder(*(part.reshape(-1, part.shape[-1]) for part in inputs)).float()
-        if outputs.ndim != 4 or outputs.shape[2:] != self.image_shape[1:]:
+        if outputs.shape[1:] != self.output_shape:
             raise ConfigError(
                 f"model.backbone: its decoder returns {list(outputs.shape)} for {len(outputs)} latents; "
-                f"should be {[len(outputs), *self.image_shape]}"
+                f"should be {[len(outputs), *self.output_shape]}"
             )
         return outputs.reshape(*z.shape[:-1], *outputs.shape[1:])
 
@@ -338,11 +342,14 @@ class ImageModel(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
 
+    def summary(self, split: str) -> dict[str, Tensor]:
+        """Return what is logged at the end of an epoch: the mean over images of each term."""
+        return self.means[split].compute()
+
     def _log_means(self, split: str) -> None:
-        means = self.means[split]
         # The means are over all processes already; without sync_dist Lightning would warn.
-        self.log_dict({f"{split}/{term}": value.float() for term, value in means.compute().items()}, sync_dist=True)
-        means.reset()
+        self.log_dict({f"{split}/{term}": value.float() for term, value in self.summary(split).items()}, sync_dist=True)
+        self.means[split].reset()
 
     def configure_optimizers(self) -> Any:
         trainer = self._trainer

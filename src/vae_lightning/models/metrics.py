@@ -13,7 +13,7 @@ from vae_lightning.config import ConfigError, did_you_mean
 
 # Whether lower (min) or higher (max) values of a metric are better, in every split.
 BETTER = {"loss": "min", "reconstruction": "min", "squared_error": "min", "mse": "min", "elbo": "max"}
-BETTER |= {"active_units": "max", "skipped": "min"}
+BETTER |= {"bits_per_dim": "min", "active_units": "max", "skipped": "min"}
 MONITOR = "val/loss"  # chooses the best checkpoint, and the best trial of a search
 
 

@@ -23,8 +23,8 @@ from vae_lightning.config import ConfigError, ImageShape, NonNegative, Part, Pos
 from vae_lightning.models.backbones import MLP, Networks, output_bias
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.estimators import closed_form_kl, with_free_bits
-from vae_lightning.models.inputs import Array, ShapeError, check_count
-from vae_lightning.models.likelihoods import Bernoulli, Likelihood
+from vae_lightning.models.inputs import Array, ShapeError, check_count, check_image_shape
+from vae_lightning.models.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from vae_lightning.models.posteriors import Gaussian, Posterior, PosteriorDistribution
 from vae_lightning.models.priors import Prior, StandardNormal
 
@@ -117,19 +117,21 @@ class VAE(ImageModel):
         q = build(posterior, Posterior, "model.posterior", latent_dim=latent_dim)
         if conditional and not classes:
             raise ConfigError("model.conditional=true: needs the number of classes, such as classes=10")
-        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, classes if conditional else None)
+        p = build(likelihood, Likelihood, "model.likelihood")
+        check_image_shape(image_shape)
+        given, outputs = classes if conditional else None, p.channels(image_shape[0])
+        super().__init__(latent_dim, q.encoder_outputs, backbone, image_shape, given, outputs)
         parts = {"likelihood": likelihood, "prior": prior, "posterior": posterior, "objective": objective}
         self.save_settings(backbone=backbone, **parts, optimizer=optimizer, schedule=schedule)
         self.beta, self.data_bias = beta, data_bias
-        self.posterior = q
-        self.likelihood = build(likelihood, Likelihood, "model.likelihood")
+        self.posterior, self.likelihood = q, p
         self.prior = build(prior, Prior, "model.prior", latent_dim=latent_dim, image_shape=image_shape)
         if conditional and self.prior.encodes_images:
             name = type(self.prior).__name__
             raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior")
         if self.prior.encodes_images:
             self.prior.posterior_given = self.posterior_given
-        self.needs_images = data_bias or type(self.prior).initialize is not Prior.initialize
+        self.needs_images = data_bias or p.needs_images or type(self.prior).initialize is not Prior.initialize
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
 
@@ -179,10 +181,21 @@ class VAE(ImageModel):
         return self.objective(self, x, labels, epoch)
 
     def initialize(self, images: Tensor) -> None:
-        """Initialize the prior, and with `data_bias` the decoder's bias, from training images."""
+        """Initialize prior and likelihood, and with `data_bias` the decoder's bias, from training images."""
         self.prior.initialize(images)
+        self.likelihood.initialize(images)
         if self.data_bias:
-            self.likelihood.initialize(output_bias(self.decoder), images)
+            self.likelihood.initialize_bias(output_bias(self.decoder), images)
+
+    def check_batch(self, x: Tensor, labels: Tensor | None) -> None:
+        super().check_batch(x, labels)
+        self.likelihood.check_images(x)
+
+    def summary(self, split: str) -> dict[str, Tensor]:
+        """Add the bits per dimension of the ELBO, for likelihoods of 8-bit pixels."""
+        means = super().summary(split)
+        bits = bits_per_dim(self.likelihood, -means["elbo"], self.image_shape) if "elbo" in means else None
+        return means if bits is None else means | {"bits_per_dim": bits}
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, labels: Array | None = None) -> Tensor:

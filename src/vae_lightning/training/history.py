@@ -85,12 +85,12 @@ def epoch_line(row: dict[str, Any], epochs: int | None) -> str:
 
 
 def format_terms(terms: dict[str, float]) -> str:
-    """Format terms as `loss 110.21  reconstruction 90.10 …`: nats to two decimals, errors per pixel to four digits.
+    """Format terms as `loss 110.21  reconstruction 90.10 …`: nats to two decimals, values per pixel to four digits.
 
     Leaves out `elbo` where it is the negative of the loss.
     """
     return "  ".join(
-        f"{name} {value:.4g}" if terms.get("mse") == value else f"{name} {value:.2f}"
+        f"{name} {value:.4g}" if name == "bits_per_dim" or terms.get("mse") == value else f"{name} {value:.2f}"
         for name, value in terms.items()
         if name != "elbo" or value != -terms["loss"]
     )
