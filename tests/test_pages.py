@@ -30,7 +30,7 @@ PAGES = [page for page in LINKED if page != "docs/changelog.md"]  # old entries 
 WORKED_OUT = ("two_level", "transformer", "second_stage")  # guides to whole models, which take more lines than a part
 # Run by make proof.
 LONG = (
-    *("docs/quickstart.md", "docs/running.md", "docs/guides/conditional.md"),
+    *("docs/quickstart.md", "docs/running.md", "docs/resume.md", "docs/guides/conditional.md"),
     *(f"docs/guides/{name}.md" for name in WORKED_OUT),
 )
 GENERATED = ("docs/configuration.md", "docs/tutorial.md")  # by docs/write_pages.py; commands are checked but not run
@@ -52,6 +52,7 @@ NOT_RUN = {
     r"vae export ": "takes ten seconds; test_exporting.py",
     r"docs/tutorial\.py": "takes minutes; test_tutorial.py",
     r"benchmarks/": "takes hours",
+    r"experiment=cifar10": "takes minutes without a GPU; test_experiments.py",
     r"generate walk ": "takes ten seconds; test_generation.py",
     r"\$\{": "needs variables of the shell script around it",
 }
