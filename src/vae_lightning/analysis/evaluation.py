@@ -458,7 +458,7 @@ def evaluation_file(run: RunDirectory, content: dict[str, Any]) -> Path:
 
 
 def write_evaluation(run: RunDirectory, content: dict[str, Any], values: Tensor, curve: Figure) -> dict[str, Any]:
-    """Write `content` to its `evaluation_file`, and return what was written.
+    """Write `content` to its `evaluation_file`, and return it.
 
     The CSV file has `values` `[images, 2]`, the log likelihood of each image and its standard error. evaluation.json,
     evaluation.csv and figures/nll_curve.png are written too for the best checkpoint on the test set, unless they have

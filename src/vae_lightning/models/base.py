@@ -343,7 +343,7 @@ class ImageModel(LightningModule, ABC):
         self._log_means("test")
 
     def summary(self, split: str) -> dict[str, Tensor]:
-        """Return what is logged at the end of an epoch: the mean over images of each term."""
+        """Return the metrics of an epoch: the mean over images of each term."""
         return self.means[split].compute()
 
     def _log_means(self, split: str) -> None:
