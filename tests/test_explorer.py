@@ -21,6 +21,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from vae_lightning.analysis.axes import codes_and_kl, latent_axes
 from vae_lightning.analysis.explorer import make_application, normalize_drawing
 from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.runs.loading import open_run
@@ -48,13 +49,13 @@ def coloured(images: torch.Tensor) -> torch.Tensor:
 
 # The runs that the page is tried on: their words, and how many latent dimensions they have.
 RUNS = {
-    "two": (["model.latent_dim=2"], 2),
-    "many": (["model.latent_dim=200"], 200),
-    "conditional": (["model.latent_dim=3", "model.conditional=true"], 3),
+    "two": (["model.latent_dim=2", "model.backbone.hidden=[64]"], 2),
+    "many": (["model.latent_dim=200", "model.backbone.hidden=[64]"], 200),
+    "conditional": (["model.latent_dim=3", "model.backbone.hidden=[64]", "model.conditional=true"], 3),
     "colour": (
         [
             *("data._target_=test_explorer.Coloured", f"data.root={DATA}", "data.val_size=100", "data.batch_size=20"),
-            *("model/backbone=residual_conv", "~model.backbone.hidden", "model.backbone.channels=[8,8]"),
+            *("model/backbone=residual_conv", "model.backbone.channels=[8,8]"),
             *("model.backbone.groups=2", "model.backbone.spatial=true", "model.latent_dim=280"),
             "model/likelihood=discretized_logistic",
         ],
@@ -67,9 +68,11 @@ RUNS = {
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run, trained with the words of an indirect parameter."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1"]
-    words = ["model.latent_dim=3", "model.backbone.hidden=[64]", "figures.every=0", "figures.embedded=0", *limits]
+    limits += ["trainer.limit_test_batches=1", "figures.every=0", "figures.embedded=0"]
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train(composed(*words, *getattr(request, "param", []), "trainer.limit_test_batches=1"), directory)
+    train(
+        composed(*getattr(request, "param", ["model.latent_dim=3", "model.backbone.hidden=[64]"]), *limits), directory
+    )
     return directory
 
 
@@ -307,7 +310,7 @@ def open_image(browser: webdriver.Chrome, file: Path, width: int, height: int) -
     pixels = np.full((height, width, 3), (255, 0, 0), np.uint8)
     pixels[height // 2 :: 3] = 255
     Image.fromarray(pixels).save(file)
-    browser.execute_script("$('centre').checked = false")
+    browser.execute_script("$('normalize').checked = false")
     browser.find_element(By.ID, "file").send_keys(str(file))
 
 
@@ -371,6 +374,22 @@ def test_invalid_requests_get_one_line_and_other_origins_are_refused(
         assert line in refused.err
     monkeypatch.setattr("aiohttp.web.run_app", lambda *_, print, **__: print())
     assert script("vae", "explore", trained, "--port", "8001").out == "http://127.0.0.1:8001    (stop with Ctrl-C)\n"
+
+
+def test_axes_are_orthogonal_and_have_a_length(trained: Path) -> None:
+    run = open_run(trained, "cpu")
+    codes, kl = codes_and_kl(run)
+    assert kl is not None
+    tested = json.loads((trained / "metrics.json").read_text())["test/kl"]  # of the first batch
+    assert kl.sum().item() == pytest.approx(tested, rel=0.2)
+    for axes in latent_axes(run, codes, kl).values():
+        u = torch.randn(5, 3)
+        assert axes.coordinates(axes.center + u @ axes.axes, [2, 0]) == pytest.approx(u[:, [2, 0]], abs=1e-4)
+        assert axes.values == sorted(axes.values, reverse=True)
+    collapsed = latent_axes(run, torch.zeros(50, 3), None)
+    text = json.dumps([axes.described() for axes in collapsed.values()])
+    assert "NaN" not in text
+    assert all(any(axis["by"]) for axes in json.loads(text) for axis in axes["axes"])
 
 
 def test_a_drawing_is_scaled_and_centered_as_mnist_digits_are() -> None:

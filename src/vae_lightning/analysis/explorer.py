@@ -1,15 +1,13 @@
 """Serve a web page to explore latent space: move, interpolate, paint or open an image. The page is explorer.html.
 
-The page holds a point z `[latent_dim]` and moves it along axes: the latent dimensions, most active first, or the
-principal directions of the codes of the test set, each one standard deviation long. The map shows two axes, sliders
-show all. The server decodes z, and computes where the test images are on the map.
+The page holds a point z `[latent_dim]` and moves it along the axes of axes.py. The map shows two of them, sliders show
+all. The server decodes z, and computes where the test images are on the map.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -19,14 +17,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vae_lightning.analysis.generation import latent_center_and_deviation
+from vae_lightning.analysis.axes import Axes, codes_and_kl, latent_axes, rounded
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
 from vae_lightning.figures import CLASS_COLOURS, displayable
-from vae_lightning.models.estimators import active_units, closed_form_kl
 from vae_lightning.models.inputs import as_tensor
-from vae_lightning.models.latents import principal_directions
-from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
 
@@ -36,8 +31,6 @@ if TYPE_CHECKING:
 LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1"}
 ALL_INTERFACES = {"0.0.0.0", "::"}  # requests may then use any name of this machine
 MAP_IMAGES = 3_000  # test images on the map
-DIRECTIONS = 20  # principal directions to choose from
-MOST_FOR_DIRECTIONS = 1_024  # latent dimensions, beyond which principal directions take long to compute
 LARGEST_REQUEST = 2**26  # bytes; an image of 512×512 in colour takes 6 MB as text
 
 
@@ -89,8 +82,8 @@ def make_application(run: Run, host: str) -> web.Application:
     from aiohttp import web
 
     model, images, labels = run.model, run.data.test_images, run.data.test_labels
-    codes = model.all_codes(images, labels)
-    axes = latent_axes(run, codes)
+    codes, kl = codes_and_kl(run)
+    axes = latent_axes(run, codes, kl)
     routes = web.RouteTableDef()
 
     @web.middleware
@@ -148,7 +141,7 @@ def make_application(run: Run, host: str) -> web.Application:
         if x.numel() != (n := math.prod(model.image_shape)):
             raise UserError(f"image: should be a list of {n} numbers")
         x = x.reshape(model.image_shape).clamp(0, 1)
-        x = model.images(normalize_drawing(x) if given.get("centre") else x)
+        x = model.images(normalize_drawing(x) if given.get("normalize") else x)
         z = model.codes(x, y)[0]
         nearest = (codes - z).square().sum(dim=1).topk(min(5, len(codes)), largest=False).indices.tolist()
         return web.json_response(
@@ -174,74 +167,6 @@ async def read_json(request: web.Request, name: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         pass
     raise UserError(f"{request.path}: should be JSON, an object with a list as {name}")
-
-
-@dataclass
-class Axes:
-    """Orthogonal axes of latent space, each one standard deviation long."""
-
-    center: Tensor  # [latent_dim]
-    axes: Tensor  # [n, latent_dim]
-    names: list[str]
-    values: list[float]  # of each axis: KL, variance or share of the variance
-    about: str  # the axes and their values, for people
-
-    def coordinates(self, z: Tensor, chosen: list[int]) -> Tensor:
-        """Return the coordinates of latents `[n, latent_dim]` on the chosen axes, `[n, len(chosen)]`."""
-        axes = self.axes[chosen]
-        return (z - self.center) @ (axes / axes.square().sum(dim=1, keepdim=True)).T
-
-    def described(self) -> dict[str, Any]:
-        """Return the axes for the page. Of each, only the entries that are not 0: an axis of `dimensions` has one."""
-        entries = [axis.nonzero()[:, 0] for axis in self.axes]
-        axes = [{"at": at.tolist(), "by": rounded(axis[at])} for axis, at in zip(self.axes, entries, strict=True)]
-        return {"center": rounded(self.center), "axes": axes} | {
-            name: getattr(self, name) for name in ("names", "values", "about")
-        }
-
-
-def latent_axes(run: Run, codes: Tensor) -> dict[str, Axes]:
-    """Return the axes to choose from: latent dimensions, and principal directions of more than two of them."""
-    center, deviation = latent_center_and_deviation(run)
-    d = codes.shape[1]
-    kl, variances = kl_of_dimensions(run), codes.var(dim=0)
-    values, what = (variances, "variance of the codes") if kl is None else (kl, "KL in nats per image")
-    order = [0, 1] if d == 2 else values.argsort(descending=True).tolist()  # the map of two is the latent space
-    axes = {
-        "dimensions": Axes(
-            center,
-            torch.diag(deviation)[order],
-            [f"z{dimension + 1}" for dimension in order],
-            rounded(values[order]),
-            f"{d} latent dimensions, {active_units(codes)} active; {what}",
-        )
-    }
-    if 2 < d <= MOST_FOR_DIRECTIONS:
-        directions, deviations = principal_directions(codes)
-        shares = 100 * deviations.square() / variances.sum()
-        axes["principal directions"] = Axes(
-            codes.mean(dim=0),
-            (directions * deviations.clamp_min(1e-6)[:, None])[:DIRECTIONS],
-            [f"direction {i + 1}" for i in range(min(d, DIRECTIONS))],
-            rounded(shares[:DIRECTIONS]),
-            "principal directions of the codes; % of their variance",
-        )
-    return axes
-
-
-def kl_of_dimensions(run: Run) -> Tensor | None:
-    """Return KL(q(z|x) ‖ p(z)) of each latent dimension, the mean over test images in nats, `[latent_dim]`.
-
-    None for an autoencoder, and for a KL that is no sum over dimensions.
-    """
-    model, data = run.model, run.data
-    if not isinstance(model, VAE):
-        return None
-    prior = model.prior_distribution()
-    batches = zip(data.test_images.split(1_000), data.test_labels.to(model.device).split(1_000), strict=True)
-    parts = [closed_form_kl(model.encode(x, y), prior) for x, y in batches]
-    found = [part for part in parts if part is not None and part.shape[1] == model.latent_dim]
-    return torch.cat(found).mean(dim=0) if found else None
 
 
 def describe(run: Run, axes: dict[str, Axes]) -> dict[str, Any]:
@@ -285,11 +210,6 @@ def normalize_drawing(drawing: Tensor) -> Tensor:
     placed = torch.zeros_like(drawing)
     placed[:, y : y + size[0], x : x + size[1]] = small
     return placed
-
-
-def rounded(values: Tensor) -> Any:
-    """Return numbers as nested lists, short as text."""
-    return values.double().round(decimals=5).tolist()
 
 
 def as_bytes(images: Tensor) -> bytes:
