@@ -127,12 +127,15 @@ def text(browser: webdriver.Chrome, name: str) -> str:
 
 def check_page(browser: webdriver.Chrome) -> None:
     """Nothing is wider than the screen, nothing is cut off, and nothing went wrong."""
-    wider = "return [document.documentElement.scrollWidth, innerWidth]"
-    scroll, width = browser.execute_script(wider)
-    assert scroll <= width
+    # Not innerWidth, which grows on a phone that zooms out to show a page that is too wide.
+    needed, width = browser.execute_script(
+        "const {scrollWidth, clientWidth} = document.documentElement; return [scrollWidth, clientWidth]"
+    )
+    assert needed <= width
     cut = """
+    const root = document.documentElement;
     const texts = document.querySelectorAll("h1, h2, p, button, figcaption, select, label, output");
-    const isCut = e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth;
+    const isCut = e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > root.clientWidth;
     return [...texts].filter(e => e.offsetParent && isCut(e)).map(e => e.outerHTML.slice(0, 100));
     """
     assert browser.execute_script(cut) == []
