@@ -27,6 +27,11 @@ from vae_lightning.files import atomic_write
 COLOURS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadb".split()
 # The same colours, ordered so that digits that are close in latent space (3, 5, 8; 4, 7, 9) differ most.
 DIGIT_COLOURS = "#e76300 #a96b59 #b9ac70 #bd1f01 #832db6 #92dadb #94a4a2 #3f90da #717581 #ffa90e".split()
+# Ten classes: nine colours that colour-blind readers can distinguish, and grey (Paul Tol's scheme "muted").
+CLASS_COLOURS = (
+    *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933"),
+    *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777"),
+)
 SCALE = 3  # screen pixels for each image pixel in a saved grid
 
 

@@ -1,8 +1,7 @@
-"""Serve a web page to explore latent space with the mouse: drag, hover, draw. The page is explorer.html.
+"""Serve a web page to explore latent space: move, interpolate, paint or open an image. The page is explorer.html.
 
-The page has coordinates u `[latent_dim]`, and z = center + Σ uᵢ axesᵢ. The axes are the latent dimensions, most active
-first, or the principal directions of the codes of the test set, each with a length of one standard deviation. The map
-shows two axes, sliders the others. The page computes z, and the server decodes it.
+The page holds a point z `[latent_dim]` and moves it along the axes of axes.py. The map shows two of them, sliders show
+all. The server decodes z, and computes where the test images are on the map.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vae_lightning.analysis.generation import latent_center_and_deviation
+from vae_lightning.analysis.axes import Axes, codes_and_kl, latent_axes, rounded
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
-from vae_lightning.figures import DIGIT_COLOURS, displayable
-from vae_lightning.models.latents import by_activity, principal_directions
+from vae_lightning.figures import CLASS_COLOURS, displayable
+from vae_lightning.models.inputs import as_tensor
 from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1"}
 ALL_INTERFACES = {"0.0.0.0", "::"}  # requests may then use any name of this machine
 MAP_IMAGES = 3_000  # test images on the map
+LARGEST_REQUEST = 2**26  # bytes; an image of 512×512 in colour takes 6 MB as text
 
 
 def explore_run(
@@ -41,7 +41,7 @@ def explore_run(
     port: Annotated[int, Field(ge=1, le=65535)] = 8000,
     data_root: str | None = None,
 ) -> None:
-    """Serve a web page that shows the latent space of a trained run: drag, hover, draw a digit.
+    """Serve a web page that shows the latent space of a trained run: move, interpolate, paint or open an image.
 
         pip install -e '.[explore]'
         vae explore outputs/…                # then open http://127.0.0.1:8000
@@ -75,14 +75,15 @@ def explore_run(
 
 @torch.inference_mode()
 def make_application(run: Run, host: str) -> web.Application:
-    """Return the application: the page, /state, /decode, /image/{index} and /encode.
+    """Return the application: the page, /state, /points/{axes}/{across}/{up}, /decode, /image/{index} and /encode.
 
     It refuses requests for another host's name, or from a page of another origin.
     """
     from aiohttp import web
 
     model, images, labels = run.model, run.data.test_images, run.data.test_labels
-    codes = model.all_codes(images, labels)
+    codes, kl = codes_and_kl(run)
+    axes = latent_axes(run, codes, kl)
     routes = web.RouteTableDef()
 
     @web.middleware
@@ -108,84 +109,81 @@ def make_application(run: Run, host: str) -> web.Application:
 
     @routes.get("/state")
     async def state(request: web.Request) -> web.Response:
-        return web.json_response(describe(run, codes))
+        return web.json_response(describe(run, axes))
+
+    @routes.get(r"/points/{axes}/{across:\d{1,9}}/{up:\d{1,9}}")
+    async def points(request: web.Request) -> web.Response:
+        found = axes.get(request.match_info["axes"])
+        plane = [int(request.match_info[name]) for name in ("across", "up")]
+        if found is None or max(plane) >= len(found.names):
+            raise UserError(f"{request.path}: should be one of {', '.join(axes)}, and the numbers of two of its axes")
+        return web.json_response(rounded(found.coordinates(codes[:MAP_IMAGES], plane)))
 
     @routes.post("/decode")
     async def decode(request: web.Request) -> web.Response:
-        z = await numbers(request, "z", model.latent_dim)
-        y = (await request.json()).get("y")  # the chosen class of a conditional model
-        return web.Response(body=as_bytes(model.decode_images(z, y)), content_type="application/octet-stream")
+        given = await read_json(request, "z")  # with the chosen class y of a conditional model
+        decoded = model.decode_images(given["z"], given.get("y")).reshape(-1, *model.image_shape)
+        return web.Response(body=as_bytes(decoded), content_type="application/octet-stream")
 
-    @routes.get(r"/image/{index:\d+}")
+    @routes.get(r"/image/{index:\d{1,9}}")
     async def image(request: web.Request) -> web.Response:
         index = int(request.match_info["index"])
         if index >= len(images):
             raise UserError(f"{index}: should be an index from 0 to {len(images) - 1}, of a test image")
-        x = model.images(images[index])
-        reconstruction = model.reconstruct(x, labels[index : index + 1].to(model.device))
-        return web.json_response({"image": as_base64(x[0]), "reconstruction": as_base64(reconstruction[0])})
+        reconstruction = model.decode_images(codes[index], labels[index])
+        shown = {"image": as_base64(images[index]), "reconstruction": as_base64(reconstruction)}
+        return web.json_response(shown | {"z": rounded(codes[index])})
 
     @routes.post("/encode")
     async def encode(request: web.Request) -> web.Response:
-        drawn = await numbers(request, "image", math.prod(model.image_shape))
-        x = model.images(normalize_drawing(drawn.reshape(model.image_shape).clamp(0, 1)))
-        y = (await request.json()).get("y")
+        given = await read_json(request, "image")
+        x, y = as_tensor(given["image"], "image").float(), given.get("y")
+        if x.numel() != (n := math.prod(model.image_shape)):
+            raise UserError(f"image: should be a list of {n} numbers")
+        x = x.reshape(model.image_shape).clamp(0, 1)
+        x = model.images(normalize_drawing(x) if given.get("normalize") else x)
         z = model.codes(x, y)[0]
-        nearest = (codes - z).square().sum(dim=1).topk(5, largest=False).indices.tolist()
+        nearest = (codes - z).square().sum(dim=1).topk(min(5, len(codes)), largest=False).indices.tolist()
         return web.json_response(
             {
-                "z": z.tolist(),
+                "z": rounded(z),
                 "seen": as_base64(x[0]),
                 "reconstruction": as_base64(model.decode_images(z, y)),
                 "nearest": [{"image": as_base64(images[i]), "label": int(labels[i])} for i in nearest],
             }
         )
 
-    application = web.Application(middlewares=[check_request])
+    application = web.Application(middlewares=[check_request], client_max_size=LARGEST_REQUEST)
     application.add_routes(routes)
     return application
 
 
-async def numbers(request: web.Request, name: str, n: int) -> Tensor:
-    """Return the n numbers `[n]` under `name` in a request's JSON. Raises UserError for another number of them."""
-    given = (await request.json())[name]
-    if len(given) != n:
-        raise UserError(f"{name}: should be a list of {n} numbers")
-    return torch.tensor(given, dtype=torch.float32)
+async def read_json(request: web.Request, name: str) -> dict[str, Any]:
+    """Return a request's JSON, an object with a list under `name`. Raises UserError for anything else."""
+    try:
+        given = await request.json()
+        if isinstance(given[name], list):
+            return given
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{request.path}: should be JSON, an object with a list as {name}")
 
 
-def describe(run: Run, codes: Tensor) -> dict[str, Any]:
-    """Return the state of the page: a title, two sets of axes, and the codes and labels of test images."""
-    center, deviation = latent_center_and_deviation(run)
-    directions, deviations = principal_directions(codes)
-    two_dimensional = codes.shape[1] == 2
-    n_classes = max(run.model.classes, int(run.data.test_labels.max()) + 1)
-    order = [0, 1] if two_dimensional else by_activity(codes)
-    bases = {
-        "dimensions": {
-            "center": center.tolist(),
-            "axes": torch.diag(deviation)[order].tolist(),
-            "names": [f"z{dimension + 1}" for dimension in order],
-        },
-        "principal": {
-            "center": codes.mean(dim=0).tolist(),
-            "axes": (directions * deviations.clamp_min(1e-6)[:, None]).tolist(),
-            "names": [f"direction {i + 1}" for i in range(len(directions))],
-        },
-    }
-    if two_dimensional:  # the map shows the complete latent space
-        del bases["principal"]
+def describe(run: Run, axes: dict[str, Axes]) -> dict[str, Any]:
+    """Return the state of the page: the run, its images and classes, the axes, and the labels of test images."""
+    model, data = run.model, run.data
+    n_classes = max(model.classes, int(data.test_labels.max()) + 1)
+    pixels = described(data.pixels, data.image_shape[0])
     return {
-        "title": f"{run.directory.path.name}: {type(run.model).__name__}, latent_dim {run.model.latent_dim}, "
-        f"{run.data.dataset}, {described(run.data.pixels, run.data.image_shape[0])} pixels",
-        "shape": list(run.model.image_shape),
-        "shown": list(displayable(torch.zeros(1, *run.model.image_shape)).shape[1:]),
-        "classes": run.model.classes,  # to choose from; 0 if the model is not conditional
-        "bases": bases,
-        "codes": [[round(value, 4) for value in code] for code in codes[:MAP_IMAGES].tolist()],
-        "labels": run.data.test_labels[:MAP_IMAGES].tolist(),
-        "names": [run.data.class_name(label) for label in range(n_classes)],
-        "colours": DIGIT_COLOURS,
+        "name": run.directory.path.name,
+        "about": f"{type(model).__name__}, latent_dim {model.latent_dim}, {data.dataset}, {pixels} pixels",
+        "shape": list(model.image_shape),
+        "shown": list(displayable(torch.zeros(1, *model.image_shape)).shape[1:]),
+        "classes": model.classes,  # to choose from; 0 if the model is not conditional
+        "axes": {name: found.described() for name, found in axes.items()},
+        "labels": data.test_labels[:MAP_IMAGES].tolist(),
+        "names": [data.class_name(label) for label in range(n_classes)],
+        "colours": CLASS_COLOURS,
     }
 
 
@@ -214,13 +212,14 @@ def normalize_drawing(drawing: Tensor) -> Tensor:
     return placed
 
 
-def as_bytes(image: Tensor) -> bytes:
-    """Return an image `[channels, height, width]`, bytes or floats in [0, 1], as shown: one byte per value, by rows."""
-    image = displayable(image.unsqueeze(0))[0]
-    if image.dtype != torch.uint8:
-        image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-    return image.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+def as_bytes(images: Tensor) -> bytes:
+    """Return images `[n, channels, height, width]`, bytes or floats in [0, 1], as shown: a byte per value, by rows."""
+    images = displayable(images)
+    if images.dtype != torch.uint8:
+        images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes()
 
 
 def as_base64(image: Tensor) -> str:
-    return base64.b64encode(as_bytes(image)).decode()
+    """Return an image `[channels, height, width]` as shown."""
+    return base64.b64encode(as_bytes(image.unsqueeze(0))).decode()

@@ -1,0 +1,92 @@
+"""Axes to explore latent space along: the latent dimensions, most active first, and the principal directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_lightning.analysis.evaluation import posteriors
+from vae_lightning.analysis.generation import latent_center_and_deviation
+from vae_lightning.models.estimators import active_units, closed_form_kl
+from vae_lightning.models.latents import principal_directions
+from vae_lightning.models.vae import VAE
+from vae_lightning.runs.loading import Run
+
+DIRECTIONS = 20  # principal directions to choose from
+MOST_FOR_DIRECTIONS = 1_024  # latent dimensions, beyond which principal directions take long to compute
+SHORTEST = 1e-6  # length of an axis along which the codes do not vary
+
+
+@dataclass
+class Axes:
+    """Orthogonal axes of latent space, each one standard deviation long."""
+
+    center: Tensor  # [latent_dim]
+    axes: Tensor  # [n, latent_dim]
+    names: list[str]
+    values: list[float]  # of each axis: KL, variance or share of the variance
+    about: str  # the axes and their values, for people
+
+    def coordinates(self, z: Tensor, chosen: list[int]) -> Tensor:
+        """Return the coordinates of latents `[n, latent_dim]` on the chosen axes, `[n, len(chosen)]`."""
+        axes = self.axes[chosen]
+        return (z - self.center) @ (axes / axes.square().sum(dim=1, keepdim=True)).T
+
+    def described(self) -> dict[str, Any]:
+        """Return the axes for the page. Of each, only the entries that are not 0: an axis of `dimensions` has one."""
+        entries = [axis.nonzero()[:, 0] for axis in self.axes]
+        axes = [{"at": at.tolist(), "by": rounded(axis[at])} for axis, at in zip(self.axes, entries, strict=True)]
+        return {"center": rounded(self.center), "axes": axes} | {
+            name: getattr(self, name) for name in ("names", "values", "about")
+        }
+
+
+def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
+    """Return the axes to choose from: latent dimensions, and principal directions of more than two of them."""
+    center, deviation = latent_center_and_deviation(run)
+    d = codes.shape[1]
+    variances = codes.var(dim=0)
+    values, what = (variances, "variance of the codes") if kl is None else (kl, "KL in nats per image")
+    order = [0, 1] if d == 2 else values.argsort(descending=True).tolist()  # the map of two is the latent space
+    axes = {
+        "dimensions": Axes(
+            center,
+            torch.diag(deviation.clamp_min(SHORTEST))[order],
+            [f"z{dimension + 1}" for dimension in order],
+            rounded(values[order]),
+            f"{d} latent dimensions, {active_units(codes)} active; {what}",
+        )
+    }
+    if 2 < d <= MOST_FOR_DIRECTIONS:
+        directions, deviations = principal_directions(codes)
+        shares = 100 * deviations.square() / variances.sum().clamp_min(SHORTEST)
+        axes["principal directions"] = Axes(
+            codes.mean(dim=0),
+            (directions * deviations.clamp_min(SHORTEST)[:, None])[:DIRECTIONS],
+            [f"direction {i + 1}" for i in range(min(d, DIRECTIONS))],
+            rounded(shares[:DIRECTIONS]),
+            "principal directions of the codes; % of their variance",
+        )
+    return axes
+
+
+def codes_and_kl(run: Run) -> tuple[Tensor, Tensor | None]:
+    """Return the codes of the test images, `[n, latent_dim]`, and KL(q(z|x) ‖ p(z)) of each latent dimension in nats.
+
+    The KL is the mean over images, `[latent_dim]`: None for an autoencoder, and if it is no sum over dimensions.
+    """
+    model, images, labels = run.model, run.data.test_images, run.data.test_labels
+    if not isinstance(model, VAE):
+        return model.all_codes(images, labels), None
+    parts, prior = posteriors(model, images, labels), model.prior_distribution()
+    kl = [found for q in parts if (found := closed_form_kl(q, prior)) is not None]
+    each = bool(kl) and kl[0].shape[1] == model.latent_dim
+    return torch.cat([q.mean for q in parts]), torch.cat(kl).mean(dim=0) if each else None
+
+
+def rounded(values: Tensor) -> Any:
+    """Return numbers as nested lists, short as text."""
+    return values.double().round(decimals=7).tolist()
