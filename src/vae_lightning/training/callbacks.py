@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vae_lightning import figures
-from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError
 from vae_lightning.data.mapped import Images
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
@@ -37,13 +37,12 @@ class TrainingError(UserError):
 class NonFiniteGuard(Callback):
     """Stop a run whose loss or weights become NaN or infinite, before a checkpoint is written from it.
 
-    Each check covers all steps since the last one and names the first bad step. A check makes a GPU wait, so there it
-    runs only at the steps that Lightning logs, at the end of each epoch, and before saving. Raises TrainingError.
+    Each check covers all steps since the last one and names the first bad step. A check makes a GPU wait, so it runs
+    only at the steps that Lightning logs, at the end of each epoch, and before saving. Raises TrainingError.
     """
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        logged = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
-        if trainer.strategy.root_device.type == "cpu" or trainer.global_step % logged == 0:
+        if trainer.global_step % (trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             self._check(trainer, module, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -57,6 +56,7 @@ class NonFiniteGuard(Callback):
         self.on_train_epoch_end(trainer, module)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "train")  # whose NaN is the reason
         self._check(trainer, module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -178,6 +178,12 @@ class Figures(Callback):
     samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)
     points: Sequence[Sequence[float]] = ()
     embedded: NonNegativeInt = 1_000  # test images whose codes are shown in TensorBoard's projector
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        assert isinstance(module, ImageModel)
+        for point in self.points:
+            if len(point) != (d := module.latent_dim):
+                raise ConfigError(f"figures.points={point}: each point has model.latent_dim={d} coordinates")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, ImageModel)

@@ -78,7 +78,8 @@ class FastLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         callback = self.progress_callback
         # After a restart, and where the callback saves or stops, the next step must be Lightning's.
-        due = callback is not None and any(callback.due(self.trainer, self.batch_progress.current.ready))
+        batches = self.batch_progress.current.ready
+        due = callback is not None and (callback.restored or any(callback.due(self.trainer, batches)))
         if not (self.reason or self.restarting or due):
             self._run_steps(data_fetcher)
         super().advance(data_fetcher)

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import yaml
@@ -95,8 +96,7 @@ def train(
         # 3. Loggers, callbacks and trainer
         checkpoint = load_last(run) if resume else None
         loggers = make_loggers(c.logger, run, resume, checkpoint)
-        validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
-        options = c.trainer | ({} if validates else {"limit_val_batches": 0})
+        options = c.trainer | ({} if data.val_size else {"limit_val_batches": 0})
         interval = Interval.parse(options.pop("checkpoint_every", None))
         saves = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
         history = History(run.history_file, options["max_epochs"])
@@ -105,18 +105,14 @@ def train(
         best = ModelCheckpoint(
             run.checkpoints, filename=name, monitor=MONITOR, mode=better(MONITOR), enable_version_counter=False
         )
-        ours = [make_figures(c.figures, run, model), progress, *([best] if saves and validates else []), *callbacks]
+        drawn = build(partial(Figures, **c.figures), Figures, "figures", directory=run.figures)
+        ours = [drawn, progress, *([best] if saves and options["limit_val_batches"] != 0 else []), *callbacks]
         ours += [LearningRateMonitor("epoch")] if c.model.get("schedule") else []
         check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
         trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
         check_test_batches(trainer, data)
 
         # 4. The description of the run
-        if trainer.precision == "bf16-mixed" and "bf16" not in str(options["precision"]):  # on a CPU, for 16-mixed
-            c.trainer["precision"] = trainer.precision
-            config = asdict(c)
-            if is_first and not resume:
-                run.write_config(config)
         if is_first:
             environment = describe_environment(model, trainer.strategy.root_device, data)
             if resume:
@@ -141,8 +137,8 @@ def train(
                 trainer.save_checkpoint(first.last_checkpoint, weights_only=False)
             if not best.best_model_path and is_first:
                 # No validation images, or a run that ended before its first validation.
-                with atomic_write(run.best_checkpoint) as partial:
-                    shutil.copyfile(run.last_checkpoint, partial)
+                with atomic_write(run.best_checkpoint) as file:
+                    shutil.copyfile(run.last_checkpoint, file)
             trainer.strategy.barrier()
             # Not by Lightning, which with averaged weights would test those of the optimizer.
             tested = load_checkpoint(first.best_checkpoint)
@@ -156,16 +152,6 @@ def train(
         if is_first:
             write_results(c, run, results, trainer, history)
         return results
-
-
-def make_figures(options: dict[str, Any], run: RunDirectory, model: ImageModel) -> Figures:
-    """Build the callback that draws figures. Raises ConfigError; `figures.points` must be latents of the model."""
-    options = options | {"directory": run.figures}
-    check_arguments(Figures, options, "figures")
-    wrong = [point for point in options.get("points", ()) if len(point) != model.latent_dim]
-    if wrong:
-        raise ConfigError(f"figures.points={wrong[0]}: each point has model.latent_dim={model.latent_dim} coordinates")
-    return Figures(**options)
 
 
 def check_test_batches(trainer: Trainer, data: ImageDataModule) -> None:

@@ -113,6 +113,8 @@ def make_trainer(
         trainer = Trainer(**options, callbacks=ours, logger=loggers, default_root_dir=run.path)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if trainer.precision == "bf16-mixed" and str(precision) in ("16", "16-mixed"):
+        raise ConfigError(f"trainer.precision={precision}: Lightning needs a GPU for it. Allowed here: bf16-mixed")
     if fast_loop:
         try:
             from vae_lightning.training.fast_loop import install
