@@ -129,8 +129,10 @@ def held_out_images(trainer: Trainer) -> tuple[Images, Tensor]:
 
 
 class Health(Callback):
-    """Log active units and the largest and smallest KL per dimension each epoch; warn once of posterior collapse.
+    """Log the norm of the gradient, and each epoch the state of the VAE; warn once of posterior collapse.
 
+    The norm, before clipping, is that of the steps that Lightning logs (trainer.log_every_n_steps). Each epoch has
+    active units, the largest and smallest KL per dimension, the weight of the KL, and a learnt scale of the likelihood.
     The KL is from N(0, I), in nats, whatever the prior. It is measured on up to 2,000 validation (or training) images,
     which takes about 1 % of an epoch; `vae evaluate` counts active units on the test set. A unit is active if
     Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
@@ -141,6 +143,12 @@ class Health(Callback):
     def __init__(self) -> None:
         self.warned = False
 
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            module.log("health/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, VAE):
@@ -150,14 +158,18 @@ class Health(Callback):
         posterior = module.encode(images, labels.to(module.device))
         module.train()
         active = active_units(posterior.mean)
-        metrics = {"health/active_units": active.float()}
+        metrics: dict[str, float | Tensor | None] = {
+            "health/active_units": active.float(),
+            "health/kl_weight": module.objective.kl_weight(module, module.epochs_trained()),
+            "health/scale": module.likelihood.learnt_scale(),
+        }
         if isinstance(posterior, DiagonalGaussian):
             kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
             metrics |= {"health/kl_max": kl.max(), "health/kl_min": kl.min()}
             for writer in tensorboard_writers(trainer):
                 with suppress(ValueError):  # there is no histogram of NaN or very large values
                     writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step - 1)
-        module.log_dict(metrics, sync_dist=True)
+        module.log_dict({key: value for key, value in metrics.items() if value is not None}, sync_dist=True)
         if not self.warned and active == 0:
             self.warned = True
             log.warning(

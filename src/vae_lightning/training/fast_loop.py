@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from vae_lightning.data.batches import DeviceBatches
-from vae_lightning.training.callbacks import NonFiniteGuard
+from vae_lightning.training.callbacks import Health, NonFiniteGuard
 from vae_lightning.training.checkpoints import Progress
 
 log = logging.getLogger(__name__)
@@ -159,8 +159,8 @@ def reason_for_single_steps(trainer: Any) -> str | None:
 
 
 def listens(callback: Callback) -> bool:
-    """Return whether a callback acts at each step; checks for NaN, progress bars and saves can wait a few steps."""
-    if isinstance(callback, NonFiniteGuard | ProgressBar | Progress):
+    """Return whether a callback acts at each step; those of every run, and progress bars, can wait for a logged one."""
+    if isinstance(callback, NonFiniteGuard | Health | ProgressBar | Progress):
         return False
     if isinstance(callback, ModelCheckpoint):
         return bool(callback._every_n_train_steps or callback._train_time_interval)

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
+from torch.utils.tensorboard.summary import hparams
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, Seed, Spec, build, check_arguments, flatten
@@ -32,7 +32,7 @@ from vae_lightning.runs.loading import load_checkpoint, load_weights, weights_fr
 from vae_lightning.training.callbacks import Figures
 from vae_lightning.training.checkpoints import Interval, Progress, load_last
 from vae_lightning.training.history import History, format_terms
-from vae_lightning.training.loggers import make_loggers, opened
+from vae_lightning.training.loggers import make_loggers, opened, tensorboard_writers
 from vae_lightning.training.process import log_to, share_log, steady_cpu
 from vae_lightning.training.signals import StopRequest
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
@@ -106,8 +106,13 @@ def train(
             run.checkpoints, filename=name, monitor=MONITOR, mode=better(MONITOR), enable_version_counter=False
         )
         drawn = build(partial(Figures, **c.figures), Figures, "figures", directory=run.figures)
-        ours = [drawn, progress, *([best] if saves and options["limit_val_batches"] != 0 else []), *callbacks]
-        ours += [LearningRateMonitor("epoch")] if c.model.get("schedule") else []
+        ours = [
+            drawn,
+            progress,
+            LearningRateMonitor("epoch"),
+            *([best] if saves and options["limit_val_batches"] != 0 else []),
+            *callbacks,
+        ]
         check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
         trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
         check_test_batches(trainer, data)
@@ -150,7 +155,7 @@ def train(
         # 7. Results
         results = describe_results(c, model, data, trainer, history, best.best_model_path) | end
         if is_first:
-            write_results(c, run, results, trainer, history)
+            write_results(c, run, settings, results, trainer, history)
         return results
 
 
@@ -237,7 +242,9 @@ def describe_results(
     }
 
 
-def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer: Trainer, history: History) -> None:
+def write_results(
+    c: Config, run: RunDirectory, settings: dict[str, Any], results: dict[str, Any], trainer: Trainer, history: History
+) -> None:
     """Write metrics.json, the loss curves, and the settings in TensorBoard."""
     metrics = {key: value for key, value in results.items() if key.startswith("test/")}
     if metrics:
@@ -245,10 +252,11 @@ def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer
         kind = described(results["pixels"], results["image_shape"][0]) + " pixels"
         log.info("test, %s: %s", f"{kind}, cross-entropy and not a likelihood" if results["remark"] else kind, terms)
     if history.rows:  # none in Lightning's fast_dev_run
-        settings = flatten({"seed": c.seed, "model": c.model, "data": c.data})
-        for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            logger.log_hyperparams(settings, metrics, trainer.global_step)
-            logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
-            logger.finalize("success")
+        settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
+            for part in hparams(settings, metrics):  # `add_hparams` would write the metrics, which are there, again
+                writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
+            writer.close()
         figures.save(figures.loss_curves(history.rows), run.figures / "loss_curves.png")
     write_json(run.metrics_file, results)  # last, because it marks the run as finished
