@@ -106,13 +106,8 @@ def train(
             run.checkpoints, filename=name, monitor=MONITOR, mode=better(MONITOR), enable_version_counter=False
         )
         drawn = build(partial(Figures, **c.figures), Figures, "figures", directory=run.figures)
-        ours = [
-            drawn,
-            progress,
-            LearningRateMonitor("epoch"),
-            *([best] if saves and options["limit_val_batches"] != 0 else []),
-            *callbacks,
-        ]
+        ours = [drawn, progress, LearningRateMonitor("epoch"), *callbacks]
+        ours += [best] if saves and options["limit_val_batches"] != 0 else []
         check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
         trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
         check_test_batches(trainer, data)
