@@ -100,12 +100,9 @@ def make_trainer(
         raise ConfigError(f"trainer.callbacks: {refused[0]} does not resume, or trains with other settings than these")
     torch.set_float32_matmul_precision(matmul_precision)
     if compile:
-        try:
-            from vae_lightning.training.compiled import Compile
+        from vae_lightning.training.compiled import Compile  # here, so that the file can be deleted
 
-            ours.append(Compile())
-        except ImportError as error:  # without that file
-            log.warning("compile=true has no effect: %s", error)
+        ours.append(Compile())
     options["plugins"] = [AtomicCheckpointIO(), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint
