@@ -181,6 +181,7 @@ def read_results(directory: Path) -> dict[str, Any]:
         progress = found[name].pop("progress")
         found[name] |= {key: progress[key] for key in ("random", "means", "logged")}
         for key, state in found[name]["callbacks"].items():
+            state.pop("current_score", None)  # Lightning saves it, does not restore it, and does not use it
             found[name]["callbacks"][key] = without(state.get("dirpath", "-"), state)
     metrics = json.loads((directory / "metrics.json").read_text())
     found["metrics"] = {key: value for key, value in metrics.items() if key != "seconds"}

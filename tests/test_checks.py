@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BRIEF
+from torch.utils.data import DataLoader
 
 from vae_lightning.config import ConfigError
 from vae_lightning.data.checks import check_images, check_labels, check_loaded
@@ -163,9 +164,11 @@ def test_a_last_batch_of_one_image_joins_the_one_before_it_for_batch_normalizati
         "figures.embedded=0",
         "model.backbone.hidden=[8]",
     ]
-    metrics = train(config(*GIVEN, *words, "data.val_size=9"), tmp_path / "joined")  # 21 images: 10 and 11
-    assert metrics["steps"] == 4
-    assert train(config(*GIVEN, *words[1:], "data.val_size=9"), tmp_path / "without")["steps"] == 6
+    unpatched = DataLoader.__init__
     with pytest.raises(ConfigError, match=r"data\.batch_size=1: batch normalization needs 2 images or more per batch"):
         train(config(*GIVEN, *words, "data.batch_size=1"), tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
+    assert DataLoader.__init__ is unpatched  # by Lightning, which would change the next job of this process
+    metrics = train(config(*GIVEN, *words, "data.val_size=9"), tmp_path / "joined")  # 21 images: 10 and 11
+    assert metrics["steps"] == 4
+    assert train(config(*GIVEN, *words[1:], "data.val_size=9"), tmp_path / "without")["steps"] == 6

@@ -54,7 +54,8 @@ def run(
 def read_results(directory: Path) -> tuple[dict, list[dict], dict]:
     weights = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     with (directory / "history.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     metrics = json.loads((directory / "metrics.json").read_text())
     return weights, rows, {key: value for key, value in metrics.items() if key.startswith("test/")}
 

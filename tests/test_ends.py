@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
 from conftest import DATA, SMALL, checkpoint
 from lightning.pytorch import Callback
 
+from vae_lightning.config import ConfigError
 from vae_lightning.models.metrics import BETTER, better
 from vae_lightning.runs.loading import load_run
 from vae_lightning.training.signals import Interrupted
@@ -136,13 +136,10 @@ def test_every_metric_of_a_run_has_a_mode_or_needs_one() -> None:
     assert better("val/kl", "min") == "min"
 
 
-def test_the_precision_that_ran_is_in_the_configuration(command, tmp_path: Path) -> None:
-    words = [*WORDS, "trainer.accelerator=cpu", "trainer.precision=16-mixed", "trainer.fast_dev_run=1"]
-    words += ["hydra.run.dir=run", "resume=auto"]
-    assert command(*words).code == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
-    again = command(*words)
-    assert (again.code, "finished already" in again.out) == (0, True), again.err
+def test_half_precision_that_a_cpu_does_not_have_is_refused(config, tmp_path: Path) -> None:
+    words = [*WORDS, "trainer.accelerator=cpu", "trainer.precision=16-mixed"]
+    with pytest.raises(ConfigError, match=r"trainer\.precision=16-mixed: Lightning needs a GPU for it"):
+        train(config(*words), tmp_path / "run")
 
 
 def test_the_ema_says_what_the_run_is_too_short_for(config, tmp_path: Path, caplog) -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 from conftest import SMALL, checkpoint, differences, events, history
 from lightning.pytorch import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -11,7 +10,6 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.callbacks import NonFiniteGuard
-from vae_lightning.training.fast_loop import quick_step
 from vae_lightning.training.train import train
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
 
@@ -74,6 +72,12 @@ def read_results(directory: Path) -> tuple[dict, list[dict[str, str]]]:
         ["trainer.precision=bf16-mixed", "model.weight_decay=0.01"],
         ["model/likelihood=gaussian"],  # it has a parameter without gradient
         ["model._target_=test_fast_loop.OfBatchAlone"],
+        [
+            "model.optimizer._target_=torch.optim.LBFGS",
+            "~model.optimizer.betas",
+            "~model.optimizer.eps",
+            "+model.optimizer.max_iter=2",
+        ],
     ],
 )
 def test_fast_steps_give_the_same_bits(config, tmp_path: Path, lightning_steps: list[int], overrides) -> None:
@@ -107,22 +111,6 @@ def test_unknown_lightning_loop_falls_back_with_one_log_line(change, caplog, mon
     assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
     (line,) = [r.message for r in caplog.records if "fast_loop" in r.message]
     assert line.startswith("trainer.fast_loop: every step runs through Lightning's own loop: ")
-
-
-@pytest.mark.parametrize("options", [{"decoupled_weight_decay": True}, {"amsgrad": True}], ids=str)
-def test_quick_steps_of_adam_are_its_own_and_keep_its_hooks(options: dict[str, bool]) -> None:
-    found = []
-    for quickly in (False, True):
-        weights = torch.nn.Parameter(torch.ones(3))
-        adam = torch.optim.Adam([weights], lr=0.1, weight_decay=0.5, fused=True, **options)
-        for n in range(4):
-            weights.grad = torch.full((3,), float(n))
-            (quick_step(adam) if quickly else adam.step)()
-        found.append(weights.detach())
-    assert torch.equal(*found)
-    assert (quick_step(adam) == adam.step) == ("amsgrad" in options)
-    adam.register_step_post_hook(lambda *_: None)
-    assert quick_step(adam) == adam.step
 
 
 def test_metrics_that_a_model_logs_itself(config, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,9 @@ from vae_lightning.models.optimization import EMA
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training import callbacks, trainer
+from vae_lightning.training.callbacks import Figures
 from vae_lightning.training.checkpoints import Interval
 from vae_lightning.training.loggers import make_loggers
-from vae_lightning.training.train import make_figures
 
 # Keys that no test here changes, and the reason.
 EXCEPTIONS = {
@@ -188,7 +189,8 @@ def test_every_key_of_the_figures_has_an_effect(config, few: Few, tmp_path: Path
 
     def drawn(c: dict[str, Any]) -> list[Any]:
         seen.clear()
-        figures = make_figures(c["figures"], run, vae)
+        figures = build(partial(Figures, **c["figures"]), Figures, "figures", directory=run.figures)
+        figures.setup(stand_in, vae, "fit")
         figures.on_train_epoch_end(stand_in, vae)
         figures.on_test_end(stand_in, vae)
         return [str(figure) for figure in seen]
@@ -214,7 +216,7 @@ def test_every_key_of_the_trainer_has_an_effect(config, tmp_path: Path, monkeypa
         __init__ = Trainer.__init__  # its signature checks the arguments
 
         def __new__(cls, **given: Any) -> SimpleNamespace:
-            return SimpleNamespace(given=given)
+            return SimpleNamespace(given=given, precision=None)
 
     composed = config("trainer.enable_progress_bar=false")
     keys = {f"trainer.{key}": value for key, value in composed["trainer"].items()}

@@ -111,4 +111,3 @@ def test_a_logger_that_cannot_be_opened_is_reported_in_one_line(config, tmp_path
     spec = {"_target_": "test_loggers.Unreachable"}
     with pytest.raises(ConfigError, match=r"^logger=board: cannot be opened \(no such account\)$"):
         train(config(*BRIEF) | {"logger": {"board": spec}}, tmp_path / "run")
-    assert Recorder.last.status == ["failed"]

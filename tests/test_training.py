@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA, checkpoint, events, history
-from lightning.pytorch import Trainer
+from conftest import BRIEF, DATA, SMALL, checkpoint, events, history
+from lightning.pytorch import Callback, Trainer
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError
@@ -113,6 +113,41 @@ def test_health_is_logged_each_epoch_with_one_warning_of_a_collapse(config, tmp_
     assert 0 < float(row["health/kl_min"]) <= float(row["health/kl_max"])
     assert "health/kl_max" in events(tmp_path / "alive").Tags()["scalars"]
     assert not [record for record in caplog.records if "collapsed" in record.message]
+
+
+def test_tensorboard_has_each_number_of_a_run_once(config, tmp_path: Path, caplog) -> None:
+    words = ["trainer.log_every_n_steps=10", "model.objective.warmup_epochs=4", "model.beta=2"]
+    words += ["model/likelihood=gaussian", "model.likelihood.learn_scale=true"]
+    with caplog.at_level("INFO"):
+        metrics = train(config(*SMALL, *words), tmp_path / "run")
+    assert "trainer.fast_loop" not in caplog.text  # no number makes it step aside
+    (line,) = [message for message in caplog.messages if "epoch 1/2" in message]
+    assert " left  train: loss " in line
+    board = events(tmp_path / "run")
+    found = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    assert all(len(found[tag]) == len(board.Scalars(tag)) for tag in found if tag != "epoch")
+    assert {key: found[key] for key in metrics if key.startswith("test/")} == {
+        key: {46: pytest.approx(value)} for key, value in metrics.items() if key.startswith("test/")
+    }
+    assert list(found["health/gradient_norm"]) == [9, 19, 29, 39]
+    assert found["lr-Adam"] == {0: pytest.approx(1e-3), 23: pytest.approx(1e-3)}
+    assert found["health/kl_weight"] == {22: pytest.approx(2 * 22 / 23 / 4), 45: pytest.approx(2 * 45 / 23 / 4)}
+    assert found["health/scale"][45] == pytest.approx(load_run(tmp_path / "run").likelihood.scale.item())
+    settings = yaml.safe_load((tmp_path / "run" / "tensorboard" / "hparams.yaml").read_text())
+    assert settings["model.beta"] == 2
+
+
+def test_the_logged_gradient_norm_is_that_of_the_step(config, tmp_path: Path) -> None:
+    norms = []
+
+    class Watched(Callback):
+        def on_after_backward(self, trainer, module) -> None:
+            norms.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm().item())
+
+    words = ["trainer.log_every_n_steps=10", "trainer.gradient_clip_val=0.1"]  # the norm is that before clipping
+    train(config(*SMALL, *words), tmp_path / "run", callbacks=[Watched()])
+    logged = [e.value for e in events(tmp_path / "run").Scalars("health/gradient_norm")]
+    assert logged == pytest.approx(norms[9::10])
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

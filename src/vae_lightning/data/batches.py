@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vae_lightning.config import ConfigError
 from vae_lightning.data.mapped import Images, read_batches
 from vae_lightning.data.pixels import Share, bernoulli_draw, stream_seed
 
@@ -53,16 +52,8 @@ class DeviceBatches:
         self.epoch = epoch
 
     def join_last(self, at_least: int) -> None:
-        """Join the last batch to the one before it if a process has fewer than `at_least` of its images.
-
-        Batch normalization cannot train on one image. Raises ConfigError if all batches are too small.
-        """
+        """Join the last batch to the one before it if a process has fewer than `at_least` of its images."""
         images, together = len(self.images), self.batch_size * self.world_size
-        if min(images // self.world_size, self.batch_size) < at_least:
-            raise ConfigError(
-                f"data.batch_size={self.batch_size}: batch normalization needs {at_least} images or more per batch and "
-                f"process, and there are {images} training images for {self.world_size} processes"
-            )
         self.joins = 0 < images % together < at_least * self.world_size and images > together
 
     def __len__(self) -> int:

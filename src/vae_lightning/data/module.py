@@ -60,8 +60,18 @@ class ImageDataModule(LightningDataModule, ABC):
             self.load()
 
     def setup(self, stage: str | None = None) -> None:
-        if self.ready:  # Lightning calls this for fit and again for test
-            return
+        if not self.ready:  # called by train, and by Lightning for fit and test
+            self._load()
+        # Not in train_dataloader: Lightning patches DataLoader while that runs, and an error would leave it patched.
+        if stage == "fit" and self._normalizes_batches():
+            images, processes = len(self.train_images), getattr(self.trainer, "world_size", 1)
+            if min(images // processes, self.batch_size) < 2:
+                raise ConfigError(
+                    f"data.batch_size={self.batch_size}: batch normalization needs 2 images or more per batch and "
+                    f"process, and there are {images} training images for {processes} processes"
+                )
+
+    def _load(self) -> None:
         loaded, source = self.load(), f"{type(self).__name__}.load()"
         (train, train_labels), (test, test_labels) = check_loaded(loaded, source, self.class_names)
         if self.val_size >= len(train):
@@ -126,10 +136,14 @@ class ImageDataModule(LightningDataModule, ABC):
         shuffle_seed = None if overfit else self.seed
         draw = self.pixels == "dynamic"
         batches = self._batches(self.train_images, self.train_labels, shuffle_seed, draw, self.flip)
-        model = getattr(self.trainer, "lightning_module", None) or nn.Identity()
-        if any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in model.modules()):
+        if self._normalizes_batches():
             batches.join_last(at_least=2)
         return batches
+
+    def _normalizes_batches(self) -> bool:
+        """Return whether the model that is trained has batch normalization, which cannot train on one image."""
+        model = getattr(self.trainer, "lightning_module", None) or nn.Identity()
+        return any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in model.modules())
 
     def val_dataloader(self) -> DeviceBatches | list[DeviceBatches]:
         return self._batches(self.val_images, self.val_labels) if self.val_size else []

@@ -57,6 +57,10 @@ class Likelihood(nn.Module, ABC):
         """Return the number of channels of the decoder's outputs, for images of `image_channels`."""
         return image_channels
 
+    def learnt_scale(self) -> Tensor | None:
+        """Return the learnt scale that all pixels share, on the scale of pixels in [0, 1]; None without one."""
+        return None
+
     def check_images(self, x: Tensor) -> None:
         """Raise ShapeError for images `[batch, …]` in [0, 1] that p(x|z) is not defined for; of the first batch."""
         if not self.eight_bit:
@@ -242,6 +246,9 @@ class Gaussian(Likelihood):
             return self.log_scale.exp()
         return (LOG_SCALE_FLOOR + softplus(self.log_scale - LOG_SCALE_FLOOR)).exp()
 
+    def learnt_scale(self) -> Tensor | None:
+        return self.scale if self.learn_scale else None
+
     def channels(self, image_channels: int) -> int:
         return (2 if self.per_pixel else 1) * image_channels
 
@@ -285,6 +292,9 @@ class DiscretizedLogistic(Likelihood):
             log_scale = math.log(max(deviation(images), 1e-3) * math.sqrt(3) / math.pi)
             share = (log_scale - low) / (high - low)
             self.raw_scale.data.fill_((high - low) / 4 * math.log(share / (1 - share)))  # the inverse of `bounded`
+
+    def learnt_scale(self) -> Tensor | None:
+        return bounded(self.raw_scale, LOGISTIC_LOG_SCALES).exp() if self.needs_images else None
 
     def channels(self, image_channels: int) -> int:
         return (1 if self.needs_images else 2) * image_channels

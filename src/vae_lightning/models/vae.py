@@ -37,6 +37,10 @@ class Objective(ABC):
     def check(self, vae: VAE) -> None:  # noqa: B027 (most objectives accept every model)
         """Raise ConfigError if the objective is not defined for this model."""
 
+    def kl_weight(self, vae: VAE, epoch: float) -> float | None:
+        """Return the weight of the KL in the loss after `epoch` epochs, which is logged; None without such a weight."""
+        return None
+
     @abstractmethod
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         """Return per-image terms `[batch]` in nats: `loss`, which is minimised, `elbo` (β = 1), and others to log.
@@ -62,6 +66,9 @@ class ELBO(Objective):
         q = vae.posterior(torch.zeros(1, vae.encoder_outputs, device=vae.device))
         self.closed_form(q, q.mixture() if vae.prior.encodes_images else vae.prior())
 
+    def kl_weight(self, vae: VAE, epoch: float) -> float:
+        return vae.beta * (min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0)
+
     def closed_form(self, q: PosteriorDistribution, p: td.Distribution) -> Tensor | None:
         """Return `closed_form_kl(q, p)`, or None for a KL at the sample. Raises ConfigError if free bits need more."""
         kl = closed_form_kl(q, p) if self.kl == "analytic" else None
@@ -82,9 +89,9 @@ class ELBO(Objective):
         p = vae.likelihood_given(z, labels)
         reconstruction, rate = -p.log_prob(x), kl.sum(dim=-1)
         penalty = with_free_bits(kl, self.free_bits) if self.free_bits else rate
-        warmup = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate}
-        return {"loss": reconstruction + vae.beta * warmup * penalty} | terms | vae.likelihood.metrics(p, x)
+        loss = reconstruction + self.kl_weight(vae, epoch) * penalty
+        return {"loss": loss} | terms | vae.likelihood.metrics(p, x)
 
 
 class VAE(ImageModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vae_lightning import figures
-from vae_lightning.config import NonNegativeInt, PositiveInt, UserError
+from vae_lightning.config import ConfigError, NonNegativeInt, PositiveInt, UserError
 from vae_lightning.data.mapped import Images
 from vae_lightning.data.pixels import evaluation_pixels
 from vae_lightning.models.base import ImageModel
@@ -37,13 +37,12 @@ class TrainingError(UserError):
 class NonFiniteGuard(Callback):
     """Stop a run whose loss or weights become NaN or infinite, before a checkpoint is written from it.
 
-    Each check covers all steps since the last one and names the first bad step. A check makes a GPU wait, so there it
-    runs only at the steps that Lightning logs, at the end of each epoch, and before saving. Raises TrainingError.
+    Each check covers all steps since the last one and names the first bad step. A check makes a GPU wait, so it runs
+    only at the steps that Lightning logs, at the end of each epoch, and before saving. Raises TrainingError.
     """
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        logged = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
-        if trainer.strategy.root_device.type == "cpu" or trainer.global_step % logged == 0:
+        if trainer.global_step % (trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             self._check(trainer, module, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -57,6 +56,7 @@ class NonFiniteGuard(Callback):
         self.on_train_epoch_end(trainer, module)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "train")  # whose NaN is the reason
         self._check(trainer, module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -129,8 +129,10 @@ def held_out_images(trainer: Trainer) -> tuple[Images, Tensor]:
 
 
 class Health(Callback):
-    """Log active units and the largest and smallest KL per dimension each epoch; warn once of posterior collapse.
+    """Log the norm of the gradient, and each epoch the state of the VAE; warn once of posterior collapse.
 
+    The norm, before clipping, is that of the steps that Lightning logs (trainer.log_every_n_steps). Each epoch has
+    active units, the largest and smallest KL per dimension, the weight of the KL, and a learnt scale of the likelihood.
     The KL is from N(0, I), in nats, whatever the prior. It is measured on up to 2,000 validation (or training) images,
     which takes about 1 % of an epoch; `vae evaluate` counts active units on the test set. A unit is active if
     Var_x(E_q[z]) > 0.01 (Burda et al. 2016, section 5.2).
@@ -141,6 +143,12 @@ class Health(Callback):
     def __init__(self) -> None:
         self.warned = False
 
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            module.log("health/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, VAE):
@@ -150,14 +158,18 @@ class Health(Callback):
         posterior = module.encode(images, labels.to(module.device))
         module.train()
         active = active_units(posterior.mean)
-        metrics = {"health/active_units": active.float()}
+        metrics: dict[str, float | Tensor | None] = {
+            "health/active_units": active.float(),
+            "health/kl_weight": module.objective.kl_weight(module, module.epochs_trained()),
+            "health/scale": module.likelihood.learnt_scale(),
+        }
         if isinstance(posterior, DiagonalGaussian):
             kl = kl_divergence(posterior.mean, posterior.log_variance).mean(dim=0)
             metrics |= {"health/kl_max": kl.max(), "health/kl_min": kl.min()}
             for writer in tensorboard_writers(trainer):
                 with suppress(ValueError):  # there is no histogram of NaN or very large values
                     writer.add_histogram("health/kl_per_dimension", kl, trainer.global_step - 1)
-        module.log_dict(metrics, sync_dist=True)
+        module.log_dict({key: value for key, value in metrics.items() if value is not None}, sync_dist=True)
         if not self.warned and active == 0:
             self.warned = True
             log.warning(
@@ -178,6 +190,12 @@ class Figures(Callback):
     samples: Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)] = (8, 8)
     points: Sequence[Sequence[float]] = ()
     embedded: NonNegativeInt = 1_000  # test images whose codes are shown in TensorBoard's projector
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        assert isinstance(module, ImageModel)
+        for point in self.points:
+            if len(point) != (d := module.latent_dim):
+                raise ConfigError(f"figures.points={point}: each point has model.latent_dim={d} coordinates")
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, ImageModel)

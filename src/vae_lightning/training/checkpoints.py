@@ -85,7 +85,6 @@ class Progress(Callback):
     def __post_init__(self) -> None:
         self.saved_step = 0
         self.saved_time = time.monotonic()
-        self.next_batch: int | None = None  # index in the epoch, while a checkpoint is written between two steps
         self.random = random_states()  # after building the model
         self.restored: dict[str, Any] | None = None  # "progress" of the checkpoint that a run resumes from
 
@@ -95,13 +94,15 @@ class Progress(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save or stop before a batch that starts an optimizer step. Raises Interrupted."""
-        # In a resumed epoch Lightning skips ReduceLROnPlateau because it has no metrics; here it has them.
-        trainer.fit_loop._restarting = False
+        if self.restored:
+            # In a resumed epoch Lightning skips ReduceLROnPlateau because it has no metrics; here it has them. And if
+            # validation was due after the last batch, Lightning has counted a step twice for its loggers.
+            trainer.fit_loop._restarting = False
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.logger_step
+            self.restored = None
         stop, due = self.due(trainer, batch_idx)
         if self.saves and (stop or due) and trainer.global_step != self.saved_step:
-            self.next_batch = batch_idx
             trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
-            self.next_batch = None
             self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
         if stop:
             raise Interrupted(f"stopped by {self.stop.name or 'another process'} after step {trainer.global_step}")
@@ -125,8 +126,10 @@ class Progress(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, ImageModel)
-        if self.next_batch is not None:
-            take_back_batch(trainer, checkpoint["loops"]["fit_loop"], self.next_batch)
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]["current"]
+        if batches["ready"] > batches["started"]:
+            take_back_batch(loops)
         checkpoint["progress"] = {
             "random": random_states(),
             "means": {split: means.saved(trainer.strategy.all_gather) for split, means in module.means.items()},
@@ -135,7 +138,7 @@ class Progress(Callback):
             "should_stop": trainer.should_stop,
             "history": self.history.saved(),
             # The first step that is not logged yet; at the start of an epoch its learning rate is.
-            "purge_step": trainer.global_step + (self.next_batch == 0),
+            "purge_step": trainer.global_step + (batches["ready"] == 0),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -146,19 +149,16 @@ class Progress(Callback):
         for split, means in module.means.items():
             means.restore(restored["means"][split], trainer.global_rank, trainer.strategy.root_device)
         trainer.should_stop = restored["should_stop"]  # by EarlyStopping, for example: then only the test remains
-        states = checkpoint["callbacks"]
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
-                state = states[callback.state_key]
-                callback.current_score = state["current_score"]  # Lightning saves it and does not restore it
-                old, new = state["dirpath"], str(callback.dirpath)  # the run may have been moved
-                state |= {key: value.replace(old, new) for key, value in state.items() if isinstance(value, str)}
-                state["best_k_models"] = {path.replace(old, new): s for path, s in state["best_k_models"].items()}
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
+                # The run may have been moved; Lightning would then forget the best score.
+                checkpoint["callbacks"][callback.state_key]["dirpath"] = callback.dirpath
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.stop.listen()
         self.stop.stepping = True
         self.saved_step = trainer.global_step
+        self.logger_step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self.restored:
             trainer.callback_metrics.update(self.restored["logged"])
             set_random_states(self.random)
@@ -169,23 +169,15 @@ class Progress(Callback):
             trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
 
 
-def take_back_batch(trainer: Trainer, loops: dict[str, Any], next_batch: int) -> None:
-    """Change the saved counters as if `next_batch` of the epoch, which Lightning has fetched, was not fetched."""
-    progress = loops["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False
+def take_back_batch(loops: dict[str, Any]) -> None:
+    """Change the saved counters as if the batch that Lightning has fetched, but not used, was not fetched."""
+    batches = loops["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
     for counter in ("total", "current"):
-        progress[counter]["ready"] -= 1
+        batches[counter]["ready"] -= 1
     for loader in loops["state_dict"].get("combined_loader", []):
         if "given" in loader:  # of DeviceBatches
-            loader["given"] = next_batch
-    # After a restart Lightning first checks whether validation is due after the previous batch. If it is, Lightning
-    # skips that validation, but counts a step for its loggers.
-    epoch_wise = trainer.check_val_every_n_epoch is not None
-    batches = next_batch if epoch_wise else progress["total"]["ready"]
-    epoch_validates = not epoch_wise or (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-    every = trainer.val_check_batch
-    if trainer.enable_validation and epoch_validates and isinstance(every, int) and batches % every == 0:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+            loader["given"] = batches["current"]["ready"]
 
 
 def random_states() -> dict[str, Any]:
@@ -193,19 +185,18 @@ def random_states() -> dict[str, Any]:
 
     All processes of a run have the same states.
     """
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
-        "python": list(random.getstate()[1]),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    random.setstate((3, tuple(states["python"]), None))
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])

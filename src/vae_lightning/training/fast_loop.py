@@ -5,23 +5,19 @@ two logged steps (`trainer.log_every_n_steps`) most of them do nothing. Those st
 same arithmetic and counters, to the bit. The last step of each stretch runs through Lightning's own loop. If a callback
 or a hook of the model acts at each step, every step runs through Lightning's loop, and the log says why.
 
-For speed, this file uses private parts of libraries. Of Lightning: `_TrainingEpochLoop` and its counters,
-`_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer. Of PyTorch: the functional `adam` and
-the dictionaries of optimizer hooks. Where they differ, `install` raises an exception, and the run uses Lightning's
-loop. The file can be deleted: the result is the same, only slower.
+For speed, this file uses private parts of Lightning: `_TrainingEpochLoop` and its counters,
+`_logger_connector`, `_current_fx_name`, settings of ModelCheckpoint and Trainer. Where they differ, `install` raises an
+exception, and the run uses Lightning's loop. The file can be deleted: the result is the same, only slower.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import partial
 from inspect import signature
 from operator import attrgetter
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -29,12 +25,9 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
-from torch.optim import Adam
-from torch.optim import optimizer as optim
-from torch.optim.adam import adam
 
 from vae_lightning.data.batches import DeviceBatches
-from vae_lightning.training.callbacks import NonFiniteGuard
+from vae_lightning.training.callbacks import Health, NonFiniteGuard
 from vae_lightning.training.checkpoints import Progress
 
 log = logging.getLogger(__name__)
@@ -85,7 +78,8 @@ class FastLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         callback = self.progress_callback
         # After a restart, and where the callback saves or stops, the next step must be Lightning's.
-        due = callback is not None and any(callback.due(self.trainer, self.batch_progress.current.ready))
+        batches = self.batch_progress.current.ready
+        due = callback is not None and (callback.restored or any(callback.due(self.trainer, batches)))
         if not (self.reason or self.restarting or due):
             self._run_steps(data_fetcher)
         super().advance(data_fetcher)
@@ -93,27 +87,23 @@ class FastLoop(_TrainingEpochLoop):
     def _run_steps(self, data_fetcher: Any) -> None:
         trainer, callback = cast(Any, self.trainer), self.progress_callback
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         progress = self.automatic_optimization.optim_progress.optimizer
         takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1  # training_step(batch) or (batch, batch_idx)
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        optimizer_step = quick_step(optimizer)
         convert, start = trainer.precision_plugin.convert_input, trainer._logger_connector.on_batch_start
         training_step = trainer.strategy.training_step
 
-        def zero_grad() -> None:  # without the overhead of optimizer.zero_grad
-            for parameter in parameters:
-                parameter.grad = None
-
-        def update(loss: Tensor | None) -> None:
+        def closure() -> Tensor | None:
+            progress.zero_grad.increment_by(1)
+            optimizer.zero_grad()  # before the forward pass, which then uses the same memory, still in the cache
+            output = training_step(batch, *([self.batch_idx + 1] if takes_index else []))
+            loss = output["loss"] if isinstance(output, dict) else output
             if loss is not None:  # training_step returns None to skip a batch
                 loss.backward()
             if clip:
                 module.clip_gradients(optimizer, clip, algorithm)
-            optimizer_step()
-            zero_grad()  # now, so that the next step uses the same memory, which is still in the cache
+            return loss
 
-        zero_grad()
         module._current_fx_name = "training_step"  # `self.log` needs it
         for _ in range(self._steps_to_run()):
             if callback and callback.stop.name and trainer.world_size == 1:  # several stop in `advance`
@@ -121,11 +111,9 @@ class FastLoop(_TrainingEpochLoop):
             batch, _, _ = next(data_fetcher)
             batch = convert(batch)
             start(batch)
-            output = training_step(batch, *([self.batch_idx + 1] if takes_index else []))
-            update(output["loss"] if isinstance(output, dict) else output)
+            optimizer.step(closure)
             self.batch_progress.increment_by(1)
             progress.step.increment_by(1)
-            progress.zero_grad.increment_by(1)
             self._batches_that_stepped += 1
         module._current_fx_name = None
 
@@ -158,7 +146,6 @@ def reason_for_single_steps(trainer: Any) -> str | None:
         f"the model's or data's {' and '.join(own)} acts at each step": own,
         "optimization is manual": not module.automatic_optimization,
         "there is more than one optimizer": len(optimizers) != 1,
-        "the optimizer needs a closure": any(needs_closure(optimizer) for optimizer in optimizers),
         "the learning rate changes at each step": any(c.interval == "step" for c in trainer.lr_scheduler_configs),
         f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches != 1,
         "the batches come from another data loader": not isinstance(trainer.train_dataloader, DeviceBatches),
@@ -172,8 +159,8 @@ def reason_for_single_steps(trainer: Any) -> str | None:
 
 
 def listens(callback: Callback) -> bool:
-    """Return whether a callback acts at each step; checks for NaN, progress bars and saves can wait a few steps."""
-    if isinstance(callback, NonFiniteGuard | ProgressBar | Progress):
+    """Return whether a callback acts at each step; those of every run, and progress bars, can wait for a logged one."""
+    if isinstance(callback, NonFiniteGuard | Health | ProgressBar | Progress):
         return False
     if isinstance(callback, ModelCheckpoint):
         return bool(callback._every_n_train_steps or callback._train_time_interval)
@@ -185,56 +172,3 @@ def listens(callback: Callback) -> bool:
 def overrides(instance: object, base: type, method: str) -> bool:
     """Return whether `instance` overrides a method of its base class."""
     return getattr(getattr(instance, method), "__func__", None) is not getattr(base, method)
-
-
-def quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """Return `optimizer.step`; for fused Adam, a function that only calls its one kernel.
-
-    For a small model, looking for hooks, profiling and gathering arguments take longer than the kernel. Here the
-    arguments are gathered once. They stay valid while the optimizer's state and settings are not changed, that is,
-    between two steps of Lightning's loop.
-    """
-    if not is_fused_adam(optimizer):
-        return optimizer.step
-    kernels: list[tuple[list[Tensor], Callable[..., None]]] = []  # of each group: its parameters, and `adam` for them
-    for group in optimizer.param_groups:
-        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
-        if not all(parameter in optimizer.state for parameter in parameters):  # before its first step
-            return optimizer.step
-        averages, squares, steps = (
-            [optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
-        names = ("lr", "weight_decay", "decoupled_weight_decay", "eps", "amsgrad", "maximize", "fused")
-        settings = {name: group[name] for name in names} | dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-        tensors: dict[str, Any] = {"exp_avgs": averages, "exp_avg_sqs": squares, "state_steps": steps}
-        kernel = partial(adam, **tensors, max_exp_avg_sqs=[], **settings)
-        kernels.append((parameters, kernel))
-
-    @torch.no_grad()
-    def step() -> object:
-        gradients: list[list[Any]] = [[parameter.grad for parameter in parameters] for parameters, _ in kernels]
-        if any(gradient is None for of_group in gradients for gradient in of_group):  # these weights are skipped
-            return optimizer.step()
-        for (parameters, kernel), of_group in zip(kernels, gradients, strict=True):
-            kernel(parameters, of_group)
-        return None
-
-    return step
-
-
-def is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether it is Adam with a fused kernel and without hooks."""
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        optim._global_optimizer_pre_hooks,
-        optim._global_optimizer_post_hooks,
-    )
-    fused = all(group.get("fused") and not group.get("amsgrad") for group in optimizer.param_groups)
-    return type(optimizer) is Adam and fused and not any(hooks)
-
-
-def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether `optimizer.step` requires a closure, as that of LBFGS does."""
-    closure = signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,12 @@ class History(Logger):
 
 
 def epoch_line(row: dict[str, Any], epochs: int | None) -> str:
-    """Format a row: `epoch 3/30  12.3 s  train: loss 110.21 …  val: loss 112.00 …`."""
-    words = [f"epoch {row['epoch']}" + (f"/{epochs}" if epochs and epochs > 0 else ""), f"{row['seconds']:.1f} s"]
+    """Format a row: `epoch 3/30  12.3 s  0:01:51 left  train: loss 110.21 …  val: loss 112.00 …`."""
+    done, seconds = row["epoch"], row["seconds"]
+    words = [f"epoch {done}", f"{seconds:.1f} s"]
+    if epochs and epochs > 0:
+        words[0] += f"/{epochs}"
+        words.append(f"{timedelta(seconds=round(seconds / done * max(0, epochs - done)))} left")
     for split in ("train", "val"):
         terms = {key.partition("/")[2]: value for key, value in row.items() if key.startswith(f"{split}/")}
         if terms:
@@ -85,12 +90,12 @@ def epoch_line(row: dict[str, Any], epochs: int | None) -> str:
 
 
 def format_terms(terms: dict[str, float]) -> str:
-    """Format terms as `loss 110.21  reconstruction 90.10 …`: nats to two decimals, values per pixel to four digits.
+    """Format terms as `loss 110.21  kl 2.013 …`: two decimals, or four digits of numbers below ten.
 
     Leaves out `elbo` where it is the negative of the loss.
     """
     return "  ".join(
-        f"{name} {value:.4g}" if name == "bits_per_dim" or terms.get("mse") == value else f"{name} {value:.2f}"
+        f"{name} {value:.2f}" if abs(value) >= 10 else f"{name} {value:.4g}"
         for name, value in terms.items()
         if name != "elbo" or value != -terms["loss"]
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -48,32 +48,29 @@ def make_loggers(
 
 @contextmanager
 def opened(loggers: Mapping[str, Logger], settings: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Open loggers, log the run's settings, yield the logger ids by name, and close the loggers at the end.
+    """Log the run's settings, which opens the loggers, and yield the logger ids by name. Lightning closes the loggers.
 
     Raises ConfigError for a logger that cannot be opened.
     """
     ids: dict[str, str] = {}
-    status, hook = "failed", threading.excepthook
+    failed, hook = True, threading.excepthook
     # On a full disk TensorBoard's thread raises an OSError; the next write in this thread raises the same error.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     try:
         for name, logger in loggers.items():
             try:
-                if not isinstance(logger, TensorBoardLogger):  # it gets the settings together with the test metrics
-                    logger.log_hyperparams(settings)
+                logger.log_hyperparams(settings)
                 if isinstance(logger.version, str) and logger.version:
                     ids[name] = logger.version
             except Exception as error:  # each logger has its own errors: no account, no network, no database
                 raise ConfigError(f"logger={name}: cannot be opened ({' '.join(str(error).split())})") from error
         yield ids
-        status = "success"
+        failed = False
     finally:
         for logger in loggers.values():
-            with suppress(OSError) if status == "failed" else nullcontext():  # a full disk is already reported
-                logger.finalize(status)
             if isinstance(logger, WandbLogger) and logger.version in ids.values():
                 # Without this, the next run of this process would be added to this W&B run.
-                logger.experiment.finish(int(status != "success"))
+                logger.experiment.finish(int(failed))
         threading.excepthook = hook
 
 

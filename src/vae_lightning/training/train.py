@@ -7,14 +7,15 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
+from torch.utils.tensorboard.summary import hparams
 
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, Seed, Spec, build, check_arguments, flatten
@@ -31,7 +32,7 @@ from vae_lightning.runs.loading import load_checkpoint, load_weights, weights_fr
 from vae_lightning.training.callbacks import Figures
 from vae_lightning.training.checkpoints import Interval, Progress, load_last
 from vae_lightning.training.history import History, format_terms
-from vae_lightning.training.loggers import make_loggers, opened
+from vae_lightning.training.loggers import make_loggers, opened, tensorboard_writers
 from vae_lightning.training.process import log_to, share_log, steady_cpu
 from vae_lightning.training.signals import StopRequest
 from vae_lightning.training.trainer import TRAINER_DEFAULTS, make_trainer
@@ -95,8 +96,7 @@ def train(
         # 3. Loggers, callbacks and trainer
         checkpoint = load_last(run) if resume else None
         loggers = make_loggers(c.logger, run, resume, checkpoint)
-        validates = data.val_size > 0 and c.trainer["limit_val_batches"] != 0
-        options = c.trainer | ({} if validates else {"limit_val_batches": 0})
+        options = c.trainer | ({} if data.val_size else {"limit_val_batches": 0})
         interval = Interval.parse(options.pop("checkpoint_every", None))
         saves = options["enable_checkpointing"] is not False and not options["fast_dev_run"]
         history = History(run.history_file, options["max_epochs"])
@@ -105,18 +105,14 @@ def train(
         best = ModelCheckpoint(
             run.checkpoints, filename=name, monitor=MONITOR, mode=better(MONITOR), enable_version_counter=False
         )
-        ours = [make_figures(c.figures, run, model), progress, *([best] if saves and validates else []), *callbacks]
-        ours += [LearningRateMonitor("epoch")] if c.model.get("schedule") else []
+        drawn = build(partial(Figures, **c.figures), Figures, "figures", directory=run.figures)
+        ours = [drawn, progress, LearningRateMonitor("epoch"), *callbacks]
+        ours += [best] if saves and options["limit_val_batches"] != 0 else []
         check_arguments(make_trainer, options, "trainer", given=("run", "ours", "loggers"))
         trainer = make_trainer(run, ours, [*loggers.values(), history], **options)
         check_test_batches(trainer, data)
 
         # 4. The description of the run
-        if trainer.precision == "bf16-mixed" and "bf16" not in str(options["precision"]):  # on a CPU, for 16-mixed
-            c.trainer["precision"] = trainer.precision
-            config = asdict(c)
-            if is_first and not resume:
-                run.write_config(config)
         if is_first:
             environment = describe_environment(model, trainer.strategy.root_device, data)
             if resume:
@@ -141,8 +137,8 @@ def train(
                 trainer.save_checkpoint(first.last_checkpoint, weights_only=False)
             if not best.best_model_path and is_first:
                 # No validation images, or a run that ended before its first validation.
-                with atomic_write(run.best_checkpoint) as partial:
-                    shutil.copyfile(run.last_checkpoint, partial)
+                with atomic_write(run.best_checkpoint) as file:
+                    shutil.copyfile(run.last_checkpoint, file)
             trainer.strategy.barrier()
             # Not by Lightning, which with averaged weights would test those of the optimizer.
             tested = load_checkpoint(first.best_checkpoint)
@@ -154,18 +150,8 @@ def train(
         # 7. Results
         results = describe_results(c, model, data, trainer, history, best.best_model_path) | end
         if is_first:
-            write_results(c, run, results, trainer, history)
+            write_results(c, run, settings, results, trainer, history)
         return results
-
-
-def make_figures(options: dict[str, Any], run: RunDirectory, model: ImageModel) -> Figures:
-    """Build the callback that draws figures. Raises ConfigError; `figures.points` must be latents of the model."""
-    options = options | {"directory": run.figures}
-    check_arguments(Figures, options, "figures")
-    wrong = [point for point in options.get("points", ()) if len(point) != model.latent_dim]
-    if wrong:
-        raise ConfigError(f"figures.points={wrong[0]}: each point has model.latent_dim={model.latent_dim} coordinates")
-    return Figures(**options)
 
 
 def check_test_batches(trainer: Trainer, data: ImageDataModule) -> None:
@@ -251,7 +237,9 @@ def describe_results(
     }
 
 
-def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer: Trainer, history: History) -> None:
+def write_results(
+    c: Config, run: RunDirectory, settings: dict[str, Any], results: dict[str, Any], trainer: Trainer, history: History
+) -> None:
     """Write metrics.json, the loss curves, and the settings in TensorBoard."""
     metrics = {key: value for key, value in results.items() if key.startswith("test/")}
     if metrics:
@@ -259,10 +247,11 @@ def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer
         kind = described(results["pixels"], results["image_shape"][0]) + " pixels"
         log.info("test, %s: %s", f"{kind}, cross-entropy and not a likelihood" if results["remark"] else kind, terms)
     if history.rows:  # none in Lightning's fast_dev_run
-        settings = flatten({"seed": c.seed, "model": c.model, "data": c.data})
-        for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            logger.log_hyperparams(settings, metrics, trainer.global_step)
-            logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
-            logger.finalize("success")
+        settings = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
+            for part in hparams(settings, metrics):  # `add_hparams` would write the metrics, which are there, again
+                writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
+            writer.close()
         figures.save(figures.loss_curves(history.rows), run.figures / "loss_curves.png")
     write_json(run.metrics_file, results)  # last, because it marks the run as finished

@@ -100,12 +100,9 @@ def make_trainer(
         raise ConfigError(f"trainer.callbacks: {refused[0]} does not resume, or trains with other settings than these")
     torch.set_float32_matmul_precision(matmul_precision)
     if compile:
-        try:
-            from vae_lightning.training.compiled import Compile
+        from vae_lightning.training.compiled import Compile  # here, so that the file can be deleted
 
-            ours.append(Compile())
-        except ImportError as error:  # without that file
-            log.warning("compile=true has no effect: %s", error)
+        ours.append(Compile())
     options["plugins"] = [AtomicCheckpointIO(), *as_list(options["plugins"])]
     if not any(isinstance(callback, ModelCheckpoint) for callback in ours):
         options["enable_checkpointing"] = False  # or Lightning would add a ModelCheckpoint
@@ -113,6 +110,8 @@ def make_trainer(
         trainer = Trainer(**options, callbacks=ours, logger=loggers, default_root_dir=run.path)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if trainer.precision == "bf16-mixed" and str(precision) in ("16", "16-mixed"):
+        raise ConfigError(f"trainer.precision={precision}: Lightning needs a GPU for it. Allowed here: bf16-mixed")
     if fast_loop:
         try:
             from vae_lightning.training.fast_loop import install
