@@ -21,10 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from vae_lightning.config import ConfigError, check_arguments
 from vae_lightning.launch.errors import error_line, quoted
 from vae_lightning.launch.plan import plan_run
-from vae_lightning.launch.search import search
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.signals import Interrupted, StopRequest
-from vae_lightning.training.train import train
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +67,11 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
     if named and (sweep or options):
         raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")
     if options:
+        try:
+            from vae_lightning.launch.search import search
+        except ImportError:
+            line = "hparams_search=optuna: is not installed; pip install -e '.[optuna]' installs it"
+            raise ConfigError(line) from None
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
         use_one_device(config["trainer"], 0)
         return search(config, directory, **options)
@@ -83,10 +86,7 @@ def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -
         resume = os.path.join(hydra.runtime.cwd, resume)  # hydra.job.chdir may have changed the directory
     plan = plan_run(config, directory, hydra.overrides.task, resume)
     try:
-        if plan.action == "finished":
-            log.info("%s: finished already; nothing to do", plan.run)
-        else:
-            train(plan.config, plan.run, resume=plan.action == "resume")
+        plan.carry_out()
     except Interrupted as stop:
         if "submitit" in getattr(signal.getsignal(signal.SIGUSR2), "__module__", ""):
             signal.raise_signal(signal.SIGUSR2)  # submitit queues the job again
