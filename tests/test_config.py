@@ -11,6 +11,7 @@ from vae_lightning.config import (
     UserError,
     build,
     check_arguments,
+    locate,
 )
 
 
@@ -61,6 +62,10 @@ def test_build_refuses_other_classes(target: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         build({"_target_": target}, nn.Module, "model.backbone")
     assert f"model.backbone._target_={target}" in str(error.value)
+
+
+def test_a_class_is_found_where_a_package_imports_it_on_first_use() -> None:
+    assert locate("vae_lightning.MLP", nn.Module, "model.backbone").__module__ == "vae_lightning.models.backbones"
 
 
 class Picky(nn.Module):

@@ -145,23 +145,23 @@ def locate(name: object, kind: type[T], key: str) -> type[T]:
 
     Raises ConfigError, which names `key`, if it cannot be imported, or is not a subclass of `kind`.
     """
-    if isinstance(name, type):
-        found, given = {name.__name__: name}, name.__name__
-    else:
-        place, _, given = str(name).rpartition(".")
+    target, near = name, "."
+    if not isinstance(name, type):
+        place, _, class_name = str(name).rpartition(".")
         if "" in place.split("."):
             raise ConfigError(f"{key}={name}: should be a class with its module, package.module.Class")
         try:
-            found = vars(importlib.import_module(place))
+            module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             if not f"{place}.".startswith(f"{error.name}."):
                 raise  # the module exists, and imports another one that does not
             raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
-    classes = {word: value for word, value in found.items() if isinstance(value, type) and issubclass(value, kind)}
-    if given not in classes:
-        near = did_you_mean(given, classes)
-        raise ConfigError(f"{key}={name}: must be a subclass of {kind.__module__}.{kind.__name__}{near}")
-    return classes[given]
+        fitting = [word for word, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)]
+        target, near = getattr(module, class_name, None), did_you_mean(class_name, fitting)
+    if not (isinstance(target, type) and issubclass(target, kind)):
+        given = getattr(name, "__name__", name)
+        raise ConfigError(f"{key}={given}: must be a subclass of {kind.__module__}.{kind.__name__}{near}")
+    return target
 
 
 def check_value(hint: Any, value: Any, key: str) -> None:
