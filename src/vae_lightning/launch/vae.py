@@ -21,13 +21,7 @@ COMMANDS = {
 def make_app(chosen: str = "") -> App:
     """Return the command line. Only the function of the `chosen` command is imported, for its own help."""
     parameter = Parameter(consume_multiple=True, negative_iterable=(), negative_none=())
-    app = App(
-        "vae",
-        help="Train and examine variational autoencoders.",
-        default_parameter=parameter,
-        exit_on_error=False,
-        print_error=False,
-    )
+    app = App("vae", help="Train and examine variational autoencoders.", default_parameter=parameter)
     overrides = Parameter(allow_leading_hyphen=True, show=False)
     app.command(train_command, name="train", default_parameter=overrides, help_flags=(), version_flags=())
     for name, (target, text) in COMMANDS.items():
@@ -38,7 +32,8 @@ def make_app(chosen: str = "") -> App:
 
 def run() -> None:
     """Run the command line, and print what the command returns."""
-    result = make_app(*sys.argv[1:2])(sys.argv[1:], result_action="return_value")
+    app = make_app(*sys.argv[1:2])
+    result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     if result is not None:
         print(result)
 

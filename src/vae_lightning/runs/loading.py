@@ -61,11 +61,11 @@ def weights_from(path: StrPath, model: ImageModel, strict: bool = True) -> dict[
     `load_checkpoint`.
     """
     ours, theirs = model.state_dict(), load_checkpoint(RunDirectory.locate(path)[1])["state_dict"]
-    shapes = [{name: list(tensor.shape) for name, tensor in weights.items()} for weights in (ours, theirs)]
-    different = [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]
+    fitting = {name: weight for name, weight in theirs.items() if name in ours and weight.shape == ours[name].shape}
+    different = [name for name in {**ours, **theirs} if name not in fitting]
     for name in different:
-        log.warning("init: %s is %s here, %s in the other run", name, *(s.get(name, "missing") for s in shapes))
-    fitting = {name: tensor for name, tensor in theirs.items() if name in ours and name not in different}
+        shapes = (list(weights[name].shape) if name in weights else "missing" for weights in (ours, theirs))
+        log.warning("init: %s is %s here, %s in the other run", name, *shapes)
     if not fitting or (different and strict):
         advice = "; init_strict=false starts them anew" if fitting else ""
         raise ConfigError(f"init={path}: {len(different)} tensors, listed above, do not fit this model{advice}")
