@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from vae_lightning import figures
 from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
-from vae_lightning.launch import jobs  # noqa: F401 (registers parts of the configuration)
+from vae_lightning.launch import TRACEBACK, jobs  # noqa: F401 (jobs registers parts of the configuration)
 from vae_lightning.launch.vae import vae
 from vae_lightning.runs import environment
 
@@ -129,8 +130,11 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         GlobalHydra.instance().clear()
         capsys.readouterr()
         handlers = logging.root.handlers.copy()
+        os.environ.pop(TRACEBACK, None)  # of an earlier command in this process
         try:
-            vae() if name == "vae" else runpy.run_path(str(ROOT / name), run_name="__main__")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))
+                vae() if name == "vae" else runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0) if isinstance(stop.code, int | None) else 1

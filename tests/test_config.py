@@ -11,6 +11,7 @@ from vae_lightning.config import (
     UserError,
     build,
     check_arguments,
+    locate,
 )
 
 
@@ -42,7 +43,7 @@ def test_errors_name_the_key_in_one_line(arguments: dict, words: list[str]) -> N
 def test_a_word_in_place_of_a_list() -> None:
     def function(metrics: Sequence[str] = ()) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"^metrics=nll: should be a list, such as \[nll\]\.$"):
+    with pytest.raises(ConfigError, match=r"^metrics=nll: 'str' instances are not allowed as a Sequence value"):
         check_arguments(function, {"metrics": "nll"}, "")
 
 
@@ -53,14 +54,18 @@ def test_a_word_in_place_of_a_list() -> None:
         ("builtins.eval", "must be a subclass"),
         ("vae_lightning.models.backbones.MPL", "did you mean MLP?"),
         ("no_such_package.Thing", "cannot be imported"),
-        ("MLP", "no such class"),
-        (".wide.MLP", "cannot be imported"),
+        ("MLP", "a class with its module"),
+        (".wide.MLP", "a class with its module"),
     ],
 )
 def test_build_refuses_other_classes(target: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         build({"_target_": target}, nn.Module, "model.backbone")
     assert f"model.backbone._target_={target}" in str(error.value)
+
+
+def test_a_class_is_found_where_a_package_imports_it_on_first_use() -> None:
+    assert locate("vae_lightning.MLP", nn.Module, "model.backbone").__module__ == "vae_lightning.models.backbones"
 
 
 class Picky(nn.Module):

@@ -71,7 +71,7 @@ def check_arguments(
         if name in allowed:
             default = parameters[name].default
             if name in hints and (type(value), value) != (type(default), default):
-                _check_value(hints[name], value, prefix + name)
+                check_value(hints[name], value, prefix + name)
         elif not takes_any_key:
             near = did_you_mean(name, allowed)
             raise ConfigError(f"{prefix}{name}={value}: no such key{near} Allowed: {', '.join(allowed)}")
@@ -118,15 +118,15 @@ def class_and_arguments(part: object, path: str) -> tuple[str | type, dict[str, 
     return part["_target_"], {key: value for key, value in part.items() if key != "_target_"}
 
 
-def takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Decorate a function with `**options`: its signature lists the keyword-only parameters of `function` instead."""
+def takes_options_of(*functions: Callable[..., Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorate a function with `**options`: its signature lists the keyword-only parameters of `functions` instead."""
 
     def decorate(wrapper: Callable[..., R]) -> Callable[..., R]:
-        own = [p for p in inspect.signature(wrapper).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        wrapper.__signature__ = inspect.Signature(own + added)  # type: ignore[attr-defined]
-        hints = [get_type_hints(f, include_extras=True) for f in (wrapper, function)]
-        wrapper.__annotations__ = {p.name: (hints[1] | hints[0])[p.name] for p in own + added}
+        own, *others = (inspect.signature(f, eval_str=True).parameters.values() for f in (wrapper, *functions))
+        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        parameters += [p for other in others for p in other if p.kind is p.KEYWORD_ONLY]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
 
     return decorate
@@ -143,43 +143,37 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def locate(name: object, kind: type[T], key: str) -> type[T]:
     """Return the class with that dotted name, or the class `name` itself.
 
-    Raises ConfigError, which names `key`, if it is not a subclass of `kind`.
+    Raises ConfigError, which names `key`, if it cannot be imported, or is not a subclass of `kind`.
     """
-    target = name if isinstance(name, type) else _imported(name, key)
+    target, near = name, "."
+    if not isinstance(name, type):
+        place, _, class_name = str(name).rpartition(".")
+        if "" in place.split("."):
+            raise ConfigError(f"{key}={name}: should be a class with its module, package.module.Class")
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module exists, and imports another one that does not
+            raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
+        fitting = [word for word, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)]
+        target, near = getattr(module, class_name, None), did_you_mean(class_name, fitting)
     if not (isinstance(target, type) and issubclass(target, kind)):
-        given = target.__name__ if isinstance(name, type) else name
-        raise ConfigError(f"{key}={given}: must be a subclass of {kind.__module__}.{kind.__name__}")
+        given = getattr(name, "__name__", name)
+        raise ConfigError(f"{key}={given}: must be a subclass of {kind.__module__}.{kind.__name__}{near}")
     return target
 
 
-def _imported(name: object, key: str) -> Any:
-    module_name, _, class_name = str(name).rpartition(".")
-    try:
-        module = importlib.import_module(module_name) if module_name else None
-    except (ModuleNotFoundError, TypeError) as error:  # TypeError: a relative name
-        if getattr(error, "name", module_name) not in (module_name, module_name.partition(".")[0]):
-            raise  # the module exists, and imports another one that does not
-        raise ConfigError(f"{key}={name}: cannot be imported ({error})") from error
-    target = getattr(module, class_name, None)
-    if target is None:
-        names = [n for n, value in vars(module).items() if isinstance(value, type)] if module else []
-        raise ConfigError(f"{key}={name}: no such class{did_you_mean(class_name, names)}")
-    return target
-
-
-def _check_value(hint: Any, value: Any, key: str) -> None:
+def check_value(hint: Any, value: Any, key: str) -> None:
+    """Raise ConfigError, which names `key`, if the value does not fit the type hint."""
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     if isinstance(value, list) and "tuple[" in str(hint):  # YAML has no tuples
         value = tuple(value)
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError as invalid:
-        errors = invalid.errors(include_url=False)
         # There is an error for each member of a union and each element of a list: repeat no message.
-        wanted = " or ".join(dict.fromkeys(e["msg"].replace("Input should be", "").strip() for e in errors))
-        if errors[0]["type"] == "sequence_str":
-            wanted = f"should be a list, such as [{value}]"
-        wanted = wanted if wanted.startswith(("Value", "List", "String", "should")) else f"should be {wanted}"
-        given = "null" if value is None else str(value) if len(str(value)) <= 200 else f"{str(value)[:200]}…"
+        messages = dict.fromkeys(error["msg"].replace("Input should", "should") for error in invalid.errors())
+        wanted = " or ".join(messages)
         near = did_you_mean(value, re.findall("'(.+?)'", wanted))  # the choices of a Literal stand in quotes
-        raise ConfigError(f"{key}={given}: {wanted}{near}") from None
+        raise ConfigError(f"{key}={'null' if value is None else str(value)[:200]}: {wanted}{near}") from None

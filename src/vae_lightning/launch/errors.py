@@ -8,6 +8,7 @@ import shlex
 import traceback
 from pathlib import Path
 
+from cyclopts import CycloptsError
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -25,10 +26,12 @@ def error_line(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if os.environ.get(TRACEBACK) == "1":
         return None
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        near, allowed = did_you_mean(choice, error.options), ", ".join(error.options)
-        return f"{group}={choice}: no such choice{near} Allowed: {allowed}"
+    if isinstance(error, CycloptsError):
+        invalid = getattr(error.__cause__, "errors", None)  # of pydantic, over many lines
+        return f"{text.partition('. ')[0]}: {invalid()[0]['msg']}" if invalid else text
+    if isinstance(error, MissingConfigException):
+        choice = (error.missing_cfg_file or "").rpartition("/")[2]
+        return text.partition(" Config search path:")[0] + did_you_mean(choice, error.options or ())
     if isinstance(error, OverrideParseException) and "=" in error.override:
         key, _, value = error.override.partition("=")
         return f"{error.override}: Hydra cannot read this; quote text with special characters: {quoted(key, value)}"
@@ -37,8 +40,8 @@ def error_line(error: Exception) -> str | None:
         path = unknown[1].rpartition(".")[0]
         keys = [f"{path}.{key}".lstrip(".") for key in node or () if key != "hydra"]
         groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*/")]
-        near, allowed = did_you_mean(unknown[1], [*keys, *groups]), ", ".join(keys or groups)
-        return f"{unknown[0].rstrip('.')}{near} Allowed: {allowed}"
+        near = did_you_mean(unknown[1], [*keys, *groups])
+        return f"{unknown[0].rstrip('.')}{near} Allowed: {', '.join(keys or groups)}"
     if isinstance(error, UserError | HydraException | OmegaConfBaseException | MisconfigurationException | OSError):
         return text
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -53,8 +56,4 @@ def error_line(error: Exception) -> str | None:
 
 def quoted(key: str, value: str) -> str:
     """Return `key=value`, quoted for Hydra's grammar and for the shell where needed."""
-    if re.fullmatch(r"[\w./+-]+", value, re.ASCII):
-        return f"{key}={value}"
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    word = f"{key}='{escaped}'"
-    return shlex.quote(word) if re.search(r'["$`!\\]', word) else f'"{word}"'
+    return f"{key}={value}" if re.fullmatch(r"[\w./+-]+", value, re.ASCII) else shlex.quote(f'{key}="{value}"')

@@ -34,8 +34,7 @@ Args:
 def command(figure: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that saves the figure of a run, with the options of `generate_run` and of `figure`."""
 
-    @takes_options_of(generate_run)
-    @takes_options_of(figure)
+    @takes_options_of(figure, generate_run)
     def generate(run: StrPath, **options: Any) -> Any:
         return generate_run(run, figure.__name__, **options)
 

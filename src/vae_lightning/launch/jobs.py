@@ -21,10 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from vae_lightning.config import ConfigError, check_arguments
 from vae_lightning.launch.errors import error_line, quoted
 from vae_lightning.launch.plan import plan_run
-from vae_lightning.launch.search import search
 from vae_lightning.runs.directory import RunDirectory
 from vae_lightning.training.signals import Interrupted, StopRequest
-from vae_lightning.training.train import train
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +39,10 @@ def run_job(config: DictConfig) -> None:
     except Exception as error:
         line = error_line(error)
         if hydra.mode == RunMode.MULTIRUN:
-            line = f"{directory.name}: {line or repr(error)}"
-            log.error("%s", line, exc_info=error_line(error) is None)
+            text = f"{directory.name}: {line or repr(error)}"
+            log.error("%s", text, exc_info=line is None)
             with FailedJobs.file(hydra).open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+                file.write(f"{text}\n")
         elif line is None:
             raise
         else:
@@ -58,35 +56,36 @@ def run_job(config: DictConfig) -> None:
 def search_or_train(config: dict[str, Any], directory: Path, hydra: HydraConf) -> Path:
     """Search hyperparameters, or train one run; return the directory of the best or only run. Raises UserError."""
     resume, options = config.pop("resume"), config.pop("hparams_search", None)
-    check_arguments(plan_run, {"resume": resume}, "", given=("config", "directory", "overrides"))
+    sweep, named = hydra.mode == RunMode.MULTIRUN, resume not in (None, "auto")
+    if named and (sweep or options):
+        raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")
     if config["init"] is None:
         del config["init"], config["init_strict"]  # runs of earlier versions do not have them
     elif config["init"] == "latest":
         config["init"] = str(RunDirectory.locate("latest")[0].path.resolve())
     else:
         config["init"] = os.path.join(hydra.runtime.cwd, config["init"])
-    sweep, named = hydra.mode == RunMode.MULTIRUN, resume not in (None, "auto")
-    if named and (sweep or options):
-        raise ConfigError(f"resume={resume}: is for one run; the same command resumes a sweep or a search")
+    if sweep or options:
+        resume = "auto"
+        use_one_device(config["trainer"], hydra.job.num if sweep else 0)
     if options:
+        try:
+            from vae_lightning.launch.search import search
+        except ModuleNotFoundError:
+            advice = "is not installed; pip install -e '.[optuna]' installs it"
+            raise ConfigError(f"hparams_search=optuna: {advice}") from None
         check_arguments(search, options, "hparams_search", given=("config", "directory"))
-        use_one_device(config["trainer"], 0)
         return search(config, directory, **options)
     if sweep:
-        resume = "auto"
         if directory in FailedJobs.started:
             raise ConfigError(f"{directory}: another job of this sweep has the same overrides")
         FailedJobs.started.add(directory)
-        use_one_device(config["trainer"], int(hydra.job.num))
         torch.set_num_threads(hydra.launcher.get("cpus_per_task") or torch.get_num_threads())
-    elif named and resume != "latest":
-        resume = os.path.join(hydra.runtime.cwd, resume)  # hydra.job.chdir may have changed the directory
+    if named and resume != "latest":
+        resume = os.path.join(hydra.runtime.cwd, str(resume))  # hydra.job.chdir may have changed the directory
     plan = plan_run(config, directory, hydra.overrides.task, resume)
     try:
-        if plan.action == "finished":
-            log.info("%s: finished already; nothing to do", plan.run)
-        else:
-            train(plan.config, plan.run, resume=plan.action == "resume")
+        plan.carry_out()
     except Interrupted as stop:
         if "submitit" in getattr(signal.getsignal(signal.SIGUSR2), "__module__", ""):
             signal.raise_signal(signal.SIGUSR2)  # submitit queues the job again

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from vae_lightning.config import ConfigError, flatten
 from vae_lightning.runs.directory import RunDirectory
+from vae_lightning.training.train import train
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,13 @@ class Plan(NamedTuple):
     config: dict[str, Any]
     action: Literal["start", "resume", "finished"]
 
+    def carry_out(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Train the run, unless it is finished. Raises the errors of `train`."""
+        if self.action == "finished":
+            log.info("%s: finished already; nothing to do", self.run)
+        else:
+            train(self.config, self.run, self.action == "resume", callbacks)
+
 
 def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], resume: str | None) -> Plan:
     """Plan the run of a command: `resume` names it, or is auto or None for the run in `directory`.
@@ -42,27 +51,34 @@ def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], 
     run = RunDirectory(directory) if resume in (None, "auto") else RunDirectory.locate(resume)[0]
     if resume is None or (resume == "auto" and run.state == "new"):
         return Plan(run, config, "start")
-    given = config if resume == "auto" else [re.split("[=@]", word.lstrip("+~"))[0] for word in overrides]
-    keys = [key.replace("/", ".") for key in given]
-    former = run.read_config()
-    changed, theirs, ours = {"test": True} | copy.deepcopy(former), flatten(former), flatten(config)
-    for key in (key for key in ours | theirs if any(f"{key}.".startswith(f"{name}.") for name in keys)):
-        old, new = theirs.get(key, "missing"), ours.get(key, "missing")
+    names = list(config) if resume == "auto" else [re.split("[=@]", word.lstrip("+~"))[0] for word in overrides]
+    given = tuple(f"{name}.".replace("/", ".") for name in names)
+    former = {"test": True} | run.read_config()
+    changed = copy.deepcopy(former)
+    for key, (old, new) in changed_keys(former, config).items():
+        if not f"{key}.".startswith(given):
+            continue
         if (key, old) == ("trainer.precision", "bf16-mixed") and str(new) in ("16", "16-mixed") and resume == "auto":
             continue  # a CPU trains with bf16-mixed instead, and config.yaml says so
-        if old != new and (key not in CHANGEABLE or key not in ours):
+        if key not in CHANGEABLE or new == "missing":
             allowed = ", ".join(CHANGEABLE)
             raise ConfigError(f"{key}={new}: is {old} in {run}; when a run is resumed, only {allowed} may change")
-        if old != new:
-            set_key(changed, key, new)
-    longer = changed["trainer"].get("max_epochs") != former["trainer"].get("max_epochs")
+        set_key(changed, key, new)
+    epochs = former["trainer"].get("max_epochs")
+    longer = changed["trainer"].get("max_epochs") != epochs
     if longer and (schedule := changed["model"].get("schedule")):
-        epochs = former["trainer"].get("max_epochs")
         if "OneCycleLR" in str(schedule.get("_target_")):
             raise ConfigError(f"trainer.max_epochs: a OneCycleLR ends with its run, which has {epochs} epochs")
         log.warning("model.schedule stays as it was for trainer.max_epochs=%s", epochs)
-    untested = changed["test"] and not former.get("test", True)
+    untested = changed["test"] and not former["test"]
     return Plan(run, changed, "resume" if run.state == "unfinished" or longer or untested else "finished")
+
+
+def changed_keys(former: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys that differ between two configurations, each with its old and new value or "missing"."""
+    old, new = flatten(former), flatten(config)
+    pairs = {key: (old.get(key, "missing"), new.get(key, "missing")) for key in new | old}
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 
 def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:

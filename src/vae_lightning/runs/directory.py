@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,11 +29,12 @@ def runs_in(directory: Path) -> list[Path]:
 
 def find_runs(path: StrPath) -> list[Path]:
     """Return `path` if it is a run, a checkpoint or `latest`, or else the runs below it. Raises RunError for none."""
-    run = RunDirectory.locate(path)[0]
-    found = [] if run.config_file.exists() else runs_in(Path(path))
-    if not (found or run.config_file.exists()):
+    run, _ = RunDirectory.locate(path)
+    if run.config_file.exists():
+        return [run.path if str(path) == "latest" else Path(path)]
+    if not (found := runs_in(Path(path))):
         raise RunError(f"{path}: {'contains no run' if Path(path).is_dir() else 'no such run directory'}")
-    return found or [run.path if str(path) == "latest" else Path(path)]
+    return found
 
 
 class RunDirectory:
@@ -92,16 +92,13 @@ class RunDirectory:
 
     def create(self, config: dict[str, Any]) -> None:
         """Write config.yaml into the new, locked run. Raises RunError if the directory already has something else."""
+        advice = "choose another hydra.run.dir"
         if self.config_file.exists():
-            raise RunError(
-                f"{self}: already contains a run; resume={self} continues it, or choose another hydra.run.dir"
-            )
+            raise RunError(f"{self}: already contains a run; resume={self} continues it, or {advice}")
         files = vars(self).values()
         others = [p.name for p in self.path.iterdir() if p in files or (p.is_dir() and not p.name.startswith("."))]
         if others:
-            raise RunError(
-                f"{self}: contains {min(others)}; a run needs a directory of its own: choose another hydra.run.dir"
-            )
+            raise RunError(f"{self}: contains {min(others)}; a run needs a directory of its own: {advice}")
         self.write_config(config)
 
     def discard(self) -> None:
@@ -113,18 +110,15 @@ class RunDirectory:
         """Mark the run as unfinished, with `config`.
 
         Its metrics are kept until there are new ones. Its evaluations, which are of earlier weights, are renamed: they
-        get the number of epochs of the finished run, or a number, in their names.
+        get the number of epochs of the finished run in their names.
         """
         metrics = read_dict(self.metrics_file) if self.state == "finished" else {}
         ending = f"{metrics['epochs']}_epochs" if "epochs" in metrics else "unfinished"
-        paths = (self.evaluation_file, self.evaluation_values, self.evaluations)
-        for n in itertools.count(1):
-            renamed = [path.with_stem(f"{path.stem}_{ending}{f'_{n}' if n > 1 else ''}") for path in paths]
-            if not any(new.exists() for new in renamed):
-                break
-        for path, new in zip(paths, renamed, strict=True):
+        for path in (self.evaluation_file, self.evaluation_values, self.evaluations):
             if path.exists():
-                os.replace(path, new)
+                renamed = path.with_stem(f"{path.stem}_{ending}")
+                shutil.rmtree(renamed, ignore_errors=True)
+                os.replace(path, renamed)
         if metrics:
             write_json(self.metrics_file, metrics | {"unfinished": True})
         self.write_config(config)

@@ -19,7 +19,6 @@ from vae_lightning.models.base import ImageModel
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
 LONGEST_DIFF = 100_000  # characters of uncommitted changes
-MOST_FILES = 100  # names of files that git does not track
 
 
 def describe_environment(model: ImageModel, device: torch.device, data: ImageDataModule) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def describe_environment(model: ImageModel, device: torch.device, data: ImageDat
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": None if status is None else not status,
         "git_diff": (_git("diff", "HEAD") or "")[:LONGEST_DIFF],
-        "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")][:MOST_FILES],
+        "git_untracked": [line[3:] for line in (status or "").splitlines() if line.startswith("?? ")],
         "data_checksums": data.checksums(),
         "parameters": count_parameters(model),
         "encoder_parameters": count_parameters(model.encoder),

@@ -28,12 +28,13 @@ def load_run(path: StrPath) -> ImageModel:
     Raises RunError for an incomplete directory or damaged checkpoint, ConfigError for a wrong configuration.
     """
     run, checkpoint = RunDirectory.locate(path)
-    if run.config_file.exists() or not checkpoint.exists() or checkpoint != Path(path):
-        config = run.read_config()
-        content = load_checkpoint(checkpoint)
-    else:
-        content = load_checkpoint(checkpoint)
-        config = {"model": model_spec(content, checkpoint)}
+    alone = checkpoint == Path(path) and not run.config_file.exists()
+    config = {} if alone else run.read_config()
+    content = load_checkpoint(checkpoint)
+    if alone:
+        if not {"_target_", "hyper_parameters"} <= set(content):
+            raise RunError(f"{checkpoint}: has no config.yaml beside it; load it with VAE.load_from_checkpoint(path)")
+        config = {"model": {"_target_": content["_target_"], **content["hyper_parameters"]}}
     saved = content.get("hyper_parameters", {}) | dict.fromkeys(config["model"])
     of_data = {key: saved[key] for key in ("image_shape", "classes") if saved.get(key) is not None}
     model = build(config["model"], ImageModel, "model", **of_data)
@@ -43,13 +44,6 @@ def load_run(path: StrPath) -> ImageModel:
     model.protocol = {key: value for key, value in data.items() if key.startswith("data.")}
     model.config = config
     return model.eval()
-
-
-def model_spec(content: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Return the spec of the model in the content of a checkpoint. Raises RunError if there is none."""
-    if "_target_" not in content or "hyper_parameters" not in content:
-        raise RunError(f"{checkpoint}: has no config.yaml beside it; load it with VAE.load_from_checkpoint(path)")
-    return {"_target_": content["_target_"], **content["hyper_parameters"]}
 
 
 def load_weights(weights: dict[str, Any], model: ImageModel, checkpoint: Path) -> None:
@@ -67,11 +61,11 @@ def weights_from(path: StrPath, model: ImageModel, strict: bool = True) -> dict[
     `load_checkpoint`.
     """
     ours, theirs = model.state_dict(), load_checkpoint(RunDirectory.locate(path)[1])["state_dict"]
-    shapes = [{name: list(tensor.shape) for name, tensor in weights.items()} for weights in (ours, theirs)]
-    different = [name for name in {**ours, **theirs} if shapes[0].get(name) != shapes[1].get(name)]
+    fitting = {name: weight for name, weight in theirs.items() if name in ours and weight.shape == ours[name].shape}
+    different = [name for name in {**ours, **theirs} if name not in fitting]
     for name in different:
-        log.warning("init: %s is %s here, %s in the other run", name, *(s.get(name, "missing") for s in shapes))
-    fitting = {name: tensor for name, tensor in theirs.items() if name in ours and name not in different}
+        shapes = (list(weights[name].shape) if name in weights else "missing" for weights in (ours, theirs))
+        log.warning("init: %s is %s here, %s in the other run", name, *shapes)
     if not fitting or (different and strict):
         advice = "; init_strict=false starts them anew" if fitting else ""
         raise ConfigError(f"init={path}: {len(different)} tensors, listed above, do not fit this model{advice}")
