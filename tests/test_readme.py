@@ -15,11 +15,12 @@ def section(page: str, title: str) -> str:
 
 
 def test_the_table_of_parts_has_every_choice() -> None:
-    for group, cell in re.findall(r"^\| [a-z]+ \| `([\w/]+)=` \| (.*) \|$", section(GUIDES, "Parts to choose from"), flags=re.M):
+    parts = section(GUIDES, "Parts to choose from")
+    for group, cell in re.findall(r"^\| [a-z]+ \| `([\w/]+)=` \| (.*) \|$", parts, flags=re.M):
         choices = {file.stem for file in (CONF / group).glob("*.yaml")}
         assert set(re.findall(r"`(\w+)`", cell)) == choices | (HYDRA if group == "hydra/launcher" else set()), group
     groups = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if any(path.glob("*.yaml"))}
-    assert groups - {"data", "experiment"} == set(re.findall(r"`([\w/]+)=`", section(GUIDES, "Parts to choose from")))
+    assert groups - {"data", "experiment"} == set(re.findall(r"`([\w/]+)=`", parts))
 
 
 def test_it_is_short() -> None:
@@ -28,7 +29,8 @@ def test_it_is_short() -> None:
 
 def test_its_results_are_those_of_the_complete_tables() -> None:
     tables = (ROOT / "docs" / "results.md").read_text() + (ROOT / "docs" / "published.md").read_text()
-    rows = re.findall(r"^\| `(experiment=[^`]+`).*?\| .* \| ([\d.]+) \| ([\d.]+) \|$", section(README, "Results"), flags=re.M)
+    row = r"^\| `(experiment=[^`]+`).*?\| .* \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(row, section(README, "Results"), flags=re.M)
     assert len(rows) == 6
     for experiment, expected, obtained in rows:
         numbers = [re.findall(r"[\d.]+", line) for line in tables.splitlines() if experiment in line]
