@@ -58,8 +58,6 @@ def plan_run(config: dict[str, Any], directory: Path, overrides: Sequence[str], 
     for key, (old, new) in changed_keys(former, config).items():
         if not f"{key}.".startswith(given):
             continue
-        if (key, old) == ("trainer.precision", "bf16-mixed") and str(new) in ("16", "16-mixed") and resume == "auto":
-            continue  # a CPU trains with bf16-mixed instead, and config.yaml says so
         if key not in CHANGEABLE or new == "missing":
             allowed = ", ".join(CHANGEABLE)
             raise ConfigError(f"{key}={new}: is {old} in {run}; when a run is resumed, only {allowed} may change")
