@@ -1,6 +1,7 @@
 """The command `vae generate …`, and the content of the figures."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,6 +15,7 @@ from PIL import Image
 
 from vae_lightning.analysis import generation
 from vae_lightning.config import ConfigError
+from vae_lightning.models.estimators import kl_divergence
 from vae_lightning.runs.loading import Run, open_run
 from vae_lightning.training.train import train
 
@@ -44,7 +46,7 @@ def directory(trained, tmp_path: Path):
 
 FIGURES = [
     ("samples -n 6 --columns 3 --temperature 0.5 --seed 1", "samples_columns-3_n-6_seed-1_temperature-0.5.png", (2, 3)),
-    ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", (2, 3)),
+    ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", None),
     ("manifold --columns 5", "manifold_columns-5.png", None),
     ("scatter -n 200 --format pdf", "scatter_n-200.pdf", None),
     ("traversals -n 2 --columns 5 --images 7", "traversals_columns-5_images-7_n-2.png", None),
@@ -110,12 +112,16 @@ def test_wrong_input_gets_one_clear_line(words: str, line: str, generate, direct
 
 def test_planes_of_larger_latent_spaces(directory) -> None:
     run = open_run(directory("model.latent_dim=5"), "cpu")
-    assert generation.manifold(run, columns=3).shape == (3, 84, 84)
-    first, last = generation.manifold(run, columns=2, plane=[2, 5]), generation.manifold(run, columns=2, plane=[5, 2])
-    torch.testing.assert_close(first[:, 28:, :28], last[:, 28:, :28])  # low in both
-    torch.testing.assert_close(first[:, :28, :28], last[:, 28:, 28:])  # low in 2, high in 5
+
+    def grid(**options) -> torch.Tensor:
+        return torch.as_tensor(generation.manifold(run, **options).axes[0].images[0].get_array())
+
+    assert grid(columns=3).shape == (84, 84, 3)
+    first, last = grid(columns=2, plane=[2, 5]), grid(columns=2, plane=[5, 2])
+    torch.testing.assert_close(first[28:, :28], last[28:, :28])  # low in both
+    torch.testing.assert_close(first[:28, :28], last[28:, 28:])  # low in 2, high in 5
     (axes,) = generation.scatter(run, n=100).axes
-    assert axes.get_xlabel() == "first principal direction"
+    assert re.fullmatch(r"PC 1 \(\d+% of variance\)", axes.get_xlabel())
     centre = torch.cat([torch.as_tensor(points.get_offsets()) for points in axes.collections]).mean(dim=0)
     assert centre.abs().max() < 1
     (axes,) = generation.scatter(run, n=100, plane=[4, 1]).axes
@@ -130,11 +136,13 @@ def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) ->
     run.model.decode_images = lambda z, *labels: (seen.append(z), original(z, *labels))[1]
     figure = generation.traversals(run, n=3, columns=5)
     assert isinstance(figure, Figure)
-    codes = run.model.all_codes(run.data.test_images)
-    order = codes.var(dim=0).argsort(descending=True).tolist()
+    q = run.model.encode(run.data.test_images)
+    kl = kl_divergence(q.mean, q.log_variance).mean(dim=0)
+    order = kl.argsort(descending=True).tolist()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == [f"$z_{{{dimension + 1}}}$" for dimension in order]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-3σ", "-1.5σ", "0σ", "1.5σ", "3σ"]
+    assert labels == [f"$z_{{{dimension + 1}}}$: KL {kl[dimension]:.2f}" for dimension in order]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["−3", "−1.5", "0", "1.5", "3"]
+    assert figure.get_supxlabel() == "z in standard deviations of the prior; KL in nats per image"
     for z, dimension in zip(seen, order, strict=True):
         assert (z.std(dim=0) > 0).nonzero().flatten().tolist() == [dimension]
         assert z[:, dimension].tolist() == pytest.approx([-3, -1.5, 0, 1.5, 3])
@@ -144,7 +152,7 @@ def test_nearest_training_images_are_the_nearest(directory) -> None:
     run = open_run(directory("model.latent_dim=3"), "cpu")
     run.data.train_images = run.data.train_images[:2]
     labels = generation.nearest(run, n=1).axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["sample", "nearest", "second"]
+    assert [label.get_text() for label in labels] == ["sample", "nearest", "second nearest"]
     images = torch.randint(256, (300, 1, 4, 4), dtype=torch.uint8)
     x = images[[7, 250]].float() / 255
     distances, found = generation.nearest_images(x, images, k=2)

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from vae_lightning.analysis.generation import latent_center_and_deviation
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
-from vae_lightning.figures import DIGIT_COLOURS, displayable
+from vae_lightning.figures import CLASS_COLOURS, displayable
 from vae_lightning.models.latents import by_activity, principal_directions
 from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
@@ -185,7 +185,7 @@ def describe(run: Run, codes: Tensor) -> dict[str, Any]:
         "codes": [[round(value, 4) for value in code] for code in codes[:MAP_IMAGES].tolist()],
         "labels": run.data.test_labels[:MAP_IMAGES].tolist(),
         "names": [run.data.class_name(label) for label in range(n_classes)],
-        "colours": DIGIT_COLOURS,
+        "colours": CLASS_COLOURS,
     }
 
 
