@@ -13,11 +13,18 @@ from conftest import BRIEF, DATA, Finished, composed
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vae_lightning import figures
 from vae_lightning.analysis import generation
 from vae_lightning.config import ConfigError
+from vae_lightning.figures import overview
 from vae_lightning.models.estimators import kl_divergence
 from vae_lightning.runs.loading import Run, open_run
 from vae_lightning.training.train import train
+
+
+@pytest.fixture(autouse=True)
+def _overviews(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "overview", overview)  # without the short cut of conftest.py
 
 
 @pytest.fixture
@@ -46,6 +53,8 @@ def directory(trained, tmp_path: Path):
 
 FIGURES = [
     ("samples -n 6 --columns 3 --temperature 0.5 --seed 1", "samples_columns-3_n-6_seed-1_temperature-0.5.png", (2, 3)),
+    ("overview", "overview.png", None),
+    ("overview --dark", "overview_dark.png", None),
     ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", None),
     ("manifold --columns 5", "manifold_columns-5.png", None),
     ("scatter -n 200 --format pdf", "scatter_n-200.pdf", None),
@@ -83,7 +92,7 @@ def test_every_figure_is_drawn(generate, directory) -> None:
     [
         (
             "sampels RUN",
-            'Unknown command "sampels". Did you mean "samples"? Available commands: samples, reconstructions, ',
+            'Unknown command "sampels". Did you mean "samples"? Available commands: overview, samples, ',
         ),
         ("samples RUN --plane 1 2", "Unknown option: --plane."),
         ("samples RUN --temprature 2", "Unknown option: --temprature. Did you mean --temperature?"),
@@ -179,6 +188,45 @@ def test_an_autoencoder_has_figures_but_no_prior(directory) -> None:
                 function(run)
         else:
             assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None
+
+
+OVERVIEWS = {
+    "": ("latent_dim=3", ["PC 1 (", "PC 2 ("], ["original", "reconstruction", "samples", ""]),
+    "two latent dimensions": ("latent_dim=2", ["$z_{1}$", "$z_{2}$"], ["original", "reconstruction", "samples", ""]),
+    "one latent dimension": ("latent_dim=1", None, ["original", "reconstruction", "samples", ""]),
+    "autoencoder": ("latent_dim=3 model=autoencoder", ["PC 1 (", "PC 2 ("], ["original", "reconstruction"]),
+}
+
+
+@pytest.mark.parametrize(("words", "axes", "rows"), OVERVIEWS.values(), ids=OVERVIEWS)
+def test_the_overview_has_every_panel_that_the_model_can_fill(words, axes, rows, directory) -> None:
+    run = open_run(directory(*f"model.{words}".split()), "cpu")
+    figure = generation.overview(run)
+    numbers, curves, *others = figure.axes
+    metrics = json.loads(run.directory.metrics_file.read_text())
+    written = [text.get_text() for text in numbers.texts]
+    autoencoder = "autoencoder" in words
+    loss = f"{metrics['test/loss']:{'.4g' if autoencoder else '.2f'}}"
+    assert written[:2] == [loss, f"test/loss\n{'per pixel' if autoencoder else 'nats per image'}"]
+    assert ("test/kl\nnats per image" in written) is not autoencoder
+    assert "test/elbo" not in str(written), "it is the negative loss"
+    assert [line.get_label() for line in curves.lines] == ["train", "val"]
+    if axes:
+        scatter = others.pop(0)
+        assert scatter.get_xlabel().startswith(axes[0])
+        assert scatter.get_ylabel().startswith(axes[1])
+        assert len(scatter.texts) == 10
+    assert [label.get_text() for panel in others for label in panel.get_yticklabels()] == rows
+    assert f"latent_dim {run.model.latent_dim}, " in figure.get_suptitle()
+
+
+def test_the_overview_of_an_unfinished_run_has_the_numbers_of_its_last_epoch(directory) -> None:
+    run = open_run(directory("model.latent_dim=3"), "cpu")
+    run.directory.metrics_file.unlink()
+    assert generation.overview(run).axes[0].texts[1].get_text() == "val/loss\nnats per image"
+    run.directory.history_file.unlink()
+    with pytest.raises(ConfigError, match="has no finished epoch to draw"):
+        generation.overview(run)
 
 
 def test_a_moved_run_finds_its_data(directory, tmp_path: Path) -> None:

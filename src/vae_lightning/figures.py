@@ -408,6 +408,45 @@ def rate_distortion(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figu
     return figure
 
 
+@styled
+def overview(
+    title: str,
+    numbers: Mapping[str, float],
+    history: Sequence[Mapping[str, object]],
+    grids: Sequence[tuple[Tensor, Sequence[str]]],
+    points: tuple[Tensor, Tensor, Sequence[str]] | None = None,
+    class_name: Callable[[int], str] = str,
+) -> Figure:
+    """Plot a run: its numbers, loss curves and latent space, and grids of images, each with labels for its rows.
+
+    `numbers` are metrics such as `test/loss`; `points` are latents `[n, 2]`, labels `[n]` and the names of the axes, or
+    None for a latent space that has no plane.
+    """
+    heights = [0.36, 1.3, *((WIDTH - 0.85) / grid.shape[2] * grid.shape[1] for grid, _ in grids)]  # inches
+    figure = Figure(figsize=(WIDTH, 1.25 + sum(heights)))
+    places = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    figure.suptitle(verbatim(title), x=0.02, ha="left", fontsize=7)
+    axes = figure.add_subplot(places[0, :])
+    axes.axis("off")
+    for column, (name, value) in enumerate(numbers.items()):
+        of = unit(name.partition("/")[2], terms_of(history[0]))
+        x, text = (column + 0.5) / len(numbers), f"{value:{'.2f' if 'per image' in of else '.4g'}}"
+        axes.text(x, 1, text, ha="center", va="top", fontsize=11, weight="bold", transform=axes.transAxes)
+        axes.text(x, 0, verbatim(f"{name}\n{of}"), ha="center", va="bottom", fontsize=6, transform=axes.transAxes)
+    axes = figure.add_subplot(places[1, 0] if points else places[1, :])
+    show_curves(axes, history, "loss")
+    finish(axes, xlabel="epoch")
+    if points:
+        means, labels, names = points
+        axes = figure.add_subplot(places[1, 1])
+        show_points(axes, means.cpu(), labels.cpu(), names, class_name, small=True)
+    for row, (grid, labels_of_rows) in enumerate(grids, start=2):
+        axes = figure.add_subplot(places[row, :])
+        show_grid(axes, grid, labels_of_rows)
+        axes.tick_params(labelsize=6)
+    return figure
+
+
 def new_axes(height: float = 2.5) -> tuple[Figure, Axes]:
     """Create a figure of that height in inches, as wide as half a page, with axes."""
     figure = Figure(figsize=(WIDTH, height))

@@ -27,6 +27,7 @@ from torch import Tensor
 from vae_lightning import figures
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed
 from vae_lightning.data import mapped
+from vae_lightning.files import read_dict
 from vae_lightning.models import standard_figures
 from vae_lightning.models.estimators import closed_form_kl
 from vae_lightning.models.latents import arc, by_activity, line, moments
@@ -58,6 +59,15 @@ def samples(
     labels = labels_to_draw(run, label)
     n = n or (columns if len(labels) > 1 else 64)
     return sample_rows([prior_samples(run, n, temperature, y) for y in labels], columns, run.data.class_name)
+
+
+def overview(run: Run) -> Figure:
+    """Draw one figure of a run: its numbers, loss curves, latent space, reconstructions and samples."""
+    history, file = run.directory.read_history(), run.directory.metrics_file
+    if not history:
+        raise ConfigError(f"{run.directory}: has no finished epoch to draw")
+    metrics = read_dict(file) if file.exists() else {}
+    return standard_figures.overview(run.model, run.data, history, metrics, run.model.config["name"])
 
 
 def reconstructions(run: Run, *, n: PositiveInt = 16, images: Images | None = None) -> Figure:
@@ -235,6 +245,7 @@ Drawn = Tensor | Figure | list[Tensor]
 FIGURES: dict[str, Callable[..., Drawn]] = {
     function.__name__: function
     for function in (
+        overview,
         samples,
         reconstructions,
         manifold,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -13,8 +13,11 @@ from torch.nn.functional import normalize
 from vae_lightning import figures
 from vae_lightning.config import ConfigError
 from vae_lightning.data.mapped import Images
+from vae_lightning.data.module import ImageDataModule
+from vae_lightning.data.pixels import described, evaluation_pixels
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.latents import moments, principal_directions
+from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.vae import VAE
 
 
@@ -119,3 +122,51 @@ def standard_figures(
             drawn["manifold"] = manifold(model, plane, 10 if model.classes else 20, every_label, class_name)
     model.train(was_training)
     return drawn
+
+
+@torch.inference_mode()
+def overview(
+    model: ImageModel,
+    data: ImageDataModule,
+    history: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    name: str,
+) -> Figure:
+    """Return one figure of a run: numbers, loss curves, latent space, reconstructions, and samples of a VAE.
+
+    `history` has one dictionary per epoch, and `metrics` those of the test. Without them, the numbers and images are of
+    the validation split, or else of training. The latent space is that of the first 2,000 images.
+    """
+    last = history[-1]
+    metrics = {**last, **metrics}
+    split = next(split for split in ("test", "val", "train") if f"{split}/loss" in metrics)
+    images, labels = (getattr(data, f"{split}_{of}")[:2_000] for of in ("images", "labels"))
+    if split == "train":
+        images = evaluation_pixels(images, data.pixels)
+    was_training = model.training
+    model.eval()
+    x, labels = model.images(images[:8]), labels.to(model.device)
+    grids = [
+        (figures.image_grid(torch.cat([x, model.reconstruct(x, labels[:8])]), len(x)), ["original", "reconstruction"])
+    ]
+    if isinstance(model, VAE):
+        grids.append((figures.image_grid(fixed_samples(model, 16), 8), ["samples", ""]))
+    points = None
+    if model.latent_dim > 1:
+        codes = model.all_codes(images, labels)
+        plane = latent_plane(model, codes)
+        points = plane.coordinates(codes), labels, plane.names
+    model.train(was_training)
+    # Up to four metrics, without copies of the loss, such as -elbo.
+    of_split = {key: float(value) for key, value in metrics.items() if key.startswith(f"{split}/")}
+    loss = of_split.pop(f"{split}/loss")
+    others = [(key, value) for key, value in of_split.items() if abs(value) != loss]
+    shown = {f"{split}/loss": loss} | dict(others[:3])
+    likelihood = model.likelihood if isinstance(model, VAE) else None
+    title = (
+        f"{name}: {data.dataset}, {described(data.pixels, model.image_shape[0])} pixels"
+        f"{' (cross-entropy, not a likelihood)' if likelihood and remark(likelihood, data.pixels) else ''}\n"
+        f"latent_dim {model.latent_dim}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"epoch {last['epoch']:.0f} after {last['seconds']:.0f} s"
+    )
+    return figures.overview(title, shown, history, grids, points, data.class_name)

@@ -24,6 +24,7 @@ from vae_lightning.files import atomic_write, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.metrics import MONITOR, better
+from vae_lightning.models.standard_figures import overview
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
@@ -154,7 +155,7 @@ def train(
         # 7. Results
         results = describe_results(c, model, data, trainer, history, best.best_model_path) | end
         if is_first:
-            write_results(c, run, results, trainer, history)
+            write_results(c, run, results, model, data, trainer, history)
         return results
 
 
@@ -251,8 +252,16 @@ def describe_results(
     }
 
 
-def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer: Trainer, history: History) -> None:
-    """Write metrics.json, the loss curves, and the settings in TensorBoard."""
+def write_results(
+    c: Config,
+    run: RunDirectory,
+    results: dict[str, Any],
+    model: ImageModel,
+    data: ImageDataModule,
+    trainer: Trainer,
+    history: History,
+) -> None:
+    """Write metrics.json, the loss curves, the overview, and the settings in TensorBoard."""
     metrics = {key: value for key, value in results.items() if key.startswith("test/")}
     if metrics:
         terms = format_terms({key.partition("/")[2]: value for key, value in metrics.items()})
@@ -265,4 +274,6 @@ def write_results(c: Config, run: RunDirectory, results: dict[str, Any], trainer
             logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(asdict(c), sort_keys=False)}```")
             logger.finalize("success")
         figures.save(figures.loss_curves(history.rows), run.figures / "loss_curves.png")
+        model.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        figures.save(overview(model, data, history.rows, metrics, c.name), run.figures / "overview.png")
     write_json(run.metrics_file, results)  # last, because it marks the run as finished
