@@ -141,6 +141,10 @@ def test_the_spread_over_seeds_is_drawn() -> None:
     (axes,) = figures.against(lines, "latent_dim", "test/loss").axes
     mlp, _ = axes.containers
     assert mlp.lines[0].get_ydata().tolist() == [151.0, 100.0]
+    low, high = axes.get_ylim()
+    assert low < 100
+    assert high > 152
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["MLP", "Conv"]
     segments = [segment[:, 1].tolist() for segment in mlp.lines[2][0].get_segments()]
     assert segments == [pytest.approx([150.0, 152.0]), pytest.approx([100.0, 100.0])]
     seeds = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]

@@ -12,8 +12,7 @@ from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
-from textwrap import fill
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from matplotlib import rcParams, style
@@ -107,9 +106,9 @@ def labelled_rows(images: Tensor, rows: Sequence[str], columns: Sequence[str] = 
 def labelled_grid(grid: Tensor, rows: Sequence[str], columns: Sequence[str] = (), caption: str = "") -> Figure:
     """Plot a grid of images with labels for its rows and columns, above a caption."""
     height, width = grid.shape[1:]
-    rows = [fill(row, 28) for row in rows]
     beside = 0.12 + 0.052 * max(map(longest_line, rows))
-    of_row = min(0.6, max(0.2, (WIDTH - beside) / width * height / len(rows)))  # inches
+    tallest = max(1 + row.count("\n") for row in rows)
+    of_row = min(0.6, max(0.2, 0.02 + 0.1 * tallest, (WIDTH - beside) / width * height / len(rows)))  # inches
     images = of_row * len(rows) * width / height
     wide = bool(columns) and 0.045 * max(map(longest_line, columns)) > images / len(columns)
     lines = max((1 + column.count("\n") for column in columns), default=0)
@@ -239,10 +238,10 @@ def show_points(
     named = [label for label in classes if class_name(label)] if len(classes) <= MOST_NAMES else []
     if named:
         medians = torch.stack([means[labels == label].median(dim=0).values for label in named])
-        extent = (means.amax(dim=0) - means.amin(dim=0)).max().item()
-        for label, (x, y) in zip(
-            named, spread_labels(medians, (0.11 if small else 0.06) * extent).tolist(), strict=True
-        ):
+        longest = max(len(class_name(label)) for label in named)
+        size = torch.tensor([0.03 + 0.02 * longest, 0.06]) * (means.amax(dim=0) - means.amin(dim=0)).max()  # of a name
+        size *= 1.9 if small else 1.0
+        for label, (x, y) in zip(named, (spread_labels(medians / size, 1.0) * size).tolist(), strict=True):
             box = {"fc": axes.get_facecolor(), "ec": colours[label % 10].tolist(), "boxstyle": "round,pad=0.15"}
             text = verbatim(class_name(label))
             axes.text(x, y, text, ha="center", va="center", fontsize=6 if small else 7, weight="bold", bbox=box)
@@ -281,7 +280,7 @@ def differences(values: Tensor, images: Tensor, title: str, most: int = 8) -> Fi
     axes.margins(x=0)
     finish(axes, xlabel="share of images, %", ylabel="difference, nats per image", title=verbatim(title))
     for row, name, indices in zip(below, ("gained", "lost"), (order[-most:].flip(0), order[:most]), strict=True):
-        columns = [f"{values[index]:+.1f}\n#{index}" for index in indices]
+        columns = [f"{values[index]:+.1f}\n#{index}".replace("-", "−") for index in indices]
         show_grid(row, image_grid(images[indices].float().div(255), most), [name], columns)
         row.tick_params(axis="x", labelsize=6)
     return figure
@@ -360,51 +359,54 @@ def against(lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]], key: s
 
     A line joins the means. Each seed is a point, and the bar is the standard deviation over seeds.
     """
-    figure, axes = new_axes()
+    figure, axes = new_axes(2.5 + 0.14 * len(lines))
     for index, (name, points) in enumerate(lines.items()):
-        aside = ScaledTranslation((index - (len(lines) - 1) / 2) * 4 / 72, 0, figure.dpi_scale_trans)
-        # Each line is a little aside, so that it hides no bars of another.
-        place: dict[str, Any] = {"color": colour(index), "transform": aside + axes.transData}
         x, values = zip(*sorted(points), strict=True)
+        means = [mean(of_seeds) for of_seeds in values]
         deviations = [stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
-        axes.errorbar(
-            x, list(map(mean, values)), deviations, label=verbatim(name) or None, marker="_", markersize=7, **place
-        )
         each = [(at, value) for at, of_seeds in zip(x, values, strict=True) for value in of_seeds]
-        axes.plot(*zip(*each, strict=True), "o", alpha=0.6, markeredgewidth=0, **place)
+        label = verbatim(name) or None
+        bars = axes.errorbar(x, means, deviations, color=colour(index), label=label, marker="_", markersize=7)
+        seeds = axes.plot(*zip(*each, strict=True), "o", color=colour(index), alpha=0.6, markeredgewidth=0)
+        aside = ScaledTranslation((index - (len(lines) - 1) / 2) * 4 / 72, 0, figure.dpi_scale_trans)
+        for artist in (*bars.get_children(), *seeds):
+            artist.set_transform(axes.transData + aside)  # so that no line hides the bars of another
     ticks = sorted({point[0] for points in lines.values() for point in points})
     if ticks[0] > 0 and ticks[-1] / ticks[0] > 8:
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    finish(axes, xlabel=key, ylabel=metric)
+    axes.set(xlabel=key, ylabel=metric)
+    add_legend_below(figure)
     return figure
 
 
 @styled
 def learning_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], metric: str) -> Figure:
     """Plot a line per seed; `curves` maps a name to the (epoch, value) points of each of its seeds."""
-    figure, axes = new_axes()
+    figure, axes = new_axes(2.5 + 0.14 * len(curves))
     for index, (name, seeds) in enumerate(curves.items()):
         for n, points in enumerate(seeds):
             label = verbatim(name) if n == 0 else None
             marker = "." if len(points) < 2 else ""
             axes.plot(*zip(*points, strict=True), label=label, color=colour(index), marker=marker, linewidth=0.8)
     cut_to_settled(axes)
-    finish(axes, xlabel="epoch", ylabel=metric)
+    axes.set(xlabel="epoch", ylabel=metric)
+    add_legend_below(figure)
     return figure
 
 
 @styled
 def rate_distortion(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Plot distortion against rate: a point (kl, reconstruction) per seed, and equal ELBO through the mean."""
-    figure, axes = new_axes(2.8)
+    figure, axes = new_axes(2.7 + 0.14 * len(points))
     for index, (name, seeds) in enumerate(points.items()):
         rates, distortions = zip(*seeds, strict=True)
         axes.plot(rates, distortions, "o", label=verbatim(name), color=colour(index), alpha=0.7, markeredgewidth=0)
         axes.axline((mean(rates), mean(distortions)), slope=-1, color=colour(index), linewidth=0.6, linestyle=":")
     axes.plot([], [], color="grey", linewidth=0.6, linestyle=":", label="equal ELBO")
-    finish(axes, xlabel="rate: kl, nats per image", ylabel="distortion: reconstruction, nats per image")
+    axes.set(xlabel="rate: kl, nats per image", ylabel="distortion: reconstruction, nats per image")
+    add_legend_below(figure)
     return figure
 
 
@@ -463,6 +465,12 @@ def finish(axes: Axes, **labels: str) -> None:
     axes.set(**labels)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
+
+
+def add_legend_below(figure: Figure) -> None:
+    """Add a legend below the axes, where names of runs cover no line, if any line has a label."""
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower left")
 
 
 @styled

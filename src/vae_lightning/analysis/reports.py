@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
@@ -313,7 +314,9 @@ def reconstructions(table: Table) -> Figure | None:
     run = open_run(rows[0].results[0].run, "cpu")
     x, labels = select_test_images(run, first_of_each_digit(run)[:10])
     drawn = [load_run(row.results[0].run).reconstruct(x, labels) for row in rows]
-    return figures.labelled_rows(torch.stack([x, *drawn]), ["test images", *(row.label for row in rows)])
+    return figures.labelled_rows(
+        torch.stack([x, *drawn]), ["test images", *(figures.verbatim(fill(row.label, 24)) for row in rows)]
+    )
 
 
 def report_runs(
