@@ -66,7 +66,7 @@ FIGURES = [
     ),
     (
         *("Posterior means of the test digits, two latent dimensions", "relu_mlp_2", "scatter", 660),
-        "Points around the origin, one colour per digit: 0, 1 and 7 lie apart, 4 and 9 overlap, as do 3, 5 and 8",
+        "Points around the origin, one colour per digit: 1 and 7 lie apart, 4 and 9 overlap, as do 3, 5 and 8",
     ),
     (
         *("Decoded latent plane", "relu_mlp_2", "manifold", 660),
