@@ -12,7 +12,7 @@ from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from matplotlib import rcParams, style
@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 from PIL.Image import Image
 from PIL.Image import open as open_image
 from torch import Tensor
@@ -239,12 +239,15 @@ def show_points(
     if named:
         medians = torch.stack([means[labels == label].median(dim=0).values for label in named])
         longest = max(len(class_name(label)) for label in named)
-        size = torch.tensor([0.03 + 0.02 * longest, 0.06]) * (means.amax(dim=0) - means.amin(dim=0)).max()  # of a name
-        size *= 1.9 if small else 1.0
+        # Of a name: width and height as shares of the extent, and points.
+        share, points = (
+            ([0.06 + 0.055 * longest, 0.115], 6 if longest < 3 else 5) if small else ([0.03 + 0.02 * longest, 0.06], 7)
+        )
+        size = torch.tensor(share) * (means.amax(dim=0) - means.amin(dim=0)).max()
         for label, (x, y) in zip(named, (spread_labels(medians / size, 1.0) * size).tolist(), strict=True):
             box = {"fc": axes.get_facecolor(), "ec": colours[label % 10].tolist(), "boxstyle": "round,pad=0.15"}
             text = verbatim(class_name(label))
-            axes.text(x, y, text, ha="center", va="center", fontsize=6 if small else 7, weight="bold", bbox=box)
+            axes.text(x, y, text, ha="center", va="center", fontsize=points, weight="bold", bbox=box)
     axes.set_xlabel(names[0], fontsize=6 if small else None)
     axes.set_ylabel(names[1], fontsize=6 if small else None)
     axes.set_aspect("equal", adjustable="datalim")
@@ -430,11 +433,14 @@ def overview(
     figure.suptitle(verbatim(title), x=0.02, ha="left", fontsize=7)
     axes = figure.add_subplot(places[0, :])
     axes.axis("off")
+    across = blended_transform_factory(figure.transFigure, axes.transAxes)
+    place: dict[str, Any] = {"ha": "center", "in_layout": False, "transform": across}
     for column, (name, value) in enumerate(numbers.items()):
         of = unit(name.partition("/")[2], terms_of(history[0]))
-        x, text = (column + 0.5) / len(numbers), f"{value:{'.2f' if 'per image' in of else '.4g'}}"
-        axes.text(x, 1, text, ha="center", va="top", fontsize=11, weight="bold", transform=axes.transAxes)
-        axes.text(x, 0, verbatim(f"{name}\n{of}"), ha="center", va="bottom", fontsize=6, transform=axes.transAxes)
+        digits = ".4g" if "per image" not in of else ".2f" if abs(value) < 1_000 else ".1f"
+        x = (column + 0.5) / len(numbers)
+        axes.text(x, 1, f"{value:{digits}}", va="top", fontsize=11 if len(numbers) < 4 else 9, weight="bold", **place)
+        axes.text(x, 0, verbatim(f"{name}\n{of}"), va="bottom", fontsize=6, **place)
     axes = figure.add_subplot(places[1, 0] if points else places[1, :])
     show_curves(axes, history, "loss")
     finish(axes, xlabel="epoch")
