@@ -133,20 +133,19 @@ def measured(size: str, value: int, device: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
+@figures.styled
 def plot(results: dict[str, list[dict[str, float]]]) -> Figure:
-    """Plot time per image (top) and memory (bottom), one column per size."""
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    axes = figure.subplots(2, len(results), sharex="col", sharey="row")
-    for column, (size, points) in zip(axes.T, results.items(), strict=True):
+    """Plot time per image and memory side by side, one row per size."""
+    figure = Figure(figsize=(figures.WIDTH, 1.1 * len(results)))
+    axes = figure.subplots(len(results), 2, sharex="row", sharey="col")
+    for row, (size, points) in zip(axes, results.items(), strict=True):
         values = [p["value"] for p in points]
-        for axis, key in zip(column, ("microseconds", "megabytes"), strict=True):
-            axis.plot(values, [p[key] for p in points], "o-", color=figures.COLOURS[0], markersize=3)
-            axis.set(xscale="log", yscale="log" if key == "microseconds" else "linear")
+        for axis, key in zip(row, ("microseconds", "megabytes"), strict=True):
+            axis.plot(values, [p[key] for p in points], "o-")
+            axis.set(xscale="log", yscale="log" if key == "microseconds" else "linear", xlabel=size.replace("_", " "))
             axis.grid(alpha=0.3)
-            figures.finish(axis)
-        column[1].set_xlabel(size.replace("_", " "))
-    axes[0, 0].set_ylabel("µs per image")
-    axes[1, 0].set(ylabel="MB", ylim=(0, None))
+    axes[0, 0].set_title("µs per image")
+    axes[0, 1].set(title="memory, MB", ylim=(0, None))
     return figure
 
 

@@ -171,26 +171,28 @@ class Result:
         )
 
 
+@figures.styled
 def plot(results: list[Result]) -> Figure:
     """Plot −log p(x) against the minutes of training, one point per row, and each printed value as a line."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(2 * figures.WIDTH, 4.4))
     axes = figure.subplots()
     points = [(result.mean("minutes"), result.nll) for result in results]
     longest = max(minutes for minutes, _ in points)
     printed: dict[float, list[str]] = {}
     for result, (x, y) in zip(results, points, strict=True):
         marker = "s" if result.row.needs_gpu else "o"
-        axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt=marker, color=figures.COLOURS[0], zorder=3)
+        axes.errorbar(x, y, result.mean("test/nll_stderr"), fmt=marker, color=figures.colour(0), zorder=3)
         close = [abs(minutes - x) < longest / 10 and abs(nll - y) < 0.3 for minutes, nll in points]
         near = [other.row.label for other, is_close in zip(results, close, strict=True) if is_close]
         if near[0] == result.row.label:  # close points share a label
-            axes.annotate(", ".join(near), (x, y), (12, 0), textcoords="offset points", va="center", fontsize=8)
+            right = max(minutes for (minutes, _), is_close in zip(points, close, strict=True) if is_close)
+            axes.annotate(", ".join(near), (right, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
         if result.row.printed:
             printed.setdefault(result.row.printed, []).append(result.row.name)
     for value, names in printed.items():
         axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
         label = f" {value:.2f} {', '.join(names)}"
-        axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.4")
+        axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), va="center", fontsize=7, color="0.5")
     labels = {"xlabel": "minutes of training, one thread or one GPU", "ylabel": "−log p(x), nats per image"}
     figures.finish(axes, **labels, xlim=(0, 1.2 * longest))
     return figure

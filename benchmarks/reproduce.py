@@ -40,17 +40,39 @@ EXPECTED: list[tuple[str, str, float, float]] = [
     ("pytorch_examples_20", "test/loss", 105.6, 0.5),
 ]
 
-# Figures in docs/results.md: title, experiment, file, width in pixels.
+# Figures in docs/results.md: title, experiment, file, width in pixels, and a description for those who cannot see it.
+PAIRS = "Rows of test digits, each above the row of their reconstructions: "
 FIGURES = [
-    ("Reconstructions, 200 latent dimensions", "leaky_mlp_200", "reconstructions", 480),
-    ("Reconstructions, 20 latent dimensions", "relu_mlp_20", "reconstructions", 480),
-    ("Reconstructions, 5 latent dimensions", "relu_mlp_5", "reconstructions", 480),
-    ("Reconstructions, autoencoder with 3 latent dimensions", "mlp_autoencoder_3", "reconstructions", 480),
-    ("Reconstructions, 32 latent dimensions", "deep_bayes_32", "reconstructions", 300),
-    ("Samples from the prior", "deep_bayes_32", "samples", 480),
-    ("Posterior means of the test digits, two latent dimensions", "relu_mlp_2", "scatter", 480),
-    ("Decoded latent plane", "relu_mlp_2", "manifold", 560),
-    ("Decoded z = [0.5, 0] and z = [2, 0]", "relu_mlp_2", "points", 120),
+    ("Reconstructions, 200 latent dimensions", "leaky_mlp_200", "reconstructions", 660, PAIRS + "nearly the same"),
+    ("Reconstructions, 20 latent dimensions", "relu_mlp_20", "reconstructions", 660, PAIRS + "nearly the same"),
+    (
+        "Reconstructions, 5 latent dimensions",
+        "relu_mlp_5",
+        "reconstructions",
+        660,
+        PAIRS + "blurred, some another digit",
+    ),
+    (
+        *("Reconstructions, autoencoder with 3 latent dimensions", "mlp_autoencoder_3", "reconstructions", 660),
+        PAIRS + "blurred, some another digit",
+    ),
+    ("Reconstructions, 32 latent dimensions", "deep_bayes_32", "reconstructions", 660, PAIRS + "nearly the same"),
+    (
+        "Samples from the prior",
+        "deep_bayes_32",
+        "samples",
+        480,
+        "A grid of samples: most are digits, some are between two",
+    ),
+    (
+        *("Posterior means of the test digits, two latent dimensions", "relu_mlp_2", "scatter", 660),
+        "Points around the origin, one colour per digit: 1 and 7 lie apart, 4 and 9 overlap, as do 3, 5 and 8",
+    ),
+    (
+        *("Decoded latent plane", "relu_mlp_2", "manifold", 660),
+        "A grid of decoded digits with the coordinates of z on both axes; each digit changes gradually into the next",
+    ),
+    ("Decoded z = [0.5, 0] and z = [2, 0]", "relu_mlp_2", "points", 120, "Two decoded digits"),
 ]
 
 
@@ -86,7 +108,7 @@ def shown(value: float, tolerance: float) -> str:
 def show_figures() -> list[str]:
     """Copy the figures of docs/results.md to docs/images, and return their Markdown."""
     lines = []
-    for title, experiment, figure, width in FIGURES:
+    for title, experiment, figure, width, description in FIGURES:
         source = RUNS / experiment / "figures" / f"{figure}.png"
         if source.exists():
             copy = Path("images") / f"{experiment}_{figure}.png"
@@ -94,7 +116,7 @@ def show_figures() -> list[str]:
             with Image.open(source) as image:
                 small = image.convert("RGB").resize((width, image.height * width // image.width))
                 small.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs" / copy, optimize=True)
-            lines += ["", f"{title} (`experiment={experiment}`):", "", f"![{title}]({copy})"]
+            lines += ["", f"{title} (`experiment={experiment}`):", "", f"![{description}]({copy})"]
     return lines
 
 

@@ -184,16 +184,17 @@ def evaluation_share(device: str, rounds: int) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in found.items()}
 
 
+@figures.styled
 def plot(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     """Plot the images per second of every contender in its fastest round, one group of bars per row."""
     names = list(dict.fromkeys(name for found in results.values() for name in found))
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(2 * figures.WIDTH, 2.8))
     axes = figure.subplots()
-    for n, (name, colour) in enumerate(zip(names, figures.COLOURS, strict=False)):
+    for n, name in enumerate(names):
         rows = [(i, found[name]["seconds"]) for i, found in enumerate(results.values()) if name in found]
         x = [i + (n - len(names) / 2) * 0.8 / len(names) for i, _ in rows]
-        axes.bar(x, [60_000 / min(s) for _, s in rows], 0.8 / len(names), label=name, color=colour, align="edge")
-    axes.set_xticks(range(len(results)), [row.replace("/", "\nbatch ") for row in results], fontsize="small")
+        axes.bar(x, [60_000 / min(s) for _, s in rows], 0.8 / len(names), label=name, align="edge")
+    axes.set_xticks(range(len(results)), [row.replace("/", "\nbatch ") for row in results])
     figures.finish(axes, ylabel="images per second", yscale="log")
     return figure
 

@@ -100,6 +100,7 @@ def _quick_ends_of_runs() -> Iterator[None]:
         # Of one second, TensorBoard reads the tenth file of a process before the ninth, and would purge in that order.
         patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1_000))
         patch.setattr(figures, "loss_curves", lambda history: torch.zeros(1, 2, 2))
+        patch.setattr(figures, "overview", lambda *_: torch.zeros(1, 2, 2))
         yield
 
 

@@ -138,9 +138,11 @@ def test_every_command_works_on_a_conditional_run(config, tmp_path: Path) -> Non
         for name, function in FIGURES.items():
             figure = function(run, **({"z": [0.0, 1.0]} if name == "decode" else {}))
             assert figure is not None
-            if name in ("samples", "decode"):
-                rows, columns = 10, {"samples": 8, "decode": 1}[name]
-                assert figure.shape[1:] == (rows * 30 + 2, columns * 30 + 2)
+            if name == "decode":
+                assert figure.shape[1:] == (10 * 30 + 2, 30 + 2)
+        (axes,) = FIGURES["samples"](run).axes
+        assert axes.images[0].get_array().shape == (10 * 30 + 2, 8 * 30 + 2, 3)
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(map(str, range(10)))
         assert FIGURES["samples"](run, n=3, label=7).shape[1:] == (32, 3 * 30 + 2)
         with pytest.raises(ConfigError, match="label=10: should be a class from 0 to 9"):
             FIGURES["samples"](run, label=10)

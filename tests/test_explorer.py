@@ -21,8 +21,9 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from vae_lightning.analysis.axes import codes_and_kl, latent_axes
+from vae_lightning.analysis.axes import latent_axes
 from vae_lightning.analysis.explorer import make_application, normalize_drawing
+from vae_lightning.analysis.generation import codes_and_kl
 from vae_lightning.data.torchvision_sets import MNISTDataModule
 from vae_lightning.runs.loading import open_run
 from vae_lightning.training.train import train

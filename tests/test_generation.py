@@ -1,6 +1,7 @@
 """The command `vae generate …`, and the content of the figures."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,10 +13,18 @@ from conftest import BRIEF, DATA, Finished, composed
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vae_lightning import figures
 from vae_lightning.analysis import generation
 from vae_lightning.config import ConfigError
+from vae_lightning.figures import overview
+from vae_lightning.models.estimators import kl_divergence
 from vae_lightning.runs.loading import Run, open_run
 from vae_lightning.training.train import train
+
+
+@pytest.fixture(autouse=True)
+def _overviews(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "overview", overview)  # without the short cut of conftest.py
 
 
 @pytest.fixture
@@ -44,7 +53,9 @@ def directory(trained, tmp_path: Path):
 
 FIGURES = [
     ("samples -n 6 --columns 3 --temperature 0.5 --seed 1", "samples_columns-3_n-6_seed-1_temperature-0.5.png", (2, 3)),
-    ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", (2, 3)),
+    ("overview", "overview.png", None),
+    ("overview --dark", "overview_dark.png", None),
+    ("reconstructions --images 3 18 61", "reconstructions_images-3_18_61.png", None),
     ("manifold --columns 5", "manifold_columns-5.png", None),
     ("scatter -n 200 --format pdf", "scatter_n-200.pdf", None),
     ("traversals -n 2 --columns 5 --images 7", "traversals_columns-5_images-7_n-2.png", None),
@@ -81,7 +92,7 @@ def test_every_figure_is_drawn(generate, directory) -> None:
     [
         (
             "sampels RUN",
-            'Unknown command "sampels". Did you mean "samples"? Available commands: samples, reconstructions, ',
+            'Unknown command "sampels". Did you mean "samples"? Available commands: overview, samples, ',
         ),
         ("samples RUN --plane 1 2", "Unknown option: --plane."),
         ("samples RUN --temprature 2", "Unknown option: --temprature. Did you mean --temperature?"),
@@ -110,12 +121,16 @@ def test_wrong_input_gets_one_clear_line(words: str, line: str, generate, direct
 
 def test_planes_of_larger_latent_spaces(directory) -> None:
     run = open_run(directory("model.latent_dim=5"), "cpu")
-    assert generation.manifold(run, columns=3).shape == (3, 84, 84)
-    first, last = generation.manifold(run, columns=2, plane=[2, 5]), generation.manifold(run, columns=2, plane=[5, 2])
-    torch.testing.assert_close(first[:, 28:, :28], last[:, 28:, :28])  # low in both
-    torch.testing.assert_close(first[:, :28, :28], last[:, 28:, 28:])  # low in 2, high in 5
+
+    def grid(**options) -> torch.Tensor:
+        return torch.as_tensor(generation.manifold(run, **options).axes[0].images[0].get_array())
+
+    assert grid(columns=3).shape == (84, 84, 3)
+    first, last = grid(columns=2, plane=[2, 5]), grid(columns=2, plane=[5, 2])
+    torch.testing.assert_close(first[28:, :28], last[28:, :28])  # low in both
+    torch.testing.assert_close(first[:28, :28], last[28:, 28:])  # low in 2, high in 5
     (axes,) = generation.scatter(run, n=100).axes
-    assert axes.get_xlabel() == "first principal direction"
+    assert re.fullmatch(r"PC 1 \(\d+% of variance\)", axes.get_xlabel())
     centre = torch.cat([torch.as_tensor(points.get_offsets()) for points in axes.collections]).mean(dim=0)
     assert centre.abs().max() < 1
     (axes,) = generation.scatter(run, n=100, plane=[4, 1]).axes
@@ -130,11 +145,13 @@ def test_traversals_move_one_dimension_at_a_time_most_active_first(directory) ->
     run.model.decode_images = lambda z, *labels: (seen.append(z), original(z, *labels))[1]
     figure = generation.traversals(run, n=3, columns=5)
     assert isinstance(figure, Figure)
-    codes = run.model.all_codes(run.data.test_images)
-    order = codes.var(dim=0).argsort(descending=True).tolist()
+    q = run.model.encode(run.data.test_images)
+    kl = kl_divergence(q.mean, q.log_variance).mean(dim=0)
+    order = kl.argsort(descending=True).tolist()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == [f"$z_{{{dimension + 1}}}$" for dimension in order]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-3σ", "-1.5σ", "0σ", "1.5σ", "3σ"]
+    assert labels == [f"$z_{{{dimension + 1}}}$: KL {kl[dimension]:.2f}" for dimension in order]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["−3", "−1.5", "0", "1.5", "3"]
+    assert figure.get_supxlabel() == "z in standard deviations of the prior; KL in nats per image"
     for z, dimension in zip(seen, order, strict=True):
         assert (z.std(dim=0) > 0).nonzero().flatten().tolist() == [dimension]
         assert z[:, dimension].tolist() == pytest.approx([-3, -1.5, 0, 1.5, 3])
@@ -144,7 +161,7 @@ def test_nearest_training_images_are_the_nearest(directory) -> None:
     run = open_run(directory("model.latent_dim=3"), "cpu")
     run.data.train_images = run.data.train_images[:2]
     labels = generation.nearest(run, n=1).axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["sample", "nearest", "second"]
+    assert [label.get_text() for label in labels] == ["sample", "nearest", "second nearest"]
     images = torch.randint(256, (300, 1, 4, 4), dtype=torch.uint8)
     x = images[[7, 250]].float() / 255
     distances, found = generation.nearest_images(x, images, k=2)
@@ -171,6 +188,45 @@ def test_an_autoencoder_has_figures_but_no_prior(directory) -> None:
                 function(run)
         else:
             assert function(run, **({"z": [0.0, 1.0]} if name == "decode" else {})) is not None
+
+
+OVERVIEWS = {
+    "": ("latent_dim=3", ["PC 1 (", "PC 2 ("], ["original", "reconstruction", "samples", ""]),
+    "two latent dimensions": ("latent_dim=2", ["$z_{1}$", "$z_{2}$"], ["original", "reconstruction", "samples", ""]),
+    "one latent dimension": ("latent_dim=1", None, ["original", "reconstruction", "samples", ""]),
+    "autoencoder": ("latent_dim=3 model=autoencoder", ["PC 1 (", "PC 2 ("], ["original", "reconstruction"]),
+}
+
+
+@pytest.mark.parametrize(("words", "axes", "rows"), OVERVIEWS.values(), ids=OVERVIEWS)
+def test_the_overview_has_every_panel_that_the_model_can_fill(words, axes, rows, directory) -> None:
+    run = open_run(directory(*f"model.{words}".split()), "cpu")
+    figure = generation.overview(run)
+    numbers, curves, *others = figure.axes
+    metrics = json.loads(run.directory.metrics_file.read_text())
+    written = [text.get_text() for text in numbers.texts]
+    autoencoder = "autoencoder" in words
+    loss = f"{metrics['test/loss']:{'.4g' if autoencoder else '.2f'}}"
+    assert written[:2] == [loss, f"test/loss\n{'per pixel' if autoencoder else 'nats per image'}"]
+    assert ("test/kl\nnats per image" in written) is not autoencoder
+    assert "test/elbo" not in str(written), "it is the negative loss"
+    assert [line.get_label() for line in curves.lines] == ["train", "val"]
+    if axes:
+        scatter = others.pop(0)
+        assert scatter.get_xlabel().startswith(axes[0])
+        assert scatter.get_ylabel().startswith(axes[1])
+        assert len(scatter.texts) == 10
+    assert [label.get_text() for panel in others for label in panel.get_yticklabels()] == rows
+    assert f"latent_dim {run.model.latent_dim}, " in figure.get_suptitle()
+
+
+def test_the_overview_of_an_unfinished_run_has_the_numbers_of_its_last_epoch(directory) -> None:
+    run = open_run(directory("model.latent_dim=3"), "cpu")
+    run.directory.metrics_file.unlink()
+    assert generation.overview(run).axes[0].texts[1].get_text() == "val/loss\nnats per image"
+    run.directory.history_file.unlink()
+    with pytest.raises(ConfigError, match="has no finished epoch to draw"):
+        generation.overview(run)
 
 
 def test_a_moved_run_finds_its_data(directory, tmp_path: Path) -> None:

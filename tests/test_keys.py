@@ -15,6 +15,7 @@ from helpers import Few
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from vae_lightning.config import ConfigError, build, flatten, locate
 from vae_lightning.data.module import ImageDataModule
@@ -179,9 +180,15 @@ def test_every_key_of_the_data_has_an_effect(config) -> None:
 def test_every_key_of_the_figures_has_an_effect(config, few: Few, tmp_path: Path, monkeypatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(callbacks, "log_figures", lambda trainer, drawn, step: seen.append((sorted(drawn), step)))
-    monkeypatch.setattr(
-        callbacks.figures, "save", lambda figure, file: seen.append(getattr(figure, "shape", file.name))
-    )
+    monkeypatch.setattr(callbacks.figures, "save", lambda figure, file: seen.append((file.name, *shapes(figure))))
+
+    def shapes(figure: torch.Tensor | Figure) -> list[Any]:
+        return (
+            [figure.shape]
+            if isinstance(figure, torch.Tensor)
+            else [i.get_size() for a in figure.axes for i in a.images]
+        )
+
     writer = SimpleNamespace(add_embedding=lambda codes, *rest: seen.append(len(codes)))
     monkeypatch.setattr(callbacks, "tensorboard_writers", lambda trainer: [writer])
     run, vae = RunDirectory(tmp_path), VAE(2, MLP)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from vae_lightning import figures
 from vae_lightning.config import ConfigError
 from vae_lightning.data.torchvision_sets import MNISTDataModule, load_images
-from vae_lightning.figures import loss_curves
+from vae_lightning.figures import loss_curves, overview
 from vae_lightning.models.vae import ELBO, VAE
 from vae_lightning.runs.loading import load_run
 from vae_lightning.training.callbacks import TrainingError
@@ -36,7 +36,8 @@ def test_a_real_epoch_on_real_mnist(config, tmp_path: Path) -> None:
 
 
 def test_the_run_directory_is_complete(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "loss_curves", loss_curves)  # without the short cut of conftest.py
+    monkeypatch.setattr(figures, "loss_curves", loss_curves)  # without the short cuts of conftest.py
+    monkeypatch.setattr(figures, "overview", overview)
     directory = tmp_path / "run"
     overrides = ["model.latent_dim=2", "trainer.max_epochs=2", "figures.every=1", "figures.points=[[0.5, 0]]", *QUICK]
     overrides += ["figures.embedded=1000", "figures.samples=[8,8]"]
@@ -66,7 +67,7 @@ def test_the_run_directory_is_complete(config, tmp_path: Path, monkeypatch: pyte
             assert loss == pytest.approx(reconstruction + kl, rel=1e-5)
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     drawn = {path.stem for path in (directory / "figures").glob("*.png")}
-    assert drawn == {"reconstructions", "samples", "points", "manifold", "scatter", "loss_curves"}
+    assert drawn == {"reconstructions", "samples", "points", "manifold", "scatter", "loss_curves", "overview"}
 
     board = events(directory)
     wanted = {f"{split}/{term}" for split in ("train", "val", "test") for term in ("loss", "reconstruction", "kl")}

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_lightning.analysis.evaluation import posteriors
 from vae_lightning.analysis.generation import latent_center_and_deviation
-from vae_lightning.models.estimators import active_units, closed_form_kl
+from vae_lightning.models.estimators import active_units
 from vae_lightning.models.latents import principal_directions
-from vae_lightning.models.vae import VAE
 from vae_lightning.runs.loading import Run
 
 DIRECTIONS = 20  # principal directions to choose from
@@ -71,20 +69,6 @@ def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
             "principal directions of the codes; % of their variance",
         )
     return axes
-
-
-def codes_and_kl(run: Run) -> tuple[Tensor, Tensor | None]:
-    """Return the codes of the test images, `[n, latent_dim]`, and KL(q(z|x) ‖ p(z)) of each latent dimension in nats.
-
-    The KL is the mean over images, `[latent_dim]`: None for an autoencoder, and if it is no sum over dimensions.
-    """
-    model, images, labels = run.model, run.data.test_images, run.data.test_labels
-    if not isinstance(model, VAE):
-        return model.all_codes(images, labels), None
-    parts, prior = posteriors(model, images, labels), model.prior_distribution()
-    kl = [found for q in parts if (found := closed_form_kl(q, prior)) is not None]
-    each = bool(kl) and kl[0].shape[1] == model.latent_dim
-    return torch.cat([q.mean for q in parts]), torch.cat(kl).mean(dim=0) if each else None
 
 
 def rounded(values: Tensor) -> Any:

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vae_lightning.analysis.axes import Axes, codes_and_kl, latent_axes, rounded
+from vae_lightning.analysis.axes import Axes, latent_axes, rounded
+from vae_lightning.analysis.generation import codes_and_kl
 from vae_lightning.config import ConfigError, UserError
 from vae_lightning.data.pixels import described
 from vae_lightning.figures import CLASS_COLOURS, displayable

@@ -1,7 +1,7 @@
 """Figures of a trained run: one function per figure, which takes an opened run.
 
     run = open_run("outputs/…")
-    manifold(run, plane="principal")
+    manifold(run, plane=[1, 3])
 
 `generate_run` saves them in the run directory; figures.py draws them. Images are from the test set, under the run's
 pixel protocol.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -18,20 +19,25 @@ from typing import Annotated, Any, Literal
 from zlib import crc32
 
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vae_lightning import figures
+from vae_lightning.analysis.evaluation import posteriors
 from vae_lightning.config import ConfigError, NonNegativeInt, Positive, PositiveInt, Seed
 from vae_lightning.data import mapped
-from vae_lightning.models.latents import arc, by_activity, line, moments, principal_directions
+from vae_lightning.files import read_dict
+from vae_lightning.models import standard_figures
+from vae_lightning.models.estimators import closed_form_kl
+from vae_lightning.models.latents import arc, by_activity, line, moments
+from vae_lightning.models.standard_figures import latent_plane, sample_rows
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import StrPath
 from vae_lightning.runs.loading import Run, open_run
 
-Plane = Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]  # latent dimensions, counted from 1
+Dimensions = Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=2)]  # latent dimensions, counted from 1
 Images = Annotated[Sequence[NonNegativeInt], Field(min_length=1)]  # indices into the test set
 Image = Annotated[Sequence[NonNegativeInt], Field(min_length=1, max_length=1)]
 Points = Annotated[Sequence[float], Field(min_length=1)]  # the coordinates of one latent, of the next, …
@@ -45,48 +51,55 @@ def samples(
     label: NonNegativeInt | None = None,
     temperature: Positive = 1.0,
     seed: Seed = 0,
-) -> Tensor:
+) -> Tensor | Figure:
     """Draw a grid of n samples from the prior, by default 64; of a conditional model, a row of n samples per class.
 
     `label` is the only class to draw. `temperature` scales the prior's standard deviations.
     """
     torch.manual_seed(seed)
     labels = labels_to_draw(run, label)
-    if len(labels) > 1:
-        n = columns = n or columns
-    return figures.image_grid(torch.cat([prior_samples(run, n or 64, temperature, y) for y in labels]), columns)
+    n = n or (columns if len(labels) > 1 else 64)
+    return sample_rows([prior_samples(run, n, temperature, y) for y in labels], columns, run.data.class_name)
 
 
-def reconstructions(run: Run, *, n: PositiveInt = 16, images: Images | None = None) -> Tensor:
+def overview(run: Run) -> Figure:
+    """Draw one figure of a run: its numbers, loss curves, latent space, reconstructions and samples."""
+    history, file = run.directory.read_history(), run.directory.metrics_file
+    if not history:
+        raise ConfigError(f"{run.directory}: has no finished epoch to draw")
+    metrics = read_dict(file) if file.exists() else {}
+    return standard_figures.overview(run.model, run.data, history, metrics, run.model.config["name"])
+
+
+def reconstructions(run: Run, *, n: PositiveInt = 16, images: Images | None = None) -> Figure:
     """Draw test images, the first n or those with the given indices, above their reconstructions."""
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
-    return figures.reconstruction_grid(x, run.model.reconstruct(x, labels))
+    return figures.reconstructions(x, run.model.reconstruct(x, labels))
 
 
 def manifold(
-    run: Run, *, columns: PositiveInt = 20, plane: Plane | None = None, label: NonNegativeInt | None = None
-) -> Tensor:
+    run: Run, *, columns: PositiveInt = 20, plane: Dimensions | None = None, label: NonNegativeInt | None = None
+) -> Figure:
     """Draw a decoded latent plane, at equally probable quantiles: the latent space, if it has two dimensions.
 
-    With more, `plane` is two of them; the default is the plane of the two principal directions. Of a conditional
+    With more, `plane` is two of them; the default is the plane of the first two principal components. Of a conditional
     model, draw the plane of the class `label`, or of each class.
     """
     labels = labels_to_draw(run, label)
-    center, axes, _ = latent_plane(run, plane)
-    return figures.manifold_grid(lambda z, y: run.model.decode_images(z.to(axes) @ axes + center, y), columns, labels)
+    chosen = latent_plane(run.model, codes_of_test_set(run), plane)
+    return standard_figures.manifold(run.model, chosen, columns, labels, run.data.class_name)
 
 
-def scatter(run: Run, *, n: PositiveInt = 10_000, plane: Plane | None = None) -> Figure:
-    """Draw the codes of the first n test images in a latent plane, coloured by digit.
+def scatter(run: Run, *, n: PositiveInt = 10_000, plane: Dimensions | None = None) -> Figure:
+    """Draw the codes of the first n test images in a latent plane, coloured by class.
 
-    With more than two latent dimensions, `plane` is two of them; the default is the plane of the two principal
-    directions.
+    With more than two latent dimensions, `plane` is two of them; the default is the plane of the first two principal
+    components.
     """
-    center, axes, names = latent_plane(run, plane)
-    codes = run.model.all_codes(run.data.test_images[:n], run.data.test_labels[:n])
-    along = codes if plane or run.model.latent_dim == 2 else codes - center
-    labels = run.data.test_labels[:n].to(codes.device)
-    return figures.latent_scatter(along @ normalize(axes).T, labels, names, run.data.class_name)
+    codes = codes_of_test_set(run)
+    chosen = latent_plane(run.model, codes, plane)
+    points = chosen.coordinates(codes[:n])
+    return figures.latent_scatter(points, run.data.test_labels[:n], chosen.names, run.data.class_name)
 
 
 def traversals(
@@ -97,31 +110,37 @@ def traversals(
     images: Image | None = None,
     label: NonNegativeInt | None = None,
 ) -> Figure:
-    """Draw one latent dimension per row, from −3 to 3 standard deviations; the n most active dimensions.
+    """Draw one latent dimension per row, from −3 to 3 standard deviations: those of the n largest KL, with the KL.
 
+    Without a closed-form KL, they are the n dimensions of the codes that vary most.
     The other dimensions keep the value of the center of latent space, or of the code of the given test image. A
     conditional model decodes with the class `label`, by default that of the image, or the classes in turn, one per row.
     """
     labels = labels_to_draw(run, label)
-    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
     center, deviation = latent_center_and_deviation(run)
     start = center
     if images:
         x, of_image = select_test_images(run, images)
         start = run.model.codes(x, of_image)[0]
         labels = of_image.tolist() if label is None and run.model.classes else labels
-    dimensions = by_activity(codes)[:n]
+    codes, kl = codes_and_kl(run)
+    dimensions = (by_activity(codes) if kl is None else kl.argsort(descending=True).tolist())[:n]
     of_rows = [labels[row % len(labels)] for row in range(len(dimensions))]
-    steps = torch.linspace(-3, 3, columns, device=codes.device)
+    steps = torch.linspace(-3, 3, columns, device=center.device)
     z = start.repeat(len(dimensions), columns, 1)
     for row, dimension in enumerate(dimensions):
         z[row, :, dimension] = center[dimension] + steps * deviation[dimension]
     rows = [
-        f"$z_{{{dimension + 1}}}$" + ("" if label is None else f", y = {run.data.class_name(label)}")
+        f"$z_{{{dimension + 1}}}$"
+        + ("" if kl is None else f": KL {kl[dimension]:.2f}")
+        + ("" if label is None else f", y = {figures.verbatim(run.data.class_name(label))}")
         for dimension, label in zip(dimensions, of_rows, strict=True)
     ]
     drawn = torch.stack([run.model.decode_images(*row) for row in zip(z, of_rows, strict=True)])
-    return figures.labelled_rows(drawn, rows, [f"{round(step, 1) + 0.0:g}σ" for step in steps.tolist()])
+    caption = f"z in standard deviations of the {'prior' if isinstance(run.model, VAE) else 'codes'}"
+    caption += "" if kl is None else "; KL in nats per image"
+    across = [f"{round(step, 1) + 0.0:g}".replace("-", "−") for step in steps.tolist()]
+    return figures.labelled_rows(drawn, rows, across, caption)
 
 
 def interpolations(run: Run, *, n: PositiveInt = 5, columns: PositiveInt = 10, images: Images | None = None) -> Figure:
@@ -156,9 +175,10 @@ def analogies(run: Run, *, n: PositiveInt = 10, images: Images | None = None) ->
         raise ConfigError(f"{run.directory}: its model has no classes; train one with model.conditional=true")
     x, labels = select_test_images(run, images or range(min(n, len(run.data.test_images))))
     z = run.model.codes(x, labels)
-    classes, name = range(run.model.classes), run.data.class_name
+    classes = range(run.model.classes)
+    names = [figures.verbatim(run.data.class_name(y)) for y in classes]
     rows = torch.stack([x, *(run.model.decode_images(z, y) for y in classes)], dim=1)
-    return figures.labelled_rows(rows, list(map(name, labels.tolist())), ["image", *map(name, classes)])
+    return figures.labelled_rows(rows, [names[y] for y in labels.tolist()], ["image", *names])
 
 
 def decode(run: Run, *, z: Points, columns: PositiveInt = 10, label: NonNegativeInt | None = None) -> Tensor:
@@ -191,8 +211,9 @@ def nearest(
     x = prior_samples(run, n, temperature, label)
     distances, neighbours = nearest_images(x, run.data.train_images, k=min(3, len(run.data.train_images)))
     rows = torch.stack([x, *run.model.images(neighbours.flatten(0, 1)).unflatten(0, (-1, n))])
-    names = ["sample", "nearest", "second", "third"][: len(rows)]
-    return figures.labelled_rows(rows, names, [f"{distance:.1f}" for distance in distances[0].tolist()])
+    names = ["sample", "nearest", "second nearest", "third nearest"][: len(rows)]
+    above = [f"{distance:.1f}" for distance in distances[0].tolist()]
+    return figures.labelled_rows(rows, names, above, "above: Euclidean distance to the nearest training image")
 
 
 def walk(run: Run, *, columns: PositiveInt = 12, images: Images | None = None) -> list[Tensor]:
@@ -211,6 +232,7 @@ Drawn = Tensor | Figure | list[Tensor]
 FIGURES: dict[str, Callable[..., Drawn]] = {
     function.__name__: function
     for function in (
+        overview,
         samples,
         reconstructions,
         manifold,
@@ -231,6 +253,7 @@ def generate_run(
     what: str,
     *,
     format: Literal["png", "pdf", "svg"] = "png",
+    dark: bool = False,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     data_root: str | None = None,
     **options: Any,
@@ -238,7 +261,7 @@ def generate_run(
     """Save one figure in the figures/ of a run, and return the path of the file.
 
     `what` is a name in FIGURES, and `options` are those of the function: `generate_run(run, "samples", n=64)`. They
-    are part of the file's name, samples_n-64.png, as is another checkpoint than the best one.
+    are part of the file's name, samples_n-64.png, as are `dark` and another checkpoint than the best one.
     A walk is always an animated GIF. Raises UserError for a run that cannot be opened, or a wrong value.
     """
     function = FIGURES[what]
@@ -246,11 +269,13 @@ def generate_run(
         name: value for name, value in options.items() if value != signature(function).parameters[name].default
     }
     opened = open_run(run, accelerator, data_root)
-    figure = function(opened, **arguments)
+    with style.context("vae_lightning.dark") if dark else nullcontext():
+        figure = function(opened, **arguments)
     suffix = "gif" if isinstance(figure, list) else format
     words = [f"{key}-{re.sub('[^A-Za-z0-9.,+-]', '', str(value))}" for key, value in sorted(arguments.items())]
     if opened.checkpoint.name != opened.directory.best_checkpoint.name:
         words.append(opened.checkpoint.stem)
+    words += ["dark"] * dark
     name = "_".join([what, *words]).replace(",", "_")
     if len(name) > 200:  # a file system allows 255
         name = f"{name[:190]}_{crc32(name.encode()):08x}"
@@ -290,34 +315,31 @@ def first_of_each_digit(run: Run) -> list[int]:
     return found or list(range(min(10, len(labels))))
 
 
+def codes_of_test_set(run: Run) -> Tensor:
+    """Return the codes of the test set, `[n, latent_dim]`."""
+    return run.model.all_codes(run.data.test_images, run.data.test_labels)
+
+
+def codes_and_kl(run: Run) -> tuple[Tensor, Tensor | None]:
+    """Return the codes of the test images, `[n, latent_dim]`, and KL(q(z|x) ‖ p(z)) of each latent dimension in nats.
+
+    The KL is the mean over images, `[latent_dim]`: None for an autoencoder, and if it is no sum over dimensions.
+    """
+    model, images, labels = run.model, run.data.test_images, run.data.test_labels
+    if not isinstance(model, VAE):
+        return model.all_codes(images, labels), None
+    parts, prior = posteriors(model, images, labels), model.prior_distribution()
+    kl = [found for q in parts if (found := closed_form_kl(q, prior)) is not None]
+    each = bool(kl) and kl[0].shape[1] == model.latent_dim
+    return torch.cat([q.mean for q in parts]), torch.cat(kl).mean(dim=0) if each else None
+
+
 def latent_center_and_deviation(run: Run) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of latent space, `[latent_dim]` each: of the prior, or else of all codes."""
     if isinstance(run.model, VAE):
         return moments(run.model.prior_distribution())
-    codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
+    codes = codes_of_test_set(run)
     return codes.mean(dim=0), codes.std(dim=0)
-
-
-def latent_plane(run: Run, plane: Plane | None) -> tuple[Tensor, Tensor, tuple[str, str]]:
-    """Return a plane of latent space: center `[latent_dim]`, axes `[2, latent_dim]` of one standard deviation, names.
-
-    `plane` is two latent dimensions. Without it, the plane is the two-dimensional latent space, or that of the two
-    principal directions of the codes of the test set. Raises ConfigError if the latent space has no such plane.
-    """
-    d = run.model.latent_dim
-    if d < 2:
-        raise ConfigError(f"{run.directory}: latent_dim={d}; a plane needs 2 latent dimensions")
-    if plane is None and d > 2:
-        codes = run.model.all_codes(run.data.test_images, run.data.test_labels)
-        directions, deviations = principal_directions(codes)
-        axes = directions[:2] * deviations[:2, None]
-        return codes.mean(dim=0), axes, ("first principal direction", "second principal direction")
-    across, up = plane or (1, 2)
-    if max(across, up) > d or across == up:
-        raise ConfigError(f"plane=[{across},{up}]: should be two different dimensions from 1 to {d}, the latent_dim")
-    center, deviation = latent_center_and_deviation(run)
-    axes = torch.diag(deviation)[[across - 1, up - 1]]
-    return center, axes, (f"$z_{{{across}}}$", f"$z_{{{up}}}$")
 
 
 def nearest_images(x: Tensor, images: mapped.Images, k: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Annotated, Any, Literal, TypeGuard
 
 import torch
@@ -259,24 +260,28 @@ def plots(table: Table) -> dict[str, Figure]:
     for key in table.numeric_keys:
         for metric in table.metrics[:4]:
             unit = figures.unit(metric.removeprefix("test/"), terms)
-            lines: dict[str, list[tuple[float, float, float]]] = {}
+            lines: dict[str, list[tuple[float, Sequence[float]]]] = {}
             for row in table.rows:
-                average, deviation = row.statistics(metric)
-                if average is not None:
+                if values := row.values(metric):
                     name = ", ".join(str(value) for other, value in row.settings.items() if other != key)
-                    lines.setdefault(name, []).append((row.settings[key], average, deviation or 0.0))
+                    lines.setdefault(name, []).append((row.settings[key], values))
             if lines and len(lines) <= MAX_RUNS_IN_FIGURE:
                 name = re.sub("[^A-Za-z0-9._-]+", "_", f"{metric}_against_{key}")
                 drawn[name] = figures.against(lines, key, ", ".join(filter(None, (metric, unit))))
-    best = best_rows(table)
-    curves = {row.label: curve for row in best if (curve := learning_curve(row.results[0].run))}
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    shown = set()
+    for row in best_rows(table):
+        for result in row.results:
+            if curve := learning_curve(result.run):
+                shown.add(curve[0])
+                curves.setdefault(row.label, []).append(curve[1])
+            if {"test/kl", "test/reconstruction"} <= result.metrics.keys():
+                point = result.metrics["test/kl"], result.metrics["test/reconstruction"]
+                points.setdefault(row.label, []).append(point)
     if curves:
-        drawn["learning_curves"] = figures.learning_curves(curves, figures.unit("loss", terms))
-    points = {
-        row.label: (mean(kl), mean(reconstruction))
-        for row in best
-        if (kl := row.values("test/kl")) and (reconstruction := row.values("test/reconstruction"))
-    }
+        ylabel = f"{' or '.join(sorted(shown))}, {figures.unit('loss', terms)}"
+        drawn["learning_curves"] = figures.learning_curves(curves, ylabel)
     if len(points) > 1:
         drawn["rate_distortion"] = figures.rate_distortion(points)
     return drawn
@@ -294,11 +299,8 @@ def learning_curve(run: RunDirectory) -> tuple[str, list[tuple[int, float]]] | N
 
     None for a run without either; values that are not finite are left out.
     """
-    text = run.history_file.read_text(encoding="utf-8") if run.history_file.exists() else ""
-    rows = list(csv.DictReader(text.splitlines()))
     for metric in ("val/loss", "train/loss"):
-        points = [(int(row["epoch"]), float(row[metric])) for row in rows if is_number(float(row.get(metric) or "nan"))]
-        if points:
+        if points := [(int(row["epoch"]), row[metric]) for row in run.read_history() if metric in row]:
             return metric, points
     return None
 
@@ -312,7 +314,9 @@ def reconstructions(table: Table) -> Figure | None:
     run = open_run(rows[0].results[0].run, "cpu")
     x, labels = select_test_images(run, first_of_each_digit(run)[:10])
     drawn = [load_run(row.results[0].run).reconstruct(x, labels) for row in rows]
-    return figures.labelled_rows(torch.stack([x, *drawn]), ["test images", *(row.label for row in rows)])
+    return figures.labelled_rows(
+        torch.stack([x, *drawn]), ["test images", *(figures.verbatim(fill(row.label, 24)) for row in rows)]
+    )
 
 
 def report_runs(

@@ -26,6 +26,7 @@ Args:
     temperature: of the prior; lower values give more typical, less varied samples
     seed: of the samples
     format: of the file
+    dark: on a dark background
     accelerator: device
     data_root: directory of the data on this machine, if it differs from the run's
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -144,6 +146,12 @@ class RunDirectory:
     def read_environment(self) -> dict[str, Any]:
         """Read environment.json; {} if it does not exist. Raises FileError."""
         return read_dict(self.environment_file) if self.environment_file.exists() else {}
+
+    def read_history(self) -> list[dict[str, float]]:
+        """Read history.csv, without empty cells and values that are not finite; [] if it does not exist."""
+        text = self.history_file.read_text(encoding="utf-8") if self.history_file.exists() else ""
+        rows = [{key: float(cell or "nan") for key, cell in row.items()} for row in csv.DictReader(text.splitlines())]
+        return [{key: value for key, value in row.items() if math.isfinite(value)} for row in rows]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

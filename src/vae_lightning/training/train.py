@@ -25,6 +25,7 @@ from vae_lightning.files import atomic_write, write_json
 from vae_lightning.models.base import ImageModel
 from vae_lightning.models.likelihoods import remark
 from vae_lightning.models.metrics import MONITOR, better
+from vae_lightning.models.standard_figures import overview
 from vae_lightning.models.vae import VAE
 from vae_lightning.runs.directory import RunDirectory, RunError, StrPath
 from vae_lightning.runs.environment import count_parameters, describe_environment
@@ -149,6 +150,9 @@ def train(
 
         # 7. Results
         results = describe_results(c, model, data, trainer, history, best.best_model_path) | end
+        if is_first and history.rows:  # none in Lightning's fast_dev_run
+            model.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+            figures.save(overview(model, data, history.rows, results, c.name), run.figures / "overview.png")
         if is_first:
             write_results(c, run, settings, results, trainer, history)
         return results
