@@ -1,0 +1,227 @@
+"""Likelihoods of 8-bit pixels on photographs, in bits per dimension; writes the table of docs/colour.md.
+
+    pip install scikit-image                  # five of the photographs; the others come with scikit-learn
+    python benchmarks/photos.py               # 40 minutes on one core
+    python benchmarks/photos.py --steps 200   # a trial, which leaves the page as it is
+    python benchmarks/photos.py --time        # seconds per step of a Gaussian and of mixtures, in turns
+
+The images are patches of 32×32 pixels. Training patches come from any place of five photographs, mirrored and with
+their colours exchanged at random; test patches tile two other photographs. All likelihoods have the same backbone,
+latents and training. The references are no VAEs: independent pixels with the frequencies of the training patches, and
+lossless codecs, which get each patch as a file of its own, header included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributions as td
+from lightning import Trainer, seed_everything
+from PIL import Image
+from reproduce import ROOT, write_between
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+from torch.special import log_ndtr
+from torch.utils.data import DataLoader, TensorDataset
+
+from vae_lightning import ELBO, VAE, DiscretizedLogistic, GaussianLikelihood, LogisticMixture, ResidualConv, figures
+from vae_lightning.models.estimators import importance_weighted_bound
+
+SIDE = 32
+DIMS = 3 * SIDE * SIDE
+BATCH, STEPS, PATCHES = 32, 4_000, 40_000
+SAMPLES = 20  # importance samples per test patch
+TRAINING = ("china.jpg", "astronaut", "chelsea", "rocket", "stereo_motorcycle")
+TEST = ("flower.jpg", "coffee")
+START, END = "<!-- photos: written by benchmarks/photos.py -->", "<!-- end of photos -->"
+
+
+class BinnedNormal(td.Normal):
+    """The probabilities of the 256 levels under a normal density, its tails in the first and last bin."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        level = (255 * value.double()).round()
+        lower = ((level - 0.5) / 255 - self.loc) / self.scale
+        upper = ((level + 0.5) / 255 - self.loc) / self.scale
+        lower, upper = lower.masked_fill(level == 0, -math.inf), upper.masked_fill(level == 255, math.inf)
+        right = lower > 0  # there, mirrored: both distribution functions would round to 1
+        lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+        return log_ndtr(upper) + torch.log1p(-(log_ndtr(lower) - log_ndtr(upper)).exp())
+
+
+class BinnedGaussian(GaussianLikelihood):
+    """A Gaussian that is trained by its density, as usual, and evaluated on the bins of 8-bit pixels."""
+
+    def forward(self, outputs: Tensor) -> td.Distribution:
+        p = super().forward(outputs)
+        normal: Any = p.base_dist  # type: ignore[attr-defined]
+        return p if self.training else td.Independent(BinnedNormal(normal.loc.double(), normal.scale.double()), 3)
+
+
+LIKELIHOODS = {
+    "Gaussian, one learnt scale": partial(BinnedGaussian, learn_scale=True),
+    "Gaussian, scale per pixel": partial(BinnedGaussian, scale="per_pixel"),
+    "discretized logistic, scale per pixel": partial(DiscretizedLogistic, scale="per_pixel"),
+    "mixture of 5 logistics": partial(LogisticMixture, components=5),
+}
+
+
+def photograph(name: str) -> Tensor:
+    """Load a photograph that scikit-learn or scikit-image ships: uint8, `[3, height, width]`."""
+    import skimage.data
+
+    if name.endswith(".jpg"):
+        pixels = load_sample_image(name)
+    else:
+        found = getattr(skimage.data, name)()
+        pixels = found[0] if isinstance(found, tuple) else found  # of a stereo pair, the left one
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def training_patches() -> Tensor:
+    """Cut patches at random places, as many of a photograph as its size deserves: uint8, `[n, 3, 32, 32]`."""
+    generator = torch.Generator().manual_seed(0)
+    photographs = [photograph(name) for name in TRAINING]
+    areas = torch.tensor([float(photo[0].numel()) for photo in photographs])
+    patches = []
+    for index in torch.multinomial(areas, PATCHES, replacement=True, generator=generator):
+        photo = photographs[index]
+        top, left = (int(torch.randint(size - SIDE + 1, (), generator=generator)) for size in photo.shape[1:])
+        colours = torch.randperm(3, generator=generator)
+        patch = photo[colours, top : top + SIDE, left : left + SIDE]
+        patches.append(patch.flip(-1) if torch.rand((), generator=generator) < 0.5 else patch)
+    return torch.stack(patches)
+
+
+def test_patches() -> Tensor:
+    """Cut the test photographs into patches side by side: uint8, `[n, 3, 32, 32]`."""
+    tiles = [photograph(name).unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE) for name in TEST]
+    return torch.cat([tile.permute(1, 2, 0, 3, 4).flatten(0, 1) for tile in tiles])
+
+
+class PhotoVAE(VAE):
+    """The VAE that all likelihoods share, with 8 feature maps of 16×16 latents."""
+
+    def __init__(self, likelihood: Any, warmup_epochs: float) -> None:
+        super().__init__(
+            latent_dim=8 * 16 * 16,
+            backbone=partial(ResidualConv, channels=(16, 48), blocks=1, spatial=True),
+            likelihood=likelihood,
+            objective=partial(ELBO, warmup_epochs=warmup_epochs),
+            image_shape=(3, SIDE, SIDE),
+        )
+
+
+def train(likelihood: Any, patches: Tensor, steps: int) -> VAE:
+    """Train a VAE. The weight of the KL rises to 1 in the first quarter of the steps."""
+    seed_everything(0, verbose=False)
+    vae = PhotoVAE(likelihood, warmup_epochs=steps / 4 * BATCH / len(patches))
+    loader = DataLoader(TensorDataset(patches), BATCH, shuffle=True, drop_last=True)
+    trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(vae, loader)
+    return vae.eval()
+
+
+@torch.no_grad()
+def nats(vae: VAE, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return −log p(x), −ELBO and KL of each patch `[n]`, in nats."""
+    parts = []
+    for x in patches.split(BATCH):
+        log_weights = vae.log_weights(x, SAMPLES)
+        parts.append((-importance_weighted_bound(log_weights), -log_weights.mean(dim=0), vae.elbo(x)["kl"]))
+    nll, elbo, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll, elbo, kl
+
+
+def codec(patch: Tensor, name: str, **options: Any) -> float:
+    """Return the length of a patch as a file, in nats."""
+    file = io.BytesIO()
+    Image.fromarray(patch.permute(1, 2, 0).numpy()).save(file, name, **options)
+    return 8 * len(file.getvalue()) * math.log(2)
+
+
+def independent(patches: Tensor, training: Tensor) -> Tensor:
+    """Return −log p of patches with independent pixels, all of the same categorical distribution, in nats."""
+    counts = torch.bincount(training.flatten().long(), minlength=256) + 1.0
+    return -(counts / counts.sum()).log()[patches.long()].flatten(1).sum(dim=1)
+
+
+def bits(values: Tensor) -> str:
+    """Format the mean of nats per patch in bits per dimension, with its standard error over patches."""
+    per_dim = values.double() / (DIMS * math.log(2))
+    return f"{per_dim.mean():.3f} ± {per_dim.std() / len(per_dim) ** 0.5:.3f}"
+
+
+def time_steps(rounds: int = 10) -> None:
+    """Print the seconds of the fastest step of each likelihood: 64 images, the default `residual_conv`, 20 latents."""
+    images = torch.rand(64, 3, SIDE, SIDE)
+    parts = {"Gaussian": GaussianLikelihood} | {f"K = {k}": partial(LogisticMixture, components=k) for k in (5, 10, 20)}
+    models = {
+        name: VAE(20, ResidualConv, likelihood, image_shape=(3, SIDE, SIDE)) for name, likelihood in parts.items()
+    }
+    fastest = dict.fromkeys(models, math.inf)
+    for name, vae in rounds * [*models.items()]:
+        optimizer = torch.optim.Adam(vae.parameters())
+        started = time.perf_counter()
+        vae.objective(vae, images.mul(255).round() / 255)["loss"].mean().backward()
+        optimizer.step()
+        fastest[name] = min(fastest[name], time.perf_counter() - started)
+        optimizer.zero_grad()
+    for name, seconds in fastest.items():
+        print(f"{name}: {seconds:.3f} s, {seconds / fastest['Gaussian']:.2f} × the Gaussian")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--time", action="store_true")
+    options = parser.parse_args()
+    if options.time:
+        return time_steps()
+    steps = options.steps
+    torch.set_num_threads(1)
+    training, test = training_patches(), test_patches()
+    shown = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:10]]
+    rows, images, samples = [], {"original": shown / 255}, {}
+    for name, likelihood in LIKELIHOODS.items():
+        started = time.perf_counter()
+        vae = train(likelihood, training, steps)
+        minutes = (time.perf_counter() - started) / 60
+        nll, elbo, kl = nats(vae, test)
+        rows.append(f"| {name} | {bits(nll)} | {bits(elbo)} | {bits(kl)} | {minutes:.0f} |")
+        print(rows[-1], flush=True)
+        images[name] = vae.reconstruct(shown)
+        torch.manual_seed(0)
+        samples[f"samples: {name}"] = vae.sample(len(shown))
+    for name, values in {
+        "no VAE: independent pixels": independent(test, training),
+        "no VAE: PNG": torch.tensor([codec(patch, "PNG", optimize=True) for patch in test]),
+        "no VAE: WebP, lossless": torch.tensor([codec(patch, "WEBP", lossless=True, quality=100) for patch in test]),
+    }.items():
+        rows.append(f"| {name} | {bits(values)} | | | |")
+        print(rows[-1], flush=True)
+    table = {name.replace(", ", ",\n").replace(": ", ":\n"): image for name, image in (images | samples).items()}
+    picture = figures.labelled_rows(torch.stack([*table.values()]).clamp(0, 1), list(table))
+    if steps != STEPS:
+        figures.save(picture, ROOT / "outputs" / "photos.png")
+        return
+    figures.save(picture, ROOT / "docs" / "images" / "photos.png")
+    head = [
+        f"{len(test)} test patches, {steps:,} steps of {BATCH}, {SAMPLES} importance samples, one seed, one core;",
+        "bits per dimension with the standard error over patches:",
+        "",
+        "| model | −log p(x) | −ELBO | KL | minutes |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    write_between(ROOT / "docs" / "colour.md", START, END, [*head, *rows])
+
+
+if __name__ == "__main__":
+    main()
