@@ -320,6 +320,7 @@ def codes_of_test_set(run: Run) -> Tensor:
     return run.model.all_codes(run.data.test_images, run.data.test_labels)
 
 
+@torch.no_grad()
 def codes_and_kl(run: Run) -> tuple[Tensor, Tensor | None]:
     """Return the codes of the test images, `[n, latent_dim]`, and KL(q(z|x) ‖ p(z)) of each latent dimension in nats.
 
