@@ -189,7 +189,7 @@ def main() -> None:
     torch.set_num_threads(1)
     training, test = training_patches(), test_patches()
     shown = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:10]]
-    rows, images, samples = [], {"original": shown / 255}, {}
+    rows, images = [], {"original": shown / 255}
     for name, likelihood in LIKELIHOODS.items():
         started = time.perf_counter()
         vae = train(likelihood, training, steps)
@@ -197,9 +197,9 @@ def main() -> None:
         nll, elbo, kl = nats(vae, test)
         rows.append(f"| {name} | {bits(nll)} | {bits(elbo)} | {bits(kl)} | {minutes:.0f} |")
         print(rows[-1], flush=True)
-        images[name] = vae.reconstruct(shown)
-        torch.manual_seed(0)
-        samples[f"samples: {name}"] = vae.sample(len(shown))
+        images[name.replace(", ", ",\n")] = vae.reconstruct(shown)
+    torch.manual_seed(0)
+    images["samples of\nthe mixture"] = vae.sample(len(shown))
     for name, values in {
         "no VAE: independent pixels": independent(test, training),
         "no VAE: PNG": torch.tensor([codec(patch, "PNG", optimize=True) for patch in test]),
@@ -207,12 +207,11 @@ def main() -> None:
     }.items():
         rows.append(f"| {name} | {bits(values)} | | | |")
         print(rows[-1], flush=True)
-    table = {name.replace(", ", ",\n").replace(": ", ":\n"): image for name, image in (images | samples).items()}
-    picture = figures.labelled_rows(torch.stack([*table.values()]).clamp(0, 1), list(table))
+    picture = figures.labelled_rows(torch.stack([*images.values()]).clamp(0, 1), list(images))
     if steps != STEPS:
         figures.save(picture, ROOT / "outputs" / "photos.png")
         return
-    figures.save(picture, ROOT / "docs" / "images" / "photos.png")
+    figures.as_pil(picture).quantize(256).save(ROOT / "docs" / "images" / "photos.png", optimize=True)
     head = [
         f"{len(test)} test patches, {steps:,} steps of {BATCH}, {SAMPLES} importance samples, one seed, one core;",
         "bits per dimension with the standard error over patches:",

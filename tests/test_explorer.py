@@ -186,8 +186,8 @@ def test_drag_hover_and_draw_in_a_browser(served: str, browser: webdriver.Chrome
     time.sleep(0.5)
     assert figure(browser, "seen") != figure(browser, "rebuilt")
 
-    browser.execute_script("setBasis('principal directions')")
-    assert browser.find_element(By.CSS_SELECTOR, "#across option").text == "direction 1"
+    browser.execute_script("setBasis('principal components')")
+    assert browser.find_element(By.CSS_SELECTOR, "#across option").text == "PC 1"
     time.sleep(0.5)
     check_page(browser)
 
@@ -355,8 +355,8 @@ def test_invalid_requests_get_one_line_and_other_origins_are_refused(
         ("/decode", "[]", b"/decode: should be JSON, an object with a list as z"),
         ("/decode", "{", b"/decode: should be JSON, an object with a list as z"),
         ("/encode", '{"image": [1, 2]}', b"image: should be a list of 784 numbers"),
-        ("/points/dimensions/0/3", None, b"/points/dimensions/0/3: should be one of dimensions, principal directions"),
-        ("/points/no/0/1", None, b"/points/no/0/1: should be one of dimensions, principal directions"),
+        ("/points/dimensions/0/3", None, b"/points/dimensions/0/3: should be one of dimensions, principal components"),
+        ("/points/no/0/1", None, b"/points/no/0/1: should be one of dimensions, principal components"),
         ("/image/10000", None, b"10000: should be an index from 0 to 9999"),
     ):
         status, text = request(f"{served}{path}", body)

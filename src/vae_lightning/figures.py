@@ -12,6 +12,7 @@ from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -281,7 +282,8 @@ def differences(values: Tensor, images: Tensor, title: str, most: int = 8) -> Fi
     dashes = {"color": rcParams["text.color"], "linewidth": 0.8, "linestyle": "--"}
     axes.axhline(values.mean().item(), **dashes, label=f"mean {values.mean():+.2f}")
     axes.margins(x=0)
-    finish(axes, xlabel="share of images, %", ylabel="difference, nats per image", title=verbatim(title))
+    finish(axes, xlabel="share of images, %", ylabel="difference, nats per image")
+    axes.set_title("\n".join(verbatim(fill(line, 50)) for line in title.split("\n")), fontsize=7)
     for row, name, indices in zip(below, ("gained", "lost"), (order[-most:].flip(0), order[:most]), strict=True):
         columns = [f"{values[index]:+.1f}\n#{index}".replace("-", "−") for index in indices]
         show_grid(row, image_grid(images[indices].float().div(255), most), [name], columns)

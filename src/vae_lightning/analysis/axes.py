@@ -1,4 +1,4 @@
-"""Axes to explore latent space along: the latent dimensions, most active first, and the principal directions."""
+"""Axes to explore latent space along: the latent dimensions, most active first, and the principal components."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vae_lightning.models.estimators import active_units
 from vae_lightning.models.latents import principal_directions
 from vae_lightning.runs.loading import Run
 
-DIRECTIONS = 20  # principal directions to choose from
-MOST_FOR_DIRECTIONS = 1_024  # latent dimensions, beyond which principal directions take long to compute
+DIRECTIONS = 20  # principal components to choose from
+MOST_FOR_DIRECTIONS = 1_024  # latent dimensions, beyond which principal components take long to compute
 SHORTEST = 1e-6  # length of an axis along which the codes do not vary
 
 
@@ -43,7 +43,7 @@ class Axes:
 
 
 def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
-    """Return the axes to choose from: latent dimensions, and principal directions of more than two of them."""
+    """Return the axes to choose from: latent dimensions, and principal components of more than two of them."""
     center, deviation = latent_center_and_deviation(run)
     d = codes.shape[1]
     variances = codes.var(dim=0)
@@ -61,12 +61,12 @@ def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
     if 2 < d <= MOST_FOR_DIRECTIONS:
         directions, deviations = principal_directions(codes)
         shares = 100 * deviations.square() / variances.sum().clamp_min(SHORTEST)
-        axes["principal directions"] = Axes(
+        axes["principal components"] = Axes(
             codes.mean(dim=0),
             (directions * deviations.clamp_min(SHORTEST)[:, None])[:DIRECTIONS],
-            [f"direction {i + 1}" for i in range(min(d, DIRECTIONS))],
+            [f"PC {i + 1}" for i in range(min(d, DIRECTIONS))],
             rounded(shares[:DIRECTIONS]),
-            "principal directions of the codes; % of their variance",
+            "principal components of the codes; % of their variance",
         )
     return axes
 
