@@ -85,8 +85,15 @@ class Likelihood(nn.Module, ABC):
         bias.data.copy_(self.outputs_with_mean(mean).flatten())
 
     def spread(self, outputs: Tensor) -> Tensor:
-        """Return decoder outputs with a mean that increases with `outputs` `[channels, height, width]`."""
+        """Return decoder outputs with a mean that increases with `outputs` `[..., channels, height, width]`."""
         return outputs
+
+    def outputs_around(self, image: Tensor) -> Tensor:
+        """Return decoder outputs whose mean is about `image` `[..., channels, height, width]`, differentiably.
+
+        By default for means that are a sigmoid of the outputs.
+        """
+        return self.spread(image.clamp(1e-3, 1 - 1e-3).logit())
 
     @torch.no_grad()
     def outputs_with_mean(self, mean: Tensor) -> Tensor:
@@ -255,6 +262,9 @@ class Gaussian(Likelihood):
     def spread(self, outputs: Tensor) -> Tensor:
         return torch.cat([outputs, torch.zeros_like(outputs)], dim=-3) if self.per_pixel else outputs
 
+    def outputs_around(self, image: Tensor) -> Tensor:
+        return self.spread(image) if isinstance(self.mean, nn.Identity) else super().outputs_around(image)
+
     def forward(self, outputs: Tensor) -> td.Distribution:
         if self.per_pixel:
             outputs, raw = outputs.chunk(2, dim=-3)
@@ -302,6 +312,9 @@ class DiscretizedLogistic(Likelihood):
     def spread(self, outputs: Tensor) -> Tensor:
         return outputs if self.needs_images else torch.cat([outputs, torch.zeros_like(outputs)], dim=-3)
 
+    def outputs_around(self, image: Tensor) -> Tensor:
+        return self.spread(2 * image - 1)
+
     def forward(self, outputs: Tensor) -> td.Distribution:
         outputs, raw = (outputs, self.raw_scale) if self.needs_images else outputs.chunk(2, dim=-3)
         levels = DiscretizedLogisticLevels((1 + outputs) / 2, bounded(raw, LOGISTIC_LOG_SCALES))
@@ -332,9 +345,13 @@ class LogisticMixture(Likelihood):
         return outputs.split([1, c, c, c * (c - 1) // 2], dim=-3)
 
     def spread(self, outputs: Tensor) -> Tensor:
-        c = len(outputs)
-        zeros = outputs.new_zeros(self.channels(c) // self.components - c, *outputs.shape[1:])
-        return torch.cat([zeros[:1], outputs, zeros[1:]]).repeat(self.components, 1, 1)
+        c = outputs.shape[-3]
+        zeros = torch.zeros_like(outputs[..., :1, :, :])
+        others = [zeros] * (self.channels(c) // self.components - c - 1)
+        return torch.cat([zeros, outputs, *others] * self.components, dim=-3)
+
+    def outputs_around(self, image: Tensor) -> Tensor:
+        return self.spread(2 * image - 1)
 
     def forward(self, outputs: Tensor) -> td.Distribution:
         logits, locs, raw, slopes = self.split(outputs)
@@ -352,7 +369,11 @@ class Categorical(Likelihood):
 
     def spread(self, outputs: Tensor) -> Tensor:
         tilt = torch.linspace(-16, 16, LEVELS, dtype=outputs.dtype, device=outputs.device)
-        return (tilt.reshape(-1, 1, 1, 1) * outputs).flatten(0, 1)
+        return (tilt.reshape(-1, 1, 1, 1) * outputs.unsqueeze(-4)).flatten(-4, -3)
+
+    def outputs_around(self, image: Tensor) -> Tensor:
+        levels = torch.linspace(0, 1, LEVELS, dtype=image.dtype, device=image.device).reshape(-1, 1, 1, 1)
+        return (-0.5 * (32 * (levels - image.unsqueeze(-4))).square()).flatten(-4, -3)  # a deviation of 8 levels
 
     def forward(self, outputs: Tensor) -> td.Distribution:
         return CategoricalLevels(outputs.unflatten(-3, (LEVELS, -1)))
