@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import yaml
 from conftest import MLP, ROOT
 from PIL import Image
+from torch import Tensor
 
 from vae_lightning.data.torchvision_sets import MNISTDataModule
 
@@ -98,3 +100,15 @@ def blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page, such as docs/running.md."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
     return [Block(*block) for block in found]
+
+
+def grid(side: float, steps: int) -> tuple[Tensor, float]:
+    """Points of a square grid, `[steps², 2]`, and the logarithm of the area of one."""
+    line = torch.linspace(-side, side, steps)
+    return torch.cartesian_prod(line, line), 2 * math.log(2 * side / (steps - 1))
+
+
+def close_in_expectation(samples: Tensor, expected: Tensor) -> bool:
+    """Whether the mean over the first axis is within five standard errors of `expected`."""
+    error = samples.std(dim=0) / math.sqrt(len(samples))
+    return bool(((samples.mean(dim=0) - expected).abs() < 5 * error + 1e-4).all())

@@ -1,7 +1,6 @@
 """The mathematics of the models in docs/guides/; test_pages.py runs their commands."""
 
 import itertools
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blocks
-from linear import LATENT_DIM, SCALE, SHAPE, linear_vae
-from torch import Tensor
+from helpers import blocks, close_in_expectation, grid
+from linear import LATENT_DIM, SHAPE, linear_vae
 
 from vae_lightning.analysis.evaluation import aggregate_posterior
 from vae_lightning.config import ConfigError
-from vae_lightning.models.estimators import importance_weighted_bound, kl_divergence
+from vae_lightning.models.estimators import kl_divergence
 
 Guide = Callable[[str], Any]
 
@@ -34,59 +32,6 @@ def guide(monkeypatch: pytest.MonkeyPatch) -> Guide:
         return modules[-1]
 
     return load
-
-
-def grid(side: float, steps: int) -> tuple[Tensor, float]:
-    """Points of a square grid, `[steps², 2]`, and the logarithm of the area of one."""
-    line = torch.linspace(-side, side, steps)
-    return torch.cartesian_prod(line, line), 2 * math.log(2 * side / (steps - 1))
-
-
-def close_in_expectation(samples: Tensor, expected: Tensor) -> bool:
-    """Whether the mean over the first axis is within five standard errors of `expected`."""
-    error = samples.std(dim=0) / math.sqrt(len(samples))
-    return bool(((samples.mean(dim=0) - expected).abs() < 5 * error + 1e-4).all())
-
-
-def test_the_bounds_of_two_levels_are_those_of_quadrature(guide: Guide) -> None:
-    levels: dict[str, Any] = {"top": 1, "width": 8}
-    likelihood = {"_target_": "vae_lightning.models.likelihoods.Gaussian", "scale": SCALE, "mean": "identity"}
-    vae = guide("two_level").TwoLevel(
-        LATENT_DIM,
-        {"_target_": "linear.Linear"},
-        likelihood,
-        prior={"_target_": "two_level.TopDown"} | levels,
-        posterior={"_target_": "two_level.BottomUp"} | levels,
-        image_shape=SHAPE,
-    )
-    vae.requires_grad_(False)
-    for module in (vae.prior, vae.posterior, vae.decoder):
-        for weights in module.parameters():
-            weights.mul_(1.5)  # so that the levels depend on each other, and the posterior is wrong
-    x = torch.rand(3, *SHAPE)
-    points, log_area = grid(12, 401)  # 1e-4 of the prior is outside
-    z = points.unsqueeze(1).expand(-1, len(x), -1)
-    q = vae.encode(x)
-    log_q = q.q1.log_prob(z[..., :1]) + q.level(z[..., :1]).log_prob(z[..., 1:])
-    log_joint = vae.log_joint(x, z)
-    log_likelihood = log_joint.logsumexp(dim=0) + log_area
-    elbo = ((log_q + log_area).exp() * (log_joint - log_q)).sum(dim=0)
-    for log_density in (vae.prior_distribution().log_prob(points), log_q):
-        total = (log_density + log_area).exp().sum(dim=0)
-        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
-    assert (log_likelihood - elbo > 1).all()  # there is a gap to close
-
-    log_weights = vae.log_weights(x, 2**17)
-    assert close_in_expectation(log_weights, elbo)
-    assert close_in_expectation(vae.elbo(x.repeat(5_000, 1, 1, 1))["elbo"].unflatten(0, (-1, len(x))), elbo)
-    groups = [log_weights.unflatten(0, (-1, k)).movedim(1, 0) for k in (1, 4, 32, 2**17)]
-    bounds = [importance_weighted_bound(group).mean(dim=0) for group in groups]
-    assert all((low < high).all() for low, high in itertools.pairwise(bounds))
-    torch.testing.assert_close(bounds[-1], log_likelihood, atol=0.02, rtol=0)
-    samples = vae.prior_distribution().sample((100_000,))
-    density = (vae.prior_distribution().log_prob(points) + log_area).exp().unsqueeze(1)
-    assert close_in_expectation(samples, (density * points).sum(dim=0))
-    assert close_in_expectation(samples.prod(dim=1), (density * points.prod(dim=1, keepdim=True)).sum())
 
 
 def test_total_correlation_and_its_companions_add_up_to_the_kl(guide: Guide) -> None:

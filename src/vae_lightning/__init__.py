@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vae_lightning.models.base import ImageModel as ImageModel
     from vae_lightning.models.flows import FlowPosterior as FlowPosterior
     from vae_lightning.models.flows import FlowPrior as FlowPrior
+    from vae_lightning.models.levels import LevelsPosterior as LevelsPosterior
+    from vae_lightning.models.levels import LevelsPrior as LevelsPrior
     from vae_lightning.models.likelihoods import Bernoulli as Bernoulli
     from vae_lightning.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from vae_lightning.models.likelihoods import DiscretizedLogistic as DiscretizedLogistic
@@ -49,6 +51,7 @@ _NAMES = {
     "models.backbones": "MLP Backbone Conv ResidualConv",
     "models.base": "ImageModel",
     "models.flows": "FlowPosterior FlowPrior",
+    "models.levels": "LevelsPosterior LevelsPrior",
     "models.likelihoods": "Bernoulli ContinuousBernoulli GaussianLikelihood Likelihood "
     + "DiscretizedLogistic LogisticMixture",
     "models.objectives": "IWAE DReG",

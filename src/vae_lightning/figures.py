@@ -7,6 +7,7 @@ wide as half a printed page, in the style of style.mplstyle. They are dark withi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from io import BytesIO
@@ -355,7 +356,9 @@ def unit(term: str, terms: Iterable[str]) -> str:
     if term.partition(" ")[0] == "bits_per_dim":
         return "bits per dimension"
     nats = ("loss", "elbo", "reconstruction", "kl", "mutual_information", "nll", "marginal_nll")
-    return "per image" if term == "squared_error" else "nats per image" if term.partition(" ")[0] in nats else ""
+    if term.partition(" ")[0] in nats or re.fullmatch(r"kl_\d+", term):  # of a level of latents
+        return "nats per image"
+    return "per image" if term == "squared_error" else ""
 
 
 @styled

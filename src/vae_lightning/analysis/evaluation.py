@@ -52,7 +52,7 @@ class ImportanceSampling:
     log_likelihood: Tensor  # log (1/k) Σ w, the importance-weighted bound on log p(x)
     stderr: Tensor  # standard error of log_likelihood
     reconstruction: Tensor  # −mean log p(x|z)
-    kl: Tensor  # [images, latent_dim] or [images, 1] in closed form, [images, 1] by Monte Carlo
+    kl: Tensor  # [images, latent_dim or 1] in closed form, [images, levels or 1] by Monte Carlo
     analytic: bool  # whether the KL is in closed form
     deviation: Tensor  # standard deviation of the ELBO with one sample
     effective_samples: Tensor  # (Σ w)² / Σ w², between 1 and k
@@ -110,17 +110,21 @@ def importance_sampling(
         for image in index:
             generator.manual_seed(stream_seed(seed, 0, image))
             noise.append(torch.randn(samples, q.noise_dim, generator=generator, device=vae.device))
-        log_weights, log_likelihoods = [], []
+        log_weights, log_likelihoods, of_levels = [], [], []
         for epsilon in torch.stack(noise, dim=1).split(chunk):
             z, log_q = q.transform_and_log_prob(epsilon)  # [chunk, batch, latent_dim], [chunk, batch]
             log_likelihood = score(x, z, y)
             log_likelihoods.append(log_likelihood)
             log_weights.append(log_likelihood + prior.log_prob(z) - log_q)
+            if q.levels:
+                of_levels.append(q.transform_and_kl(epsilon, prior)[1])  # [chunk, batch, levels]
         log_weight, log_likelihood = torch.cat(log_weights), torch.cat(log_likelihoods)  # [samples, batch]
         closed = closed_form_kl(q, prior)
         analytic = closed is not None
         if closed is not None:
             kl, one_sample = closed, log_likelihood
+        elif of_levels:
+            kl, one_sample = torch.cat(of_levels).mean(dim=0), log_weight
         else:
             kl, one_sample = (log_likelihood - log_weight).mean(dim=0).unsqueeze(-1), log_weight
         bounds = torch.logcumsumexp(log_weight.double(), dim=0)
@@ -288,6 +292,8 @@ def evaluate_images(
         "ess": sampled.effective_samples.median().item(),
         "ess_min": sampled.effective_samples.min().item(),
     }
+    if not sampled.analytic and len(dimension_kl) > 1:
+        results |= {f"kl_{level}": value for level, value in enumerate(dimension_kl.tolist(), start=1)}
     bits = bits_per_dim(vae.likelihood, nll.mean().item(), vae.image_shape)
     results |= {} if bits is None else {"bits_per_dim": bits}
     return results, sampled, codes

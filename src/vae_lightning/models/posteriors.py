@@ -26,6 +26,8 @@ class PosteriorDistribution(td.Distribution, ABC):
     `[..., batch]`, in nats; it may raise NotImplementedError if it has no closed form.
     """
 
+    levels: tuple[int, ...] = ()  # their dimensions, if there are several
+
     @property
     def noise_dim(self) -> int:
         """The dimension of the noise from which one z is made."""
@@ -58,6 +60,15 @@ class PosteriorDistribution(td.Distribution, ABC):
             return self.transform_and_log_prob(noise)
         z = self.transform(noise)
         return z, detached.log_prob(z)
+
+    def transform_and_kl(self, noise: Tensor, p: td.Distribution, path: bool = True) -> tuple[Tensor, Tensor]:
+        """Return z, and log q(z|x) − log p(z): an estimate of KL(q ‖ p) without a closed form, `[..., batch, 1]`.
+
+        With `path`, its gradient is the path derivative. If q and p have several `levels`,
+        it is the KL of each given those above it, `[..., batch, levels]`.
+        """
+        z, log_q = self.transform_and_path_log_prob(noise) if path else self.transform_and_log_prob(noise)
+        return z, (log_q - p.log_prob(z)).unsqueeze(-1)
 
     def mixture(self, temperature: float = 1.0) -> td.Distribution:
         """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations.

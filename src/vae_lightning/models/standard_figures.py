@@ -157,10 +157,10 @@ def overview(
         plane = latent_plane(model, codes)
         points = plane.coordinates(codes), labels, plane.names
     model.train(was_training)
-    # Up to four metrics, without copies of the loss, such as -elbo.
+    # Up to four metrics, without copies of the loss, such as -elbo, and without the KL of each level.
     of_split = {key: float(value) for key, value in metrics.items() if key.startswith(f"{split}/")}
     loss = of_split.pop(f"{split}/loss")
-    others = [(key, value) for key, value in of_split.items() if abs(value) != loss]
+    others = [(key, value) for key, value in of_split.items() if abs(value) != loss and "/kl_" not in key]
     shown = {f"{split}/loss": loss} | dict(others[:3])
     likelihood = model.likelihood if isinstance(model, VAE) else None
     title = (

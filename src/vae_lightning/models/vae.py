@@ -64,7 +64,10 @@ class ELBO(Objective):
     def check(self, vae: VAE) -> None:
         # With an example. PyTorch remembers the formula that it finds; its compiler could not trace the search.
         q = vae.posterior(torch.zeros(1, vae.encoder_outputs, device=vae.device))
-        self.closed_form(q, q.mixture() if vae.prior.encodes_images else vae.prior())
+        vae.eval()  # a VampPrior encodes images
+        with torch.no_grad():
+            self.closed_form(q, vae.prior())
+        vae.train()
 
     def kl_weight(self, vae: VAE, epoch: float) -> float:
         return vae.beta * (min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0)
@@ -79,17 +82,16 @@ class ELBO(Objective):
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         q, prior = vae.posterior_given(x, labels), vae.prior_distribution()
-        noise, kl = vae.noise_for(q), self.closed_form(q, prior)  # [batch, latent_dim], of each dimension
+        noise, kl, levels = vae.noise_for(q), self.closed_form(q, prior), {}  # [batch, latent_dim]
         if kl is not None:
             z = q.transform(noise)
         else:
-            sample = q.transform_and_log_prob if self.kl == "monte_carlo" else q.transform_and_path_log_prob
-            z, log_q = sample(noise)
-            kl = (log_q - prior.log_prob(z)).unsqueeze(-1)  # [batch, 1]
+            z, kl = q.transform_and_kl(noise, prior, path=self.kl != "monte_carlo")  # [batch, levels]
+            levels = {f"kl_{n}": of_level for n, of_level in enumerate(kl.T, start=1) if kl.shape[1] > 1}
         p = vae.likelihood_given(z, labels)
         reconstruction, rate = -p.log_prob(x), kl.sum(dim=-1)
         penalty = with_free_bits(kl, self.free_bits) if self.free_bits else rate
-        terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate}
+        terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate} | levels
         loss = reconstruction + self.kl_weight(vae, epoch) * penalty
         return {"loss": loss} | terms | vae.likelihood.metrics(p, x)
 
