@@ -29,6 +29,7 @@ def test_every_choice_trains(choice: str, config, tmp_path: Path) -> None:
     if choice == "data=folder":
         write_pictures(tmp_path / "photos")
         smaller = [f"data.root={tmp_path / 'photos'}", "data.size=16", "data.batch_size=10"]
+    smaller += ["model.channels=[4,4]"] if choice == "model=pyramid" else []
     smaller += ["model.backbone.hidden=[8]"] if choice == "model/likelihood=categorical" else []
     metrics = train(config(choice, *smaller, "trainer.fast_dev_run=2", *BRIEF), tmp_path / "run")
     assert metrics["steps"] == 2

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vae_lightning.models.priors import Prior as Prior
     from vae_lightning.models.priors import StandardNormal as StandardNormal
     from vae_lightning.models.priors import VampPrior as VampPrior
+    from vae_lightning.models.pyramid import Pyramid as Pyramid
     from vae_lightning.models.vae import ELBO as ELBO
     from vae_lightning.models.vae import VAE as VAE
     from vae_lightning.models.vae import Objective as Objective
@@ -57,6 +58,7 @@ _NAMES = {
     "models.objectives": "IWAE DReG",
     "models.posteriors": "FullCovarianceGaussian GaussianPosterior Posterior",
     "models.priors": "MixturePrior Prior StandardNormal VampPrior",
+    "models.pyramid": "Pyramid",
     "models.vae": "ELBO VAE Objective",
     "runs.loading": "load_run",
 }
