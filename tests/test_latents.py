@@ -30,14 +30,22 @@ def test_degenerate_arc_is_the_line(end: list[float]) -> None:
 
 def test_principal_directions_of_a_stretched_cloud() -> None:
     cloud = torch.randn(20_000, 3) @ torch.diag(torch.tensor([1.0, 5.0, 0.1])) + 7
-    directions, deviations = principal_directions(cloud)
+    directions, deviations = principal_directions(cloud, 3)
     torch.testing.assert_close(directions.abs(), torch.eye(3)[[1, 0, 2]], rtol=0, atol=0.02)
     torch.testing.assert_close(deviations, torch.tensor([5.0, 1.0, 0.1]), rtol=0.05, atol=0)
     assert (directions.amax(dim=1) > 0.9).all()
     assert by_activity(cloud) == [1, 0, 2]
 
 
+def test_principal_directions_of_many_dimensions() -> None:
+    cloud = torch.randn(500, 6) @ torch.diag(torch.tensor([2.0, 5.0, 1.0, 3.0, 0.5, 0.1]))
+    expected, deviations = principal_directions(cloud, 2)
+    directions, found = principal_directions(torch.nn.functional.pad(cloud, (0, 2_000)), 2)
+    torch.testing.assert_close(directions, torch.nn.functional.pad(expected, (0, 2_000)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, deviations)
+
+
 def test_one_latent_dimension_has_one_direction() -> None:
-    directions, deviations = principal_directions(torch.tensor([[1.0], [3.0]]))
+    directions, deviations = principal_directions(torch.tensor([[1.0], [3.0]]), 2)
     assert directions.tolist() == [[1.0]]
     assert deviations.item() == pytest.approx(math.sqrt(2))

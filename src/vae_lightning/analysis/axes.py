@@ -14,7 +14,6 @@ from vae_lightning.models.latents import principal_directions
 from vae_lightning.runs.loading import Run
 
 DIRECTIONS = 20  # principal components to choose from
-MOST_FOR_DIRECTIONS = 1_024  # latent dimensions, beyond which principal components take long to compute
 SHORTEST = 1e-6  # length of an axis along which the codes do not vary
 
 
@@ -58,14 +57,14 @@ def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
             f"{d} latent dimensions, {active_units(codes)} active; {what}",
         )
     }
-    if 2 < d <= MOST_FOR_DIRECTIONS:
-        directions, deviations = principal_directions(codes)
+    if d > 2:
+        directions, deviations = principal_directions(codes, DIRECTIONS)
         shares = 100 * deviations.square() / variances.sum().clamp_min(SHORTEST)
         axes["principal components"] = Axes(
             codes.mean(dim=0),
-            (directions * deviations.clamp_min(SHORTEST)[:, None])[:DIRECTIONS],
-            [f"PC {i + 1}" for i in range(min(d, DIRECTIONS))],
-            rounded(shares[:DIRECTIONS]),
+            directions * deviations.clamp_min(SHORTEST)[:, None],
+            [f"PC {i + 1}" for i in range(len(directions))],
+            rounded(shares),
             "principal components of the codes; % of their variance",
         )
     return axes

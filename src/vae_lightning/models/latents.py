@@ -34,16 +34,24 @@ def fractions(start: Tensor, steps: int) -> Tensor:
     return torch.linspace(0, 1, steps, device=start.device).reshape(-1, *[1] * start.ndim)
 
 
-def principal_directions(means: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the principal components of posterior means `[n, d]`, largest first.
+def principal_directions(means: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the first k principal components of posterior means `[n, d]`, or all if there are fewer, largest first.
 
-    They are unit vectors, one per row, `[d, d]`, and the standard deviation along each, `[d]`. The largest entry of
-    each row is positive, so that figures do not depend on the machine.
+    They are unit vectors, one per row, `[k, d]`, and the standard deviation along each, `[k]`. The largest entry of
+    each row is positive, so that figures do not depend on the machine. For more than 1,024 dimensions, they are those
+    of a randomized algorithm (Halko et al. 2011), which needs no covariance.
     """
-    values, vectors = torch.linalg.eigh(means.T.cov().reshape(means.shape[1], -1).double().cpu())
-    directions = vectors.T.flip(0)
+    n, d = means.shape
+    if d <= 1_024:
+        values, vectors = torch.linalg.eigh(means.T.cov().reshape(d, -1).double().cpu())
+        directions, deviations = vectors.T.flip(0)[:k], values.flip(0)[:k].clamp_min(0).sqrt()
+    else:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            _, singular, vectors = torch.pca_lowrank(means.cpu(), q=min(k + 10, n, d), niter=4)
+        directions, deviations = vectors.T[:k], singular[:k] / max(n - 1, 1) ** 0.5
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-    return (directions * largest.sign()).to(means), values.flip(0).clamp_min(0).sqrt().to(means)
+    return (directions * largest.sign()).to(means), deviations.to(means)
 
 
 def by_activity(means: Tensor) -> list[int]:

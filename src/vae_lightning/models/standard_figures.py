@@ -44,10 +44,10 @@ def latent_plane(model: ImageModel, codes: Tensor, plane: Sequence[int] | None =
     if d < 2:
         raise ConfigError(f"latent_dim={d}: a plane needs 2 latent dimensions")
     if plane is None and d > 2:
-        directions, deviations = principal_directions(codes)
-        shares = (deviations.square() / deviations.square().sum()).tolist()
-        first, second = (f"PC {n} ({share:.0%} of variance)" for n, share in enumerate(shares[:2], start=1))
-        axes = directions[:2] * deviations[:2, None]
+        directions, deviations = principal_directions(codes, 2)
+        shares = (deviations.square() / codes.var(dim=0).sum()).tolist()
+        first, second = (f"PC {n} ({share:.0%} of variance)" for n, share in enumerate(shares, start=1))
+        axes = directions * deviations[:, None]
         return Plane(codes.mean(dim=0), axes, torch.zeros(2).to(codes), (first, second))
     across, up = plane or (1, 2)
     if max(across, up) > d or across == up:
@@ -55,7 +55,9 @@ def latent_plane(model: ImageModel, codes: Tensor, plane: Sequence[int] | None =
     of_codes = codes.mean(dim=0), codes.std(dim=0)
     center, deviation = moments(model.prior_distribution()) if isinstance(model, VAE) else of_codes
     chosen = [across - 1, up - 1]
-    return Plane(center, torch.diag(deviation)[chosen], center[chosen], (f"$z_{{{across}}}$", f"$z_{{{up}}}$"))
+    axes = deviation.new_zeros(2, d)
+    axes[[0, 1], chosen] = deviation[chosen]
+    return Plane(center, axes, center[chosen], (f"$z_{{{across}}}$", f"$z_{{{up}}}$"))
 
 
 def manifold(
