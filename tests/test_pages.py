@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import BRIEF, DATA, ROOT, composed
 from helpers import blocks, write_pictures
+from torch.nn.functional import pad
 
 from vae_lightning.data import torchvision_sets
 from vae_lightning.launch.vae import make_app
@@ -57,6 +58,8 @@ NOT_RUN = {
     r"generate walk ": "takes ten seconds; test_generation.py",
     r"\$\{": "needs variables of the shell script around it",
 }
+
+COLOUR = {"CIFAR10", "SVHN", "CelebA"}
 
 # Further overrides that make a command quick, or its check sharper, by a pattern in it.
 QUICKER = {
@@ -109,8 +112,13 @@ def brief(command: str) -> tuple[str, list[str]]:
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory with what the pages expect around them: a folder of images, and data sets to download."""
     (train, labels), (test, test_labels) = torchvision_sets.load_images("MNIST", DATA)
-    fewer = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
-    monkeypatch.setattr(torchvision_sets, "load_images", lambda name, root: fewer)  # of any name: nothing is downloaded
+    grey = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
+    colour = tuple((pad(x[:1_000], (2, 2, 2, 2)).expand(-1, 3, -1, -1), y[:1_000]) for x, y in grey)
+
+    def load_images(name: str, root: object) -> object:  # nothing is downloaded
+        return colour if name in COLOUR else grey
+
+    monkeypatch.setattr(torchvision_sets, "load_images", load_images)
     write_pictures(tmp_path / "photos")
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
