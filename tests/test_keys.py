@@ -70,7 +70,8 @@ CHOICES = {
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}": more
     for path in sorted((ROOT / "conf" / "model").glob("*/*.yaml"))
     for more in [{"steps": ["model.schedule.milestones=[1,2]"], "residual_conv": ["model.backbone.channels=[4,8,8]"],
-                  "conv": ["model.backbone.channels=[4]"], "vamp": ["model.prior.pseudo_inputs=3"]}.get(path.stem, [])]
+                  "conv": ["model.backbone.channels=[4]"], "vamp": ["model.prior.pseudo_inputs=3"],
+                  "levels": [f"model.{path.parent.name}.levels=[1,1]"]}.get(path.stem, [])]
 }  # fmt: skip
 
 

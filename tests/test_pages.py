@@ -113,7 +113,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory with what the pages expect around them: a folder of images, and data sets to download."""
     (train, labels), (test, test_labels) = torchvision_sets.load_images("MNIST", DATA)
     grey = (train[:12_000], labels[:12_000]), (test[:1_000], test_labels[:1_000])
-    colour = tuple((pad(x[:1_000], (2, 2, 2, 2)).expand(-1, 3, -1, -1), y[:1_000]) for x, y in grey)
+    colour = tuple((pad(x, (2, 2, 2, 2)).expand(-1, 3, -1, -1), y) for x, y in grey)
 
     def load_images(name: str, root: object) -> object:  # nothing is downloaded
         return colour if name in COLOUR else grey
