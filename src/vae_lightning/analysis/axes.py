@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vae_lightning.analysis.generation import latent_center_and_deviation
 from vae_lightning.models.estimators import active_units
 from vae_lightning.models.latents import principal_directions
 from vae_lightning.runs.loading import Run
 
-DIRECTIONS = 20  # principal components to choose from
+DIMENSIONS, DIRECTIONS = 500, 20  # most latent dimensions and principal components to choose from
 SHORTEST = 1e-6  # length of an axis along which the codes do not vary
 
 
@@ -47,14 +48,16 @@ def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
     d = codes.shape[1]
     variances = codes.var(dim=0)
     values, what = (variances, "variance of the codes") if kl is None else (kl, "KL in nats per image")
-    order = [0, 1] if d == 2 else values.argsort(descending=True).tolist()  # the map of two is the latent space
+    # The map of two dimensions is the latent space.
+    order = [0, 1] if d == 2 else values.argsort(descending=True)[:DIMENSIONS].tolist()
+    shown = "" if d == len(order) else f", the first {len(order)} shown"
     axes = {
         "dimensions": Axes(
             center,
-            torch.diag(deviation.clamp_min(SHORTEST))[order],
+            functional.one_hot(torch.tensor(order), d) * deviation.clamp_min(SHORTEST),
             [f"z{dimension + 1}" for dimension in order],
             rounded(values[order]),
-            f"{d} latent dimensions, {active_units(codes)} active; {what}",
+            f"{d} latent dimensions, {active_units(codes)} active{shown}; {what}",
         )
     }
     if d > 2:

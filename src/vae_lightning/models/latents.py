@@ -61,11 +61,15 @@ def by_activity(means: Tensor) -> list[int]:
 
 @torch.no_grad()
 def moments(p: td.Distribution) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each dimension, `[latent_dim]`; without a formula, of 10,000 samples."""
+    """Return mean and standard deviation of each dimension, `[latent_dim]`; without a formula, of samples.
+
+    They are 10,000 samples, or fewer of more than 1,000 dimensions.
+    """
     try:
         return p.mean.detach(), p.stddev.detach()
     except NotImplementedError:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            z = p.sample((10_000,))
+            n = min(10_000, max(100, 10**7 // p.event_shape.numel()))
+            z = torch.cat([p.sample((100,)) for _ in range(0, n, 100)])
         return z.mean(dim=0), z.std(dim=0)

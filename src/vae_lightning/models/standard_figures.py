@@ -154,7 +154,7 @@ def overview(
     if isinstance(model, VAE):
         grids.append((figures.image_grid(fixed_samples(model, 16), 8), ["samples", ""]))
     points = None
-    if model.latent_dim > 1:
+    if model.latent_dim > 1 and len(images) > 1:
         codes = model.all_codes(images, labels)
         plane = latent_plane(model, codes)
         points = plane.coordinates(codes), labels, plane.names
