@@ -30,6 +30,10 @@ def test_every_choice_trains(choice: str, config, tmp_path: Path) -> None:
         write_pictures(tmp_path / "photos")
         smaller = [f"data.root={tmp_path / 'photos'}", "data.size=16", "data.batch_size=10"]
     smaller += ["model.channels=[4,4]"] if choice == "model=pyramid" else []
+    smaller += ["model.backbone.channels=[4,4,4]"] if choice == "model=vq" else []
+    discrete = choice in ("model/posterior=vq", "model/posterior=fsq")
+    smaller += ["model/prior=codes", "model.latent_dim=48"] if discrete else []
+    smaller += ["model/posterior=fsq", "model.latent_dim=3"] if choice == "model/prior=codes" else []
     smaller += ["model.backbone.hidden=[8]"] if choice == "model/likelihood=categorical" else []
     metrics = train(config(choice, *smaller, "trainer.fast_dev_run=2", *BRIEF), tmp_path / "run")
     assert metrics["steps"] == 2

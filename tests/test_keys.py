@@ -71,6 +71,9 @@ CHOICES = {
     for path in sorted((ROOT / "conf" / "model").glob("*/*.yaml"))
     for more in [{"steps": ["model.schedule.milestones=[1,2]"], "residual_conv": ["model.backbone.channels=[4,8,8]"],
                   "conv": ["model.backbone.channels=[4]"], "vamp": ["model.prior.pseudo_inputs=3"],
+                  "vq": ["model/prior=codes", "model.posterior.code_dim=2", "model.posterior.decay=0.2"],
+                  "fsq": ["model/prior=codes", "model.posterior.levels=[2,2]"],
+                  "codes": ["model/posterior=vq", "model.posterior.code_dim=2"],
                   "levels": [f"model.{path.parent.name}.levels=[1,1]"]}.get(path.stem, [])]
 }  # fmt: skip
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vae_lightning.models.backbones import Conv as Conv
     from vae_lightning.models.backbones import ResidualConv as ResidualConv
     from vae_lightning.models.base import ImageModel as ImageModel
+    from vae_lightning.models.codes import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from vae_lightning.models.codes import UniformCodes as UniformCodes
+    from vae_lightning.models.codes import VectorQuantizer as VectorQuantizer
     from vae_lightning.models.flows import FlowPosterior as FlowPosterior
     from vae_lightning.models.flows import FlowPrior as FlowPrior
     from vae_lightning.models.levels import LevelsPosterior as LevelsPosterior
@@ -51,6 +54,7 @@ _NAMES = {
     "models.autoencoder": "Autoencoder",
     "models.backbones": "MLP Backbone Conv ResidualConv",
     "models.base": "ImageModel",
+    "models.codes": "FiniteScalarQuantizer UniformCodes VectorQuantizer",
     "models.flows": "FlowPosterior FlowPrior",
     "models.levels": "LevelsPosterior LevelsPrior",
     "models.likelihoods": "Bernoulli ContinuousBernoulli GaussianLikelihood Likelihood "

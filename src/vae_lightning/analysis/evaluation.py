@@ -97,6 +97,7 @@ def importance_sampling(
 
         score = Compiled(log_likelihood_of, vae.device)
     prior = vae.prior_distribution()
+    samples = 1 if vae.posterior.discrete else samples  # of a point mass, all are the same
     points = curve_points(samples)
     parts: list[dict[str, Tensor]] = []
     analytic = False
@@ -291,7 +292,9 @@ def evaluate_images(
         "marginal_kl": marginal,
         "ess": sampled.effective_samples.median().item(),
         "ess_min": sampled.effective_samples.min().item(),
-    }
+    } | {name: value.item() for name, value in vae.posterior.summary(codes).items()}
+    if vae.posterior.discrete:  # there are no weights, and nll is −elbo
+        del results["ess"], results["ess_min"]
     if not sampled.analytic and len(dimension_kl) > 1:
         results |= {f"kl_{level}": value for level, value in enumerate(dimension_kl.tolist(), start=1)}
     bits = bits_per_dim(vae.likelihood, nll.mean().item(), vae.image_shape)

@@ -21,7 +21,7 @@ from vae_lightning.config import ConfigError, NonNegativeInt, Part, PositiveInt,
 from vae_lightning.models.backbones import Widths, linear_layers
 from vae_lightning.models.estimators import closed_form_kl
 from vae_lightning.models.posteriors import DiagonalGaussian, Posterior, PosteriorDistribution, diagonal_gaussian
-from vae_lightning.models.priors import Prior, StandardNormal
+from vae_lightning.models.priors import Encode, Prior, StandardNormal
 
 Levels = Annotated[Sequence[PositiveInt], Field(min_length=2, max_length=20)]  # dimensions of z₁, …, z_L
 Network = Callable[[Tensor], Tensor]  # levels above `[..., dim]` → mean and log variance of a level `[..., 2 · dim]`
@@ -161,9 +161,17 @@ class LevelsPrior(Prior):
     def initialize(self, images: Tensor) -> None:
         self.top.initialize(images)
 
+    def connect(self, posterior: Posterior, posterior_given: Encode) -> None:
+        self.posterior_given = posterior_given
+        self.top.connect(posterior, self.top_given)
+
+    def top_given(self, x: Tensor) -> PosteriorDistribution:
+        """Return q(z_L|x), of which a VampPrior at the top is a mixture."""
+        q = self.posterior_given(x)
+        assert isinstance(q, LevelsPosteriorDistribution)
+        return q.top
+
     def forward(self, temperature: float = 1.0) -> LevelsDistribution:
-        if self.encodes_images:
-            self.top.posterior_given = lambda x: self.posterior_given(x).top  # type: ignore[attr-defined]
         return LevelsDistribution(self.top(temperature), list(self.networks), self.levels, temperature)
 
 

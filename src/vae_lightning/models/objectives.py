@@ -28,6 +28,8 @@ class IWAE(Objective):
     def check(self, vae: VAE) -> None:
         if vae.beta != 1:
             raise ConfigError(f"model.beta={vae.beta}: an importance-weighted bound has no KL to weight; allowed: 1")
+        if vae.posterior.discrete:
+            raise ConfigError("model.objective: samples of a discrete posterior are all the same; use ELBO")
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         q = vae.posterior_given(x, labels)

@@ -70,6 +70,10 @@ class PosteriorDistribution(td.Distribution, ABC):
         z, log_q = self.transform_and_path_log_prob(noise) if path else self.transform_and_log_prob(noise)
         return z, (log_q - p.log_prob(z)).unsqueeze(-1)
 
+    def loss_terms(self) -> dict[str, Tensor]:
+        """Return terms that training adds to the loss of each image, by name: `[batch]`, in nats."""
+        return {}
+
     def mixture(self, temperature: float = 1.0) -> td.Distribution:
         """Return (1/N) Σ q(z|xₙ) over the batch. `temperature` scales the standard deviations.
 
@@ -173,7 +177,12 @@ class GaussianMixture(td.MixtureSameFamily):
 
 
 class Posterior(nn.Module, ABC):
-    """Maps encoder outputs `[batch, encoder_outputs]` to q(z|x) over `latent_dim` dimensions."""
+    """Maps encoder outputs `[batch, encoder_outputs]` to q(z|x) over `latent_dim` dimensions.
+
+    `discrete` is True if q(z|x) is the probability of a discrete z. The prior must be of the same kind.
+    """
+
+    discrete = False
 
     def __init__(self, latent_dim: PositiveInt, encoder_outputs: PositiveInt) -> None:
         super().__init__()
@@ -183,6 +192,10 @@ class Posterior(nn.Module, ABC):
     @abstractmethod
     def forward(self, outputs: Tensor) -> PosteriorDistribution:
         """Return q(z|x), in float32 at any training precision."""
+
+    def summary(self, z: Tensor) -> dict[str, Tensor]:
+        """Return metrics of the latents of many images, `[n, latent_dim]`: numbers by name."""
+        return {}
 
 
 class Gaussian(Posterior):

@@ -15,18 +15,26 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from vae_lightning.config import PositiveInt
-from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, PosteriorDistribution
+from vae_lightning.models.posteriors import DiagonalGaussian, GaussianMixture, Posterior, PosteriorDistribution
+
+Encode = Callable[[Tensor], PosteriorDistribution]  # images `[batch, *image_shape]` → q(z|x)
 
 
 class Prior(nn.Module, ABC):
-    """The base class. `encodes_images` is True for a mixture of posteriors, which a conditional model cannot use."""
+    """The base class. `encodes_images` is True for a mixture of posteriors, which a conditional model cannot use.
+
+    `discrete` is True if p(z) is the probability of a discrete z. The posterior must be of the same kind.
+    """
 
     encodes_images = False
-    posterior_given: Callable[[Tensor], PosteriorDistribution]  # q(z|x) of the model, which sets it
+    discrete = False
 
     @abstractmethod
     def forward(self, temperature: float = 1.0) -> td.Distribution:
         """Return p(z). `temperature` scales the standard deviations of samples; 1 gives the prior."""
+
+    def connect(self, posterior: Posterior, posterior_given: Encode) -> None:
+        """Keep what the prior needs of the model, which calls it when it is built: posterior, or q(z|x) of images."""
 
     def initialize(self, images: Tensor) -> None:
         """Initialize before training, from the training images `[n, channels, height, width]`, uint8 on the CPU."""
@@ -69,6 +77,9 @@ class VampPrior(Prior):
         super().__init__()
         self.start = start
         self.pseudo_inputs = nn.Parameter(torch.rand(pseudo_inputs, *image_shape))
+
+    def connect(self, posterior: Posterior, posterior_given: Encode) -> None:
+        self.posterior_given = posterior_given
 
     def initialize(self, images: Tensor) -> None:
         k = len(self.pseudo_inputs)

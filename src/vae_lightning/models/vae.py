@@ -63,8 +63,8 @@ class ELBO(Objective):
 
     def check(self, vae: VAE) -> None:
         # With an example. PyTorch remembers the formula that it finds; its compiler could not trace the search.
-        q = vae.posterior(torch.zeros(1, vae.encoder_outputs, device=vae.device))
         vae.eval()  # a VampPrior encodes images
+        q = vae.posterior(torch.zeros(1, vae.encoder_outputs, device=vae.device))
         with torch.no_grad():
             self.closed_form(q, vae.prior())
         vae.train()
@@ -92,8 +92,10 @@ class ELBO(Objective):
         reconstruction, rate = -p.log_prob(x), kl.sum(dim=-1)
         penalty = with_free_bits(kl, self.free_bits) if self.free_bits else rate
         terms = {"elbo": -(reconstruction + rate), "reconstruction": reconstruction, "kl": rate} | levels
-        loss = reconstruction + self.kl_weight(vae, epoch) * penalty
-        return {"loss": loss} | terms | vae.likelihood.metrics(p, x)
+        more = q.loss_terms()
+        loss = reconstruction + self.kl_weight(vae, epoch) * penalty + sum(more.values())
+        metrics = {name: value.expand(len(x)) for name, value in vae.posterior.summary(z.detach()).items()}
+        return {"loss": loss} | terms | more | metrics | vae.likelihood.metrics(p, x)
 
 
 class VAE(ImageModel):
@@ -138,8 +140,10 @@ class VAE(ImageModel):
         if conditional and self.prior.encodes_images:
             name = type(self.prior).__name__
             raise ConfigError(f"model.conditional=true: {name} encodes without labels; use another prior")
-        if self.prior.encodes_images:
-            self.prior.posterior_given = self.posterior_given
+        if q.discrete != self.prior.discrete:
+            names = f"{type(q).__name__} with {type(self.prior).__name__}"
+            raise ConfigError(f"model.posterior: {names}: only one is discrete; model/prior=codes goes with vq and fsq")
+        self.prior.connect(self.posterior, self.posterior_given)
         self.needs_images = data_bias or p.needs_images or type(self.prior).initialize is not Prior.initialize
         self.objective = build(objective, Objective, "model.objective")
         self.objective.check(self)
