@@ -54,7 +54,7 @@ def latent_axes(run: Run, codes: Tensor, kl: Tensor | None) -> dict[str, Axes]:
     axes = {
         "dimensions": Axes(
             center,
-            functional.one_hot(torch.tensor(order), d) * deviation.clamp_min(SHORTEST),
+            functional.one_hot(torch.tensor(order, device=deviation.device), d) * deviation.clamp_min(SHORTEST),
             [f"z{dimension + 1}" for dimension in order],
             rounded(values[order]),
             f"{d} latent dimensions, {active_units(codes)} active{shown}; {what}",

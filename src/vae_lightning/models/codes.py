@@ -30,21 +30,21 @@ class PointMass(PosteriorDistribution):
 
     def __init__(self, mean: Tensor, loss_terms: dict[str, Tensor] | None = None) -> None:
         super().__init__(mean.shape[:1], mean.shape[1:], validate_args=False)
-        self._mean, self._loss_terms = mean, loss_terms or {}
+        self.z, self.terms = mean, loss_terms or {}
 
     @property
     def mean(self) -> Tensor:
-        return self._mean
+        return self.z
 
     def transform_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.mean.expand(*noise.shape[:-1], -1)
+        z = self.z.expand(*noise.shape[:-1], -1)
         return z, z.new_zeros(z.shape[:-1])
 
     def detach(self) -> None:
         return None
 
     def loss_terms(self) -> dict[str, Tensor]:
-        return self._loss_terms
+        return self.terms
 
 
 class Quantizer(Posterior):
@@ -162,6 +162,7 @@ class VectorQuantizer(Quantizer):
 
 
 def several_processes() -> bool:
+    """Return whether this is one of several processes that train a model together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -207,8 +208,8 @@ class UniformOverCodes(td.Distribution):
     `vectors` maps numbers of codes `[..., n]` to z `[..., latent_dim]`.
     """
 
-    def __init__(self, shares: Tensor, positions: int, vectors: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(validate_args=False)
+    def __init__(self, latent_dim: int, shares: Tensor, positions: int, vectors: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(event_shape=torch.Size([latent_dim]), validate_args=False)
         self.shares, self.positions, self.vectors = shares, positions, vectors
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -220,13 +221,17 @@ class UniformOverCodes(td.Distribution):
 
 
 class UniformCodes(Prior):
-    """p(z) = K⁻ⁿ for the n codes of a discrete posterior. It samples without regard to `temperature`."""
+    """p(z) = K⁻ⁿ for the n codes of a discrete posterior. `temperature` changes nothing.
+
+    Raises ConfigError for a posterior that is not a Quantizer.
+    """
 
     discrete = True
     shares: Tensor
 
     def __init__(self, latent_dim: PositiveInt, image_shape: Sequence[int] = ()) -> None:
         super().__init__()
+        self.latent_dim = latent_dim
 
     def connect(self, posterior: Posterior, posterior_given: Encode) -> None:
         if not isinstance(posterior, Quantizer):
@@ -235,4 +240,4 @@ class UniformCodes(Prior):
         self.register_buffer("shares", torch.full((posterior.codes,), 1 / posterior.codes), persistent=False)
 
     def forward(self, temperature: float = 1.0) -> UniformOverCodes:
-        return UniformOverCodes(self.shares, self.positions, self.vectors)
+        return UniformOverCodes(self.latent_dim, self.shares, self.positions, self.vectors)

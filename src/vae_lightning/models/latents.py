@@ -46,7 +46,7 @@ def principal_directions(means: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(means.T.cov().reshape(d, -1).double().cpu())
         directions, deviations = vectors.T.flip(0)[:k], values.flip(0)[:k].clamp_min(0).sqrt()
     else:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             _, singular, vectors = torch.pca_lowrank(means.cpu(), q=min(k + 10, n, d), niter=4)
         directions, deviations = vectors.T[:k], singular[:k] / max(n - 1, 1) ** 0.5

@@ -29,7 +29,8 @@ class IWAE(Objective):
         if vae.beta != 1:
             raise ConfigError(f"model.beta={vae.beta}: an importance-weighted bound has no KL to weight; allowed: 1")
         if vae.posterior.discrete:
-            raise ConfigError("model.objective: samples of a discrete posterior are all the same; use ELBO")
+            names = type(self).__name__, type(vae.posterior).__name__
+            raise ConfigError(f"model.objective={names[0]}: all samples of a {names[1]} are the same; allowed: ELBO")
 
     def __call__(self, vae: VAE, x: Tensor, labels: Tensor | None = None, epoch: float = math.inf) -> dict[str, Tensor]:
         q = vae.posterior_given(x, labels)
